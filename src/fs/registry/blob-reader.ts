@@ -1,0 +1,48 @@
+// What the data path needs of a registry or an OCI layout: exact byte ranges of named blobs. Declared by its consumers
+// (LazyLoader, index discovery); implemented by http-blob.ts and oci-layout.ts, wrapped by retrying.ts and mirrored.ts.
+import type { Digest } from '../../digest.ts';
+import type { ByteRange } from '../../units.ts';
+
+/** Digest and size of a blob, as its descriptor says. */
+export interface BlobId {
+  readonly digest: Digest;
+  readonly size: number;
+}
+
+export interface BlobReader {
+  /**
+   * Exactly the bytes of `range`, which must lie within the blob. The bytes are not verified.
+   * Errors: REGISTRY_HTTP, REGISTRY_AUTH, REGISTRY_NOT_FOUND, REGISTRY_PROTOCOL, DEADLINE, CANCELLED.
+   */
+  readRange(blob: BlobId, range: ByteRange, signal: AbortSignal): Promise<Buffer>;
+  /**
+   * The whole blob as a stream of exactly `blob.size` bytes; ends with DIGEST_MISMATCH when they do not have the
+   * digest. Errors as readRange.
+   */
+  readAll(blob: BlobId, signal: AbortSignal): AsyncIterable<Buffer>;
+}
+
+/** A manifest or image index as stored: its bytes are what the digest names. */
+export interface ManifestBytes {
+  readonly digest: Digest;
+  readonly mediaType: string;
+  readonly bytes: Buffer;
+}
+
+/** One repository that images are read from and pushed to. */
+export interface Repository extends BlobReader {
+  /** "host/repository", for messages. */
+  readonly name: string;
+  readonly host: string;
+  readonly path: string;
+  /** Errors: REGISTRY_NOT_FOUND and those of readRange; DIGEST_MISMATCH when asked for by digest. */
+  getManifest(tagOrDigest: string, signal: AbortSignal): Promise<ManifestBytes>;
+  hasBlob(blob: Digest, signal: AbortSignal): Promise<boolean>;
+  putBlob(digest: Digest, bytes: Uint8Array, signal: AbortSignal): Promise<void>;
+  /** Pushes under a tag or digest; true when the registry answered with an `OCI-Subject` header. */
+  putManifest(tagOrDigest: string, mediaType: string, bytes: Uint8Array, signal: AbortSignal): Promise<{ subjectKnown: boolean }>;
+  /** Manifests that name `subject` (referrers API, else the `sha256-<hex>` tag), of one artifact type. */
+  referrers(subject: Digest, artifactType: string, signal: AbortSignal): Promise<{ digest: Digest; size: number; mediaType: string }[]>;
+  /** Requests and bytes received so far, for tables and tests. */
+  readonly traffic: { readonly requests: number; readonly bytes: number };
+}
