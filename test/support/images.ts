@@ -1,0 +1,271 @@
+// Small real OCI images made by the tests themselves, as OCI layout directories, and their way into a registry.
+// Used by end-to-end tests; must not depend on the code under test.
+import { createHash } from 'node:crypto';
+import { existsSync } from 'node:fs';
+import { chmod, copyFile, mkdir, mkdtemp, readdir, readFile, rename, rm, writeFile } from 'node:fs/promises';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { promisify } from 'node:util';
+import { gzip, zstdCompress } from 'node:zlib';
+import { run } from './containerd.ts';
+import { type TarEntry, tarOf } from './tar.ts';
+
+export type LayerCompression = 'gzip' | 'zstd' | 'none';
+
+/** What one layer holds: members, a directory on disk, or a ready tar (compressed by us). */
+export type LayerSource = (
+  | { readonly entries: readonly TarEntry[] }
+  | { readonly dir: string }
+  | { readonly tar: Uint8Array }
+) & { readonly compression?: LayerCompression; readonly annotations?: Readonly<Record<string, string>> };
+
+export interface ImageOptions {
+  /** Bottom to top. */
+  readonly layers: readonly LayerSource[];
+  /** The `config` object of the image configuration (Cmd, Entrypoint, Env, WorkingDir, …). */
+  readonly config?: Readonly<Record<string, unknown>>;
+  /** Default: linux/amd64. */
+  readonly platform?: { readonly os: string; readonly architecture: string; readonly variant?: string };
+  /** Layout directory to add to; a new temporary one by default (the caller removes it). */
+  readonly into?: string;
+  /** Tag in the layout. Default "latest". */
+  readonly tag?: string;
+  /** Docker schema2 media types instead of OCI ones. */
+  readonly docker?: boolean;
+}
+
+export interface TestDescriptor {
+  readonly mediaType: string;
+  readonly digest: string;
+  readonly size: number;
+  readonly annotations?: Readonly<Record<string, string>>;
+}
+
+export interface TestImage {
+  /** The OCI layout directory. */
+  readonly dir: string;
+  readonly tag: string;
+  readonly manifest: TestDescriptor;
+  readonly config: TestDescriptor;
+  /** Bottom to top, with the digest of each uncompressed tar and the chain ID up to it. */
+  readonly layers: readonly (TestDescriptor & { readonly diffId: string; readonly chainId: string })[];
+}
+
+const TYPES = {
+  oci: {
+    index: 'application/vnd.oci.image.index.v1+json',
+    manifest: 'application/vnd.oci.image.manifest.v1+json',
+    config: 'application/vnd.oci.image.config.v1+json',
+    gzip: 'application/vnd.oci.image.layer.v1.tar+gzip',
+    zstd: 'application/vnd.oci.image.layer.v1.tar+zstd',
+    none: 'application/vnd.oci.image.layer.v1.tar',
+  },
+  docker: {
+    manifest: 'application/vnd.docker.distribution.manifest.v2+json',
+    config: 'application/vnd.docker.container.image.v1+json',
+    gzip: 'application/vnd.docker.image.rootfs.diff.tar.gzip',
+    zstd: 'application/vnd.docker.image.rootfs.diff.tar.zstd',
+    none: 'application/vnd.docker.image.rootfs.diff.tar',
+  },
+} as const;
+
+const sha256 = (bytes: Uint8Array | string) => `sha256:${createHash('sha256').update(bytes).digest('hex')}`;
+
+/** Where downloads of tests are kept between runs: $DEDUP_TEST_CACHE, else .cache at the top of the repository. */
+export async function testCacheDir(): Promise<string> {
+  const dir = process.env.DEDUP_TEST_CACHE ?? join(import.meta.dirname, '..', '..', '.cache');
+  await mkdir(dir, { recursive: true });
+  return dir;
+}
+
+/**
+ * Path of a static busybox from the Debian package busybox-static, downloaded once per machine with `apt-get download`.
+ * Errors: apt-get's own message when the package cannot be had.
+ */
+export async function busyboxBinary(): Promise<string> {
+  const cache = await testCacheDir();
+  const path = join(cache, 'busybox-static');
+  if (existsSync(path)) return path;
+  const dir = await mkdtemp(join(tmpdir(), 'busybox-'));
+  try {
+    await chmod(dir, 0o755); // apt downloads as a user of its own
+    await run('apt-get', ['download', '-q', 'busybox-static'], { cwd: dir, timeoutMs: 120_000 });
+    const deb = (await readdir(dir)).find((name) => name.endsWith('.deb'));
+    if (deb === undefined) throw new Error('apt-get download busybox-static left no .deb');
+    await run('dpkg-deb', ['-x', deb, 'out'], { cwd: dir });
+    // Copied beside and renamed: two test files may do this at once.
+    const fresh = join(cache, `busybox-static.${process.pid}`);
+    await copyFile(join(dir, 'out', 'bin', 'busybox'), fresh);
+    await chmod(fresh, 0o755);
+    await rename(fresh, path);
+  } finally {
+    await rm(dir, { recursive: true, force: true });
+  }
+  return path;
+}
+
+/** Members of a root file system that can run `/bin/sh`: busybox with links for the applets named. */
+export async function busyboxEntries(
+  applets: readonly string[] = ['sh', 'cat', 'ls', 'sleep', 'echo', 'sha256sum', 'find', 'stat', 'true', 'id', 'touch'],
+): Promise<TarEntry[]> {
+  const content = await readFile(await busyboxBinary());
+  const dirs = ['bin/', 'dev/', 'etc/', 'proc/', 'root/', 'sys/', 'tmp/', 'usr/', 'usr/bin/', 'var/'];
+  return [
+    ...dirs.map((name): TarEntry => ({ name, type: 'dir', mode: name === 'tmp/' ? 0o1777 : 0o755 })),
+    { name: 'bin/busybox', mode: 0o755, content },
+    ...applets.map((name): TarEntry => ({ name: `bin/${name}`, type: 'symlink', linkname: 'busybox' })),
+    { name: 'etc/passwd', content: 'root:x:0:0:root:/root:/bin/sh\n' },
+    { name: 'etc/group', content: 'root:x:0:\n' },
+  ];
+}
+
+/** Builds an image into an OCI layout directory under a tag. Deterministic for `entries` and `tar`. */
+export async function makeImage(options: ImageOptions): Promise<TestImage> {
+  const dir = options.into ?? (await mkdtemp(join(tmpdir(), 'image-')));
+  const types = options.docker === true ? TYPES.docker : TYPES.oci;
+  const platform = options.platform ?? { os: 'linux', architecture: 'amd64' };
+  const layers: (TestDescriptor & { diffId: string; chainId: string })[] = [];
+  for (const source of options.layers) {
+    const tar = await tarBytes(source);
+    const compression = source.compression ?? 'gzip';
+    const blob = await compress(tar, compression);
+    const diffId = sha256(tar);
+    const below = layers.at(-1);
+    layers.push({
+      ...(await addBlob(dir, types[compression], blob)),
+      ...(source.annotations === undefined ? {} : { annotations: source.annotations }),
+      diffId,
+      chainId: below === undefined ? diffId : sha256(`${below.chainId} ${diffId}`),
+    });
+  }
+  const config = await addBlob(
+    dir,
+    types.config,
+    json({
+      created: '2024-01-01T00:00:00Z',
+      ...platform,
+      config: options.config ?? { Cmd: ['/bin/sh'], Env: ['PATH=/bin:/usr/bin'] },
+      rootfs: { type: 'layers', diff_ids: layers.map((layer) => layer.diffId) },
+      history: layers.map(() => ({ created: '2024-01-01T00:00:00Z', created_by: 'test' })),
+    }),
+  );
+  const manifest = await addBlob(
+    dir,
+    types.manifest,
+    json({
+      schemaVersion: 2,
+      mediaType: types.manifest,
+      config,
+      layers: layers.map(({ diffId: _diffId, chainId: _chainId, ...descriptor }) => descriptor),
+    }),
+  );
+  const tag = options.tag ?? 'latest';
+  await addToLayout(dir, tag, manifest);
+  return { dir, tag, manifest, config, layers };
+}
+
+/** Adds an image index over images of the same layout under a tag. */
+export async function makeImageIndex(
+  dir: string,
+  tag: string,
+  images: readonly {
+    readonly image: TestImage;
+    readonly platform: { readonly os: string; readonly architecture: string; readonly variant?: string };
+  }[],
+): Promise<TestDescriptor> {
+  const index = await addBlob(
+    dir,
+    TYPES.oci.index,
+    json({
+      schemaVersion: 2,
+      mediaType: TYPES.oci.index,
+      manifests: images.map(({ image, platform }) => ({ ...image.manifest, platform })),
+    }),
+  );
+  await addToLayout(dir, tag, index);
+  return index;
+}
+
+/** Pushes a tag of a layout to a plain-HTTP registry ("127.0.0.1:PORT") and answers the image reference. */
+export async function pushLayout(
+  dir: string,
+  tag: string,
+  registry: string,
+  repository: string,
+  newTag = tag,
+): Promise<string> {
+  const reference = `${registry}/${repository}:${newTag}`;
+  await run(
+    'skopeo',
+    [
+      '--insecure-policy',
+      'copy',
+      '--all',
+      '--quiet',
+      '--preserve-digests',
+      '--dest-tls-verify=false',
+      `oci:${dir}:${tag}`,
+      `docker://${reference}`,
+    ],
+    { timeoutMs: 120_000 },
+  );
+  return reference;
+}
+
+async function tarBytes(source: LayerSource): Promise<Buffer> {
+  if ('tar' in source) return Buffer.from(source.tar);
+  if ('entries' in source) return tarOf(source.entries);
+  const out = await mkdtemp(join(tmpdir(), 'layer-'));
+  try {
+    const file = join(out, 'layer.tar');
+    const args = [
+      '--format=pax',
+      '--sort=name',
+      '--numeric-owner',
+      '--xattrs',
+      '--xattrs-include=*',
+      '-C',
+      source.dir,
+      '-cf',
+      file,
+      '.',
+    ];
+    await run('tar', args, { timeoutMs: 300_000 });
+    return await readFile(file);
+  } finally {
+    await rm(out, { recursive: true, force: true });
+  }
+}
+
+async function compress(tar: Buffer, compression: LayerCompression): Promise<Buffer> {
+  switch (compression) {
+    case 'gzip':
+      return await promisify(gzip)(tar);
+    case 'zstd':
+      return await promisify(zstdCompress)(tar);
+    case 'none':
+      return tar;
+  }
+}
+
+function json(value: unknown): Buffer {
+  return Buffer.from(JSON.stringify(value));
+}
+
+async function addBlob(dir: string, mediaType: string, bytes: Buffer): Promise<TestDescriptor> {
+  const digest = sha256(bytes);
+  await mkdir(join(dir, 'blobs', 'sha256'), { recursive: true });
+  await writeFile(join(dir, 'blobs', 'sha256', digest.slice(7)), bytes);
+  return { mediaType, digest, size: bytes.length };
+}
+
+async function addToLayout(dir: string, tag: string, descriptor: TestDescriptor): Promise<void> {
+  const path = join(dir, 'index.json');
+  const index: { schemaVersion: number; manifests: (TestDescriptor & { annotations: Record<string, string> })[] } =
+    existsSync(path) ? JSON.parse(await readFile(path, 'utf8')) : { schemaVersion: 2, manifests: [] };
+  const name = 'org.opencontainers.image.ref.name';
+  index.manifests = index.manifests.filter((entry) => entry.annotations[name] !== tag);
+  index.manifests.push({ ...descriptor, annotations: { [name]: tag } });
+  await writeFile(path, json(index));
+  await writeFile(join(dir, 'oci-layout'), json({ imageLayoutVersion: '1.0.0' }));
+}
