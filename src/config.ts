@@ -3,7 +3,13 @@
 import { readFileSync } from 'node:fs';
 import { z } from 'zod';
 import { DedupError } from './errors.ts';
-import { DEFAULT_ADDRESS, DEFAULT_CONTAINERD_ADDRESS, DEFAULT_ROOT, DEFAULT_RUN_DIR } from './paths.ts';
+import {
+  DEFAULT_ADDRESS,
+  DEFAULT_CONTAINERD_ADDRESS,
+  DEFAULT_LOG_DIR,
+  DEFAULT_ROOT,
+  DEFAULT_RUN_DIR,
+} from './paths.ts';
 import { KiB, MiB } from './units.ts';
 
 const powerOfTwo = (value: number): boolean => Number.isInteger(Math.log2(value));
@@ -41,6 +47,7 @@ const schema = z.strictObject({
   root: absolute.default(DEFAULT_ROOT).describe('everything the product keeps'),
   address: absolute.default(DEFAULT_ADDRESS).describe('unix socket of the snapshots service'),
   run_dir: absolute.default(DEFAULT_RUN_DIR).describe('sockets between our processes'),
+  log_dir: absolute.default(DEFAULT_LOG_DIR).describe('log of a dedupd that the service started itself'),
   containerd_address: absolute.default(DEFAULT_CONTAINERD_ADDRESS).describe("containerd's own socket"),
   enable_erofs: z.boolean().default(true).describe('serve lazy layers as EROFS; false: ordinary layers only'),
   enable_fscache: z.boolean().default(true).describe('use fscache on-demand where the kernel has it'),
@@ -122,7 +129,8 @@ function describeIssue(issue: z.core.$ZodIssue): string {
     const where = issue.path.length === 0 ? '' : ` in "${issue.path.join('.')}"`;
     return `unknown key ${issue.keys.map((key) => `"${key}"`).join(', ')}${where}`;
   }
-  if (issue.path[0] === 'rwMode') return '"rwMode": only "overlayfs" is offered: other modes need a block device per container';
+  if (issue.path[0] === 'rwMode')
+    return '"rwMode": only "overlayfs" is offered: other modes need a block device per container';
   return `${at}: ${issue.message}`;
 }
 
@@ -160,7 +168,8 @@ export function notYetInEffect(fileValue: unknown): string[] {
   const found: string[] = [];
   for (const [path, feature] of NOT_YET) {
     let value: unknown = fileValue;
-    for (const part of path.split('.')) value = value === null || typeof value !== 'object' ? undefined : (value as Record<string, unknown>)[part];
+    for (const part of path.split('.'))
+      value = value === null || typeof value !== 'object' ? undefined : (value as Record<string, unknown>)[part];
     if (value !== undefined) found.push(`"${path}" is accepted but not yet in effect: it belongs to ${feature}`);
   }
   return found;

@@ -31,12 +31,7 @@ interface CodeInfo {
   readonly doc: string;
 }
 
-function code(
-  grpc: keyof typeof GrpcStatus,
-  errno: CodeInfo['errno'],
-  retryable: boolean,
-  doc: string,
-): CodeInfo {
+function code(grpc: keyof typeof GrpcStatus, errno: CodeInfo['errno'], retryable: boolean, doc: string): CodeInfo {
   return Object.freeze({ grpc: GrpcStatus[grpc], errno, retryable, doc });
 }
 
@@ -57,7 +52,12 @@ export const ERROR_CODES = Object.freeze({
   REGISTRY_NOT_FOUND: code('notFound', 'EIO', false, 'The registry does not have the manifest or blob.'),
   REGISTRY_AUTH: code('unauthenticated', 'EIO', false, 'The registry refused the credentials, or none are known.'),
   REGISTRY_PROTOCOL: code('internal', 'EIO', false, 'The registry answered something that contradicts the protocol.'),
-  DIGEST_MISMATCH: code('dataLoss', 'EIO', false, 'Bytes do not have the digest they are named by. Never retried into success.'),
+  DIGEST_MISMATCH: code(
+    'dataLoss',
+    'EIO',
+    false,
+    'Bytes do not have the digest they are named by. Never retried into success.',
+  ),
   INDEX_INVALID: code('dataLoss', 'EIO', false, 'A layer index is truncated, malformed, or contradicts itself.'),
   LAYER_INVALID: code('dataLoss', 'EIO', false, 'A layer is not a well-formed tar stream or does not decompress.'),
   LAYER_NOT_LAZY: code('failedPrecondition', 'EIO', false, 'The layer cannot be loaded lazily, for the reason given.'),
@@ -87,7 +87,11 @@ export class DedupError extends Error {
   readonly hint: string | undefined;
   readonly details: ErrorDetails;
 
-  constructor(code: ErrorCode, message: string, options: { cause?: unknown; hint?: string; details?: ErrorDetails } = {}) {
+  constructor(
+    code: ErrorCode,
+    message: string,
+    options: { cause?: unknown; hint?: string; details?: ErrorDetails } = {},
+  ) {
     super(message, options.cause === undefined ? undefined : { cause: options.cause });
     this.code = code;
     this.hint = options.hint;

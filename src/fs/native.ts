@@ -209,7 +209,15 @@ function convert(error: unknown): unknown {
   if (!(error instanceof Error) || error instanceof DedupError) return error;
   const failure = error as NativeFailure;
   if (failure.code === undefined) return error;
-  const known = ['LAYER_INVALID', 'STORE_IO', 'STORE_FULL', 'CLOSED', 'INVALID_ARGUMENT', 'INTERNAL', 'KERNEL_UNSUPPORTED'];
+  const known = [
+    'LAYER_INVALID',
+    'STORE_IO',
+    'STORE_FULL',
+    'CLOSED',
+    'INVALID_ARGUMENT',
+    'INTERNAL',
+    'KERNEL_UNSUPPORTED',
+  ];
   const code = known.find((name) => name === failure.code) ?? 'KERNEL';
   return new DedupError(code as 'KERNEL', failure.message, {
     cause: error,

@@ -1,0 +1,6 @@
+// Entry point of `dedupd`: checks the runtime, then starts the data daemon in the foreground.
+import { requireSupportedNode } from './runtime.ts';
+
+requireSupportedNode('dedupd');
+const { runDaemon } = await import('./fs/daemon.ts');
+await runDaemon(process.argv);

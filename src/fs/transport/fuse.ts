@@ -1,0 +1,132 @@
+// The transport that must always work: a FUSE session of our own (native/fuse) whose files are the store, and one
+// direct-I/O loop device per mounted image over its file. Hits are answered natively; misses come here and go to the
+// LazyLoader. Owns the session; must not touch any path below a lazy mount.
+import { closeSync } from 'node:fs';
+import { constants as osConstants } from 'node:os';
+import { DedupError, ERROR_CODES, errorCode } from '../../errors.ts';
+import type { Logger } from '../../log.ts';
+import { type FuseMiss, type FuseSession, native } from '../native.ts';
+import { mountErofs, unmountErofs } from './erofs-mount.ts';
+import type { ByteSource, MountSpec, Transport, TransportCapabilities, TransportStats } from './transport.ts';
+
+/** Threads that read requests. Two keep up with both cores of a small node; more only queue behind them. */
+const READER_THREADS = 2;
+
+/** With the kernel's default of 12, stalled misses of one image held the hits of another (docs/architecture.md). */
+const MAX_BACKGROUND = 512;
+
+export interface StoreView {
+  /** O_RDONLY descriptor of the store file. */
+  readonly fd: number;
+  readonly bytes: number;
+  readonly headBytes: number;
+  readonly tailBytes: number;
+  readonly presence: Uint8Array;
+}
+
+export interface FuseTransportOptions {
+  readonly mountDir: string;
+  readonly store: StoreView;
+  readonly source: ByteSource;
+  readonly log: Logger;
+}
+
+const CAPABILITIES: TransportCapabilities = Object.freeze({
+  name: 'fuse',
+  parallelMisses: true,
+  failsClosed: true,
+  survivesDaemon: false,
+  seesHits: true,
+});
+
+export class FuseTransport implements Transport {
+  readonly capabilities = CAPABILITIES;
+  readonly #source: ByteSource;
+  readonly #log: Logger;
+  #session: FuseSession | undefined;
+
+  private constructor(options: FuseTransportOptions) {
+    this.#source = options.source;
+    this.#log = options.log;
+  }
+
+  /** Opens the session. Errors: KERNEL (no /dev/fuse, not root), KERNEL_UNSUPPORTED (no ASYNC_DIO). */
+  static async start(options: FuseTransportOptions): Promise<FuseTransport> {
+    const transport = new FuseTransport(options);
+    transport.#session = await native().fuseStart({
+      mountDir: options.mountDir,
+      storeFd: options.store.fd,
+      storeBytes: options.store.bytes,
+      headBytes: options.store.headBytes,
+      tailBytes: options.store.tailBytes,
+      presence: options.store.presence,
+      threads: READER_THREADS,
+      maxBackground: MAX_BACKGROUND,
+      onMiss: (misses) => {
+        for (const miss of misses) void transport.#answer(miss);
+      },
+      onEnd: (errno) => {
+        options.log.error({ errno }, 'the FUSE connection was ended from outside; lazy images answer EIO');
+      },
+    });
+    return transport;
+  }
+
+  /** Answers one miss exactly once: with all its bytes or with an errno. Never rejects. */
+  async #answer(miss: FuseMiss): Promise<void> {
+    const session = this.#session;
+    if (session === undefined) return; // close() has answered it
+    let parts: readonly Uint8Array[];
+    try {
+      parts = await this.#source.read({ offset: miss.offset, length: miss.length }, miss.file);
+    } catch (error) {
+      const { errno } = ERROR_CODES[errorCode(error)];
+      this.#log.warn({ err: error, image: miss.file, offset: miss.offset, length: miss.length }, 'a read fails');
+      this.#settle(() => session.replyError(miss.id, osConstants.errno[errno]));
+      return;
+    }
+    this.#settle(() => session.reply(miss.id, parts));
+  }
+
+  #settle(send: () => void): void {
+    try {
+      send();
+    } catch (error) {
+      // A reply that races with close() finds its request answered (EIO) already: that is close()'s promise.
+      if (this.#session === undefined || errorCode(error) === 'CLOSED') return;
+      this.#log.error({ err: error }, 'a reply to the kernel failed');
+    }
+  }
+
+  #open(): FuseSession {
+    if (this.#session === undefined) throw new DedupError('CLOSED', 'the FUSE transport is closed');
+    return this.#session;
+  }
+
+  async mount(spec: MountSpec): Promise<void> {
+    const fd = await this.#open().openFile(spec.imageId);
+    try {
+      await mountErofs(spec, { fd, directIo: true }, this.#log);
+    } finally {
+      closeSync(fd);
+    }
+  }
+
+  async unmount(target: string): Promise<void> {
+    await unmountErofs(target);
+  }
+
+  stats(): TransportStats {
+    return this.#open().stats();
+  }
+
+  async close(): Promise<void> {
+    const session = this.#session;
+    this.#session = undefined;
+    await session?.close();
+  }
+
+  async [Symbol.asyncDispose](): Promise<void> {
+    await this.close();
+  }
+}

@@ -1,0 +1,58 @@
+// How the kernel asks for missing bytes: the interface that every transport implements, and what differs between them
+// as data. Declared for mount-table.ts; implemented by fuse.ts and fuse-native.ts; chosen by select.ts alone.
+import type { ByteRange } from '../../units.ts';
+
+export type TransportName = 'fuse' | 'fuse-native';
+
+/** EROFS layout that a kernel can mount: with a device table (≥ 5.16), or one device that holds all (older). */
+export type ErofsLayoutKind = 'device' | 'flat';
+
+export interface TransportCapabilities {
+  readonly name: TransportName;
+  /** Several misses of one image can be outstanding at once. */
+  readonly parallelMisses: boolean;
+  /** A reader of a mounted image gets EIO, not zeros, when the daemon dies. */
+  readonly failsClosed: boolean;
+  /** A successor process can take the session over. */
+  readonly survivesDaemon: boolean;
+  /** The daemon sees reads of bytes that are present. */
+  readonly seesHits: boolean;
+}
+
+/** What a transport needs to mount one merged image. */
+export interface MountSpec {
+  /** Number of the image, unique per root; also names its view of the store. */
+  readonly imageId: number;
+  /** EROFS metadata file of the image. */
+  readonly metadata: string;
+  readonly layout: ErofsLayoutKind;
+  /** Where the flat layout's metadata lies in the store, bytes; undefined for the device layout. */
+  readonly flatOffset: number | undefined;
+  /** Existing directory to mount on. */
+  readonly target: string;
+}
+
+/** The LazyLoader as a transport sees it. */
+export interface ByteSource {
+  /** Buffers that together are exactly the bytes of `range` of the store, verified. Throws DedupError. */
+  read(range: ByteRange, imageId: number): Promise<readonly Uint8Array[]>;
+}
+
+export interface TransportStats {
+  readonly requests: number;
+  readonly hits: number;
+  readonly misses: number;
+  readonly hitBytes: number;
+  readonly errors: number;
+}
+
+export interface Transport extends AsyncDisposable {
+  readonly capabilities: TransportCapabilities;
+  /** Mounts the image read-only on `spec.target`. Errors: KERNEL, KERNEL_UNSUPPORTED. */
+  mount(spec: MountSpec): Promise<void>;
+  /** Detaches the mount; its devices go with the last user. Idempotent. Errors: KERNEL. */
+  unmount(target: string): Promise<void>;
+  stats(): TransportStats;
+  /** Answers what is outstanding with EIO and ends the session. Idempotent. */
+  close(): Promise<void>;
+}
