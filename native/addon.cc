@@ -1,0 +1,31 @@
+// Entry point of the native addon, loaded by src/fs/native.ts only. Collects what the folders export.
+#include "error.h"
+#include "promise_thread.h"
+#include "registry.h"
+
+namespace dedup {
+
+// Until every folder exists: an undefined weak function is null.
+__attribute__((weak)) void register_fuse(Napi::Env env, Napi::Object exports);
+__attribute__((weak)) void register_inflate(Napi::Env env, Napi::Object exports);
+__attribute__((weak)) void register_store(Napi::Env env, Napi::Object exports);
+
+namespace {
+
+Napi::Object init(Napi::Env env, Napi::Object exports) {
+  AddonState::create(env);
+  register_mount(env, exports);
+  register_loop(env, exports);
+  register_fd(env, exports);
+  register_presence(env, exports);
+  if (register_fuse != nullptr) register_fuse(env, exports);
+  if (register_inflate != nullptr) register_inflate(env, exports);
+  if (register_store != nullptr) register_store(env, exports);
+  return exports;
+}
+
+}  // namespace
+
+NODE_API_MODULE(dedup_native, init)
+
+}  // namespace dedup

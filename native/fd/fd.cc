@@ -1,0 +1,60 @@
+// Small operations on descriptors and memory that Node does not offer: flock(2), aligned buffers, hole punching.
+#include <fcntl.h>
+#include <sys/file.h>
+#include <sys/mman.h>
+
+#include <cerrno>
+
+#include "arguments.h"
+#include "promise_thread.h"
+#include "registry.h"
+
+namespace dedup {
+namespace {
+
+Napi::Value lock_file(const Napi::CallbackInfo& info) {
+  const int fd = to_fd(info[0], "fd");
+  int result;
+  do result = ::flock(fd, LOCK_EX | LOCK_NB);
+  while (result != 0 && errno == EINTR);
+  if (result != 0 && errno != EWOULDBLOCK) throw sys_error(errno, "flock(2) on descriptor " + std::to_string(fd));
+  return Napi::Boolean::New(info.Env(), result == 0);
+}
+
+Napi::Value aligned_buffer(const Napi::CallbackInfo& info) {
+  const std::uint64_t bytes = to_u64(info[0], "bytes");
+  if (bytes > (1ULL << 30)) throw Error("INVALID_ARGUMENT", "an aligned buffer holds at most 1 GiB");
+  if (bytes == 0) return Napi::Buffer<std::uint8_t>::New(info.Env(), 0);
+  // Anonymous pages: aligned and zero.
+  void* base = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (base == MAP_FAILED) throw sys_error(errno, "mmap(2) of " + std::to_string(bytes) + " bytes");
+  return Napi::Buffer<std::uint8_t>::New(info.Env(), static_cast<std::uint8_t*>(base), bytes,
+                                         [bytes](Napi::Env, std::uint8_t* data) { ::munmap(data, bytes); });
+}
+
+Napi::Value punch_hole(const Napi::CallbackInfo& info) {
+  const int fd = to_fd(info[0], "fd");
+  const auto offset = static_cast<off_t>(to_u64(info[1], "offset"));
+  const auto length = static_cast<off_t>(to_u64(info[2], "length"));
+  return run_on_thread(
+      info.Env(),
+      [=] {
+        int result;
+        do result = ::fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length);
+        while (result != 0 && errno == EINTR);
+        if (result != 0)
+          throw sys_error(errno, "fallocate(2) punching " + std::to_string(length) + " bytes at " +
+                                     std::to_string(offset) + " of descriptor " + std::to_string(fd));
+      },
+      to_undefined);
+}
+
+}  // namespace
+
+void register_fd(Napi::Env env, Napi::Object exports) {
+  export_function<lock_file>(env, exports, "flock");
+  export_function<aligned_buffer>(env, exports, "alignedBuffer");
+  export_function<punch_hole>(env, exports, "punchHole");
+}
+
+}  // namespace dedup

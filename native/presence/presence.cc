@@ -1,0 +1,75 @@
+// The presence bitmap as JavaScript sees it: a Uint8Array over shared memory, whose pages appear when touched.
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <cerrno>
+
+#include "arguments.h"
+#include "owned_fd.h"
+#include "presence/bitmap.h"
+#include "registry.h"
+
+namespace dedup {
+namespace {
+
+constexpr std::uint64_t kPage = 4096;
+// 16 TiB: the largest address EROFS' 32-bit block numbers reach.
+constexpr std::uint64_t kMaxStoreBytes = 1ULL << 44;
+
+Napi::Value create(const Napi::CallbackInfo& info) {
+  const std::uint64_t store_bytes = to_u64(info[0], "storeBytes");
+  if (store_bytes == 0 || store_bytes > kMaxStoreBytes || store_bytes % presence::kBlockBytes != 0)
+    throw Error("INVALID_ARGUMENT", "storeBytes must be a multiple of 4096 up to 16 TiB");
+  const std::uint64_t bytes = (store_bytes / presence::kBlockBytes + 7) / 8;
+  const std::uint64_t mapped = (bytes + kPage - 1) / kPage * kPage;
+  OwnedFd memory(::memfd_create("dedup-presence", MFD_CLOEXEC));
+  if (!memory.valid()) throw sys_error(errno, "memfd_create(2) dedup-presence");
+  if (::ftruncate(memory.get(), static_cast<off_t>(mapped)) != 0) throw sys_error(errno, "ftruncate(2) dedup-presence");
+  void* base = ::mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, memory.get(), 0);
+  if (base == MAP_FAILED) throw sys_error(errno, "mmap(2) dedup-presence");
+  auto buffer =
+      Napi::ArrayBuffer::New(info.Env(), base, bytes, [mapped](Napi::Env, void* data) { ::munmap(data, mapped); });
+  return Napi::Uint8Array::New(info.Env(), bytes, buffer, 0);
+}
+
+struct Range {
+  std::uint8_t* bitmap;
+  std::uint64_t first;
+  std::uint64_t count;
+};
+
+Range to_range(const Napi::CallbackInfo& info) {
+  Napi::Uint8Array bitmap = to_bytes(info[0], "presence");
+  const std::uint64_t first = to_u64(info[1], "firstBlock");
+  const std::uint64_t count = to_u64(info[2], "count");
+  const std::uint64_t blocks = static_cast<std::uint64_t>(bitmap.ByteLength()) * 8;
+  if (first > blocks || count > blocks - first) throw Error("INVALID_ARGUMENT", "blocks beyond the end of the store");
+  if (reinterpret_cast<std::uintptr_t>(bitmap.Data()) % kPage != 0)
+    throw Error("INVALID_ARGUMENT", "presence must come from presenceCreate");
+  return {bitmap.Data(), first, count};
+}
+
+Napi::Value set_blocks(const Napi::CallbackInfo& info) {
+  const Range range = to_range(info);
+  if (to_bool(info[3], "value")) {
+    presence::set(range.bitmap, range.first, range.count);
+  } else {
+    presence::clear(range.bitmap, range.first, range.count);
+  }
+  return info.Env().Undefined();
+}
+
+Napi::Value test_blocks(const Napi::CallbackInfo& info) {
+  const Range range = to_range(info);
+  return Napi::Boolean::New(info.Env(), presence::all_set(range.bitmap, range.first, range.count));
+}
+
+}  // namespace
+
+void register_presence(Napi::Env env, Napi::Object exports) {
+  export_function<create>(env, exports, "presenceCreate");
+  export_function<set_blocks>(env, exports, "presenceSet");
+  export_function<test_blocks>(env, exports, "presenceTest");
+}
+
+}  // namespace dedup
