@@ -40,9 +40,18 @@ export interface Repository extends BlobReader {
   hasBlob(blob: Digest, signal: AbortSignal): Promise<boolean>;
   putBlob(digest: Digest, bytes: Uint8Array, signal: AbortSignal): Promise<void>;
   /** Pushes under a tag or digest; true when the registry answered with an `OCI-Subject` header. */
-  putManifest(tagOrDigest: string, mediaType: string, bytes: Uint8Array, signal: AbortSignal): Promise<{ subjectKnown: boolean }>;
+  putManifest(
+    tagOrDigest: string,
+    mediaType: string,
+    bytes: Uint8Array,
+    signal: AbortSignal,
+  ): Promise<{ subjectKnown: boolean }>;
   /** Manifests that name `subject` (referrers API, else the `sha256-<hex>` tag), of one artifact type. */
-  referrers(subject: Digest, artifactType: string, signal: AbortSignal): Promise<{ digest: Digest; size: number; mediaType: string }[]>;
+  referrers(
+    subject: Digest,
+    artifactType: string,
+    signal: AbortSignal,
+  ): Promise<{ digest: Digest; size: number; mediaType: string }[]>;
   /** Requests and bytes received so far, for tables and tests. */
   readonly traffic: { readonly requests: number; readonly bytes: number };
 }

@@ -1,0 +1,52 @@
+// The little this folder must know of manifests: their media type and the descriptors of a list of referrers. What
+// manifests mean for images is decided elsewhere.
+import { z } from 'zod';
+import { type Digest, isDigest } from '../../digest.ts';
+import { DedupError } from '../../errors.ts';
+
+export interface ReferrerDescriptor {
+  digest: Digest;
+  size: number;
+  mediaType: string;
+}
+
+export const OCI_INDEX = 'application/vnd.oci.image.index.v1+json';
+
+const descriptor = z.looseObject({
+  mediaType: z.string(),
+  digest: z.string(),
+  size: z.int().min(0),
+  artifactType: z.string().optional(),
+});
+export type Descriptor = z.infer<typeof descriptor>;
+
+const imageIndex = z.looseObject({ manifests: z.array(descriptor).nullable().default([]) });
+
+/** The descriptors of an image index. Errors: REGISTRY_PROTOCOL when it is not one. */
+export function parseIndex(bytes: Uint8Array, doing: string): Descriptor[] {
+  try {
+    return imageIndex.parse(JSON.parse(Buffer.from(bytes).toString('utf8'))).manifests ?? [];
+  } catch (cause) {
+    throw new DedupError('REGISTRY_PROTOCOL', `${doing}: the answer is not an image index`, { cause });
+  }
+}
+
+/** The descriptors of one artifact type in a list of referrers. */
+export function referrersIn(bytes: Uint8Array, artifactType: string, doing: string): ReferrerDescriptor[] {
+  return parseIndex(bytes, doing).flatMap(({ digest, size, mediaType, artifactType: type }) =>
+    type === artifactType && isDigest(digest) ? [{ digest, size, mediaType }] : [],
+  );
+}
+
+/** The media type of a manifest: what the server says, else what the manifest says of itself. */
+export function mediaTypeOf(contentType: string | undefined, bytes: Uint8Array): string {
+  const said = (contentType ?? '').split(';')[0]?.trim().toLowerCase() ?? '';
+  if (said.startsWith('application/vnd.')) return said;
+  try {
+    const own = (JSON.parse(Buffer.from(bytes).toString('utf8')) as { mediaType?: unknown } | null)?.mediaType;
+    if (typeof own === 'string' && own !== '') return own;
+  } catch {
+    // Not JSON: the caller refuses it when it parses it; here only the name of its type is wanted.
+  }
+  return said;
+}

@@ -1,0 +1,78 @@
+// Makes Repository objects from names and configuration, with every wrapper in place, and keeps them for the process.
+// dedupd owns one RegistryPool; the CLI uses openRepository for a single one.
+import { createHash } from 'node:crypto';
+import { Authorizer } from './auth.ts';
+import { CredentialFiles, type Credentials } from './credentials.ts';
+import { HttpRepository } from './http-blob.ts';
+import { HttpTransport, type TransportOptions } from './http-transport.ts';
+import type { ImageReference } from './reference.ts';
+import type { StreamingRepository } from './verified-stream.ts';
+
+/** A repository by name; an ImageReference is one, too. */
+export type RepositoryName = Pick<ImageReference, 'host' | 'path'>;
+
+export interface RegistryOptions extends TransportOptions {
+  /** Used instead of what files say, for every repository opened with these options. */
+  readonly credentials?: Credentials;
+  /** Docker config.json; Docker's own file (DOCKER_CONFIG or ~/.docker) is read after it. */
+  readonly credentialsFile?: string;
+  /** Servers by host, e.g. {"docker.io": "https://registry-1.docker.io"}. */
+  readonly endpoints?: Readonly<Record<string, string>>;
+}
+
+export class RegistryPool {
+  readonly #options: RegistryOptions;
+  readonly #transport: HttpTransport;
+  readonly #files: CredentialFiles;
+  readonly #repositories = new Map<string, StreamingRepository>();
+
+  constructor(options: RegistryOptions = {}) {
+    this.#options = options;
+    this.#transport = new HttpTransport(options);
+    this.#files = new CredentialFiles(options.credentialsFile, options.env);
+  }
+
+  /** The repository of that name; the same object for the same name and credentials. */
+  repository(name: RepositoryName, credentials?: Credentials): StreamingRepository {
+    const given = credentials ?? this.#options.credentials;
+    const key = `${name.host}/${name.path} ${given === undefined ? '' : hashOf(given)}`;
+    let repository = this.#repositories.get(key);
+    if (repository === undefined) {
+      repository = this.#open(name, given);
+      this.#repositories.set(key, repository);
+    }
+    return repository;
+  }
+
+  /** Ends all connections. Idempotent. */
+  async close(): Promise<void> {
+    this.#repositories.clear();
+    await this.#transport.close();
+  }
+
+  async [Symbol.asyncDispose](): Promise<void> {
+    await this.close();
+  }
+
+  #open(name: RepositoryName, given: Credentials | undefined): StreamingRepository {
+    const find = async () => given ?? (await this.#files.find(name.host, name.path));
+    const endpoint = this.#options.endpoints?.[name.host];
+    return new HttpRepository({
+      host: name.host,
+      path: name.path,
+      transport: this.#transport,
+      authorizer: new Authorizer(this.#transport, name.host, find),
+      ...(endpoint === undefined ? {} : { endpoint }),
+    });
+  }
+}
+
+/** The pool's key for credentials; the secrets themselves stay out of it. */
+function hashOf(credentials: Credentials): string {
+  return createHash('sha256').update(JSON.stringify(credentials)).digest('hex');
+}
+
+/** One repository on connections of its own; idle ones do not keep the process alive. */
+export function openRepository(name: RepositoryName, options: RegistryOptions = {}): StreamingRepository {
+  return new RegistryPool(options).repository(name);
+}

@@ -1,0 +1,177 @@
+// A real docker-registry process on a loopback port with its files in a temporary directory, for tests and benchmarks.
+import { type ChildProcess, execFile, spawn } from 'node:child_process';
+import { createHash } from 'node:crypto';
+import { mkdir, mkdtemp, readFile, rm, writeFile } from 'node:fs/promises';
+import { createServer } from 'node:net';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { promisify } from 'node:util';
+
+const run = promisify(execFile);
+
+export interface RegistryProcessOptions {
+  /** Basic authentication with one user. The file must hold bcrypt hashes; see `htpasswdLine`. */
+  readonly htpasswd?: string;
+  /** Token authentication: the realm and the root certificate that signed the tokens' key. */
+  readonly token?: {
+    readonly realm: string;
+    readonly service: string;
+    readonly issuer: string;
+    readonly rootCertFile: string;
+  };
+  readonly tls?: { readonly certFile: string; readonly keyFile: string };
+  /** Kept by the caller; default: a new temporary directory that `stop` removes. */
+  readonly storageDir?: string;
+  /** Fixed port, to restart at the same address. */
+  readonly port?: number;
+}
+
+/** bcrypt of "secret-word", made once: Node has no bcrypt. */
+export const TEST_USER = 'alice';
+
+export class RegistryProcess {
+  readonly host: string;
+  readonly port: number;
+  readonly storageDir: string;
+  readonly #dir: string;
+  readonly #configFile: string;
+  #child: ChildProcess | undefined;
+  #log = '';
+
+  private constructor(port: number, dir: string, storageDir: string, configFile: string) {
+    this.port = port;
+    this.host = `127.0.0.1:${port}`;
+    this.#dir = dir;
+    this.storageDir = storageDir;
+    this.#configFile = configFile;
+  }
+
+  static async start(options: RegistryProcessOptions = {}): Promise<RegistryProcess> {
+    const dir = await mkdtemp(join(tmpdir(), 'registry-'));
+    const storageDir = options.storageDir ?? join(dir, 'storage');
+    await mkdir(storageDir, { recursive: true });
+    const port = options.port ?? (await freePort());
+    const configFile = join(dir, 'config.json');
+    await writeFile(join(dir, 'htpasswd'), `${options.htpasswd ?? ''}\n`, { mode: 0o600 });
+    // The configuration is YAML, of which JSON is a part.
+    const config = {
+      version: 0.1,
+      log: { level: 'info', formatter: 'text', accesslog: { disabled: false } },
+      storage: {
+        filesystem: { rootdirectory: storageDir },
+        delete: { enabled: true },
+        cache: { blobdescriptor: 'inmemory' },
+      },
+      http: {
+        addr: `127.0.0.1:${port}`,
+        secret: createHash('sha256').update(dir).digest('hex'),
+        ...(options.tls === undefined ? {} : { tls: { certificate: options.tls.certFile, key: options.tls.keyFile } }),
+      },
+      ...(options.htpasswd === undefined ? {} : { auth: { htpasswd: { realm: 'test', path: join(dir, 'htpasswd') } } }),
+      ...(options.token === undefined
+        ? {}
+        : {
+            auth: {
+              token: {
+                realm: options.token.realm,
+                service: options.token.service,
+                issuer: options.token.issuer,
+                rootcertbundle: options.token.rootCertFile,
+              },
+            },
+          }),
+    };
+    await writeFile(configFile, JSON.stringify(config));
+    const registry = new RegistryProcess(port, dir, storageDir, configFile);
+    await registry.launch();
+    return registry;
+  }
+
+  /** Starts the process again after `halt`, on the same port and files. */
+  async launch(): Promise<void> {
+    const child = spawn('docker-registry', ['serve', this.#configFile], { stdio: ['ignore', 'pipe', 'pipe'] });
+    this.#child = child;
+    const failed = new Promise<never>((_, reject) => {
+      child.once('error', (error) => reject(new Error(`docker-registry cannot be started: ${error.message}`)));
+      child.once('exit', (code) => reject(new Error(`docker-registry ended with ${code}: ${this.#log.slice(-2000)}`)));
+    });
+    failed.catch(() => undefined); // it also ends when it is stopped, long after anyone waits for it
+    const listening = new Promise<void>((resolve) => {
+      const onData = (data: Buffer) => {
+        this.#log += data.toString('utf8');
+        if (this.#log.length > 8 << 20) this.#log = this.#log.slice(-(4 << 20));
+        if (this.#log.includes('listening on')) resolve();
+      };
+      child.stdout?.on('data', onData);
+      child.stderr?.on('data', onData);
+    });
+    await Promise.race([listening, failed]);
+  }
+
+  /** Ends the process; files and port stay. */
+  async halt(): Promise<void> {
+    const child = this.#child;
+    this.#child = undefined;
+    if (child === undefined || child.exitCode !== null || child.signalCode !== null) return;
+    const ended = new Promise((resolve) => child.once('exit', resolve));
+    child.kill('SIGKILL');
+    await ended;
+  }
+
+  /** Ends the process and removes its temporary files. */
+  async stop(): Promise<void> {
+    await this.halt();
+    await rm(this.#dir, { recursive: true, force: true });
+  }
+
+  /** Runs the registry's own collector, with the process halted meanwhile: it must not run beside uploads. */
+  async garbageCollect(options: { readonly deleteUntagged: boolean }): Promise<string> {
+    await this.halt();
+    const flags = options.deleteUntagged ? ['--delete-untagged'] : [];
+    const { stdout } = await run('docker-registry', ['garbage-collect', ...flags, this.#configFile], {
+      maxBuffer: 64 << 20,
+    });
+    this.#log = '';
+    await this.launch();
+    return stdout;
+  }
+
+  /** Everything it wrote since its start. */
+  get logs(): string {
+    return this.#log;
+  }
+
+  /** Requests it answered, from its access log, of one method and a path that matches. */
+  requests(method?: string, path?: RegExp): number {
+    return [...this.#log.matchAll(/"([A-Z]+) (\S+) HTTP\/1\.[01]"/g)].filter(
+      ([, requestMethod, requestPath]) =>
+        (method === undefined || requestMethod === method) && (path === undefined || path.test(requestPath ?? '')),
+    ).length;
+  }
+
+  /** Overwrites stored bytes of a blob, as a broken disk would. */
+  async corruptBlob(digest: string, offset: number): Promise<void> {
+    const hex = digest.slice(7);
+    const file = join(this.storageDir, 'docker/registry/v2/blobs/sha256', hex.slice(0, 2), hex, 'data');
+    const bytes = await readFile(file);
+    bytes[offset] = (bytes[offset] ?? 0) ^ 0xff;
+    await writeFile(file, bytes);
+  }
+
+  async [Symbol.asyncDispose](): Promise<void> {
+    await this.stop();
+  }
+}
+
+/** A port that was free a moment ago. */
+export async function freePort(): Promise<number> {
+  const server = createServer();
+  await new Promise<void>((resolve, reject) => {
+    server.once('error', reject);
+    server.listen(0, '127.0.0.1', resolve);
+  });
+  const address = server.address();
+  const port = typeof address === 'object' && address !== null ? address.port : 0;
+  await new Promise((resolve) => server.close(resolve));
+  return port;
+}
