@@ -1,0 +1,91 @@
+// The unix socket that containerd talks to: takes the address, serves the snapshots service on it, gives it back.
+// Called by the composition root.
+import { chmod, mkdir, rm } from 'node:fs/promises';
+import { connect } from 'node:net';
+import { dirname } from 'node:path';
+import { Server, ServerCredentials, type ServiceClientConstructor } from '@grpc/grpc-js';
+import type { Logger } from 'pino';
+import { DedupError, wrapError } from '../errors.ts';
+import { MiB } from '../units.ts';
+import { isErrno } from './errno.ts';
+import { loadProto } from './protocol.ts';
+import { snapshotsService } from './snapshots-service.ts';
+import type { Snapshotter } from './snapshotter.ts';
+
+export interface SnapshotsServerOptions {
+  /** Path of the unix socket. */
+  readonly address: string;
+  readonly snapshotter: Snapshotter;
+  readonly log: Logger;
+}
+
+/** Labels of a pull can be large (DESIGN §9); messages of containerd stay below its own limit of 16 MiB. */
+const MAX_MESSAGE_BYTES = 16 * MiB;
+/** How long calls under way may take when the server is closed. */
+const CLOSE_TIMEOUT_MS = 5000;
+
+/**
+ * Serves until closed. A socket left by a dead server is replaced.
+ * Errors: LOCKED when another server answers on the address; UNAVAILABLE when it cannot be bound.
+ */
+export async function startSnapshotsServer(options: SnapshotsServerOptions): Promise<{ close(): Promise<void> }> {
+  const { address, snapshotter, log } = options;
+  await claim(address);
+  const packages = loadProto('snapshots.proto') as unknown as {
+    containerd: { services: { snapshots: { v1: { Snapshots: ServiceClientConstructor } } } };
+  };
+  const server = new Server({
+    'grpc.max_receive_message_length': MAX_MESSAGE_BYTES,
+    'grpc.max_send_message_length': MAX_MESSAGE_BYTES,
+  });
+  server.addService(packages.containerd.services.snapshots.v1.Snapshots.service, snapshotsService(snapshotter, log));
+  await new Promise<void>((resolve, reject) => {
+    server.bindAsync(`unix:${address}`, ServerCredentials.createInsecure(), (error) => {
+      if (error === null) resolve();
+      else reject(wrapError(error, `listening on ${address}`, 'UNAVAILABLE'));
+    });
+  });
+  await chmod(address, 0o600);
+  log.info({ address }, 'snapshots service is ready');
+  let closing: Promise<void> | undefined;
+  return {
+    close() {
+      closing ??= shutDown(server);
+      return closing;
+    },
+  };
+}
+
+/** Makes the directory and removes a socket nobody listens on. */
+async function claim(address: string): Promise<void> {
+  await mkdir(dirname(address), { recursive: true, mode: 0o711 });
+  const answers = await new Promise<boolean>((resolve, reject) => {
+    const socket = connect(address, () => {
+      socket.destroy();
+      resolve(true);
+    });
+    socket.on('error', (error) => {
+      if (isErrno(error, 'ENOENT') || isErrno(error, 'ECONNREFUSED')) resolve(false);
+      else reject(wrapError(error, `looking at ${address}`, 'UNAVAILABLE'));
+    });
+  });
+  if (answers) {
+    throw new DedupError('LOCKED', `another server answers on ${address}`, {
+      hint: 'stop it, or configure another address',
+    });
+  }
+  await rm(address, { force: true });
+}
+
+function shutDown(server: Server): Promise<void> {
+  return new Promise((resolve) => {
+    const timer = setTimeout(() => {
+      server.forceShutdown();
+      resolve();
+    }, CLOSE_TIMEOUT_MS);
+    server.tryShutdown(() => {
+      clearTimeout(timer);
+      resolve();
+    });
+  });
+}

@@ -1,0 +1,65 @@
+// What the snapshots service needs of the data path: is a layer lazily loadable, and where is the merged image of
+// consecutive lazy layers mounted. Implemented over gRPC by dedupd-client.ts; it never carries image bytes.
+import { DedupError } from '../errors.ts';
+
+/** Identity of a lazy layer: proto/dedupd.proto, LayerKey. `index` and `scope` are "" when not known. */
+export interface LayerKey {
+  readonly digest: string;
+  readonly index: string;
+  readonly scope: string;
+}
+
+/** A place a layer can be read from. */
+export interface Source {
+  readonly host: string;
+  readonly repository: string;
+}
+
+export interface PrepareLayerArgs {
+  readonly layer: LayerKey;
+  /** At least one. */
+  readonly sources: readonly Source[];
+  /** Digest of the image's manifest; "" when not known. */
+  readonly manifest: string;
+  readonly siblings: readonly LayerKey[];
+  /** What may be spent on the network, milliseconds. */
+  readonly budgetMs: number;
+}
+
+export interface PrepareLayerResult {
+  readonly lazy: boolean;
+  /** Why not, for the log. */
+  readonly reason: string;
+  /** As stored, with index and scope filled in. */
+  readonly layer: LayerKey;
+}
+
+export interface ImageMounter {
+  /** Errors: UNAVAILABLE, DEADLINE and those of the registry. A layer that is not lazily loadable is not an error. */
+  prepareLayer(args: PrepareLayerArgs): Promise<PrepareLayerResult>;
+  /**
+   * Mounts the merged image of `layers`, bottom to top; the same layers give the same mount. `bottom`: nothing lies
+   * below, whiteouts are resolved away. Errors: UNAVAILABLE, DEADLINE, IMAGE_INVALID.
+   */
+  mountImage(args: { layers: readonly LayerKey[]; bottom: boolean }): Promise<{ path: string; mountId: number }>;
+  /** Unmounts every merged image but these. */
+  releaseImages(inUse: readonly number[]): Promise<void>;
+  /** Drops every layer but these. */
+  retainLayers(layers: readonly LayerKey[]): Promise<void>;
+  /** Bytes and inodes that the layer stands for. */
+  layerUsage(layer: LayerKey): Promise<{ bytes: number; inodes: number }>;
+}
+
+/** The mounter of a node without dedupd: every layer is ordinary, lazy ones that exist answer UNAVAILABLE. */
+export function noImages(reason: string): ImageMounter {
+  const unavailable = async (): Promise<never> => {
+    throw new DedupError('UNAVAILABLE', `lazily loaded layers are not available: ${reason}`);
+  };
+  return {
+    prepareLayer: async ({ layer }) => ({ lazy: false, reason, layer }),
+    mountImage: unavailable,
+    releaseImages: async () => {},
+    retainLayers: async () => {},
+    layerUsage: unavailable,
+  };
+}

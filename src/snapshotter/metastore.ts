@@ -1,0 +1,378 @@
+// metadata.db: which snapshots exist, what lies below each, what is still to be deleted. The one writer of that file;
+// runs in the metastore's worker thread and is called through metastore-client.ts. Touches no snapshot directory.
+import Database from 'better-sqlite3';
+import { DedupError } from '../errors.ts';
+import type { LayerKey, Source } from './images.ts';
+import { LABEL_SNAPSHOT_REF, type Labels, maskedLabels } from './labels.ts';
+import type { Lower } from './mounts.ts';
+
+export type SnapshotKind = 'active' | 'view' | 'committed';
+
+/** One snapshot. `name` is the key while it is active or a view, the name once committed: one space of names. */
+export interface SnapshotRecord {
+  readonly id: number;
+  readonly name: string;
+  readonly kind: SnapshotKind;
+  readonly parentId: number | undefined;
+  /** "" without a parent. */
+  readonly parent: string;
+  readonly labels: Labels;
+  /** Milliseconds since the epoch. */
+  readonly createdMs: number;
+  readonly updatedMs: number;
+  /** The frozen lower set, top to bottom, of an active snapshot or view. */
+  readonly lowers: readonly Lower[];
+  /** Set for a remote snapshot: its content is a lazy layer. */
+  readonly layer: LayerKey | undefined;
+  /** What was answered to Usage, once it was asked for a committed snapshot. */
+  readonly usage: { readonly bytes: number; readonly inodes: number } | undefined;
+}
+
+export interface NewSnapshot {
+  readonly id: number;
+  readonly name: string;
+  readonly kind: SnapshotKind;
+  readonly parent: string;
+  readonly labels: Labels;
+  readonly lowers: readonly Lower[];
+  readonly layer?: LayerKey | undefined;
+}
+
+interface Row {
+  id: number;
+  name: string;
+  kind: SnapshotKind;
+  parent: number | null;
+  parent_name: string | null;
+  labels: string;
+  created: number;
+  updated: number;
+  lowers: string;
+  layer_digest: string | null;
+  layer_index: string | null;
+  layer_scope: string | null;
+  usage_bytes: number | null;
+  usage_inodes: number | null;
+}
+
+const SCHEMA_VERSION = 1;
+const SCHEMA = `
+CREATE TABLE snapshots (
+  id INTEGER PRIMARY KEY AUTOINCREMENT,
+  name TEXT NOT NULL UNIQUE,
+  kind TEXT NOT NULL CHECK (kind IN ('active', 'view', 'committed')),
+  parent INTEGER REFERENCES snapshots(id),
+  labels TEXT NOT NULL,
+  ref TEXT,
+  created INTEGER NOT NULL,
+  updated INTEGER NOT NULL,
+  lowers TEXT NOT NULL,
+  layer_digest TEXT,
+  layer_index TEXT,
+  layer_scope TEXT,
+  usage_bytes INTEGER,
+  usage_inodes INTEGER
+);
+CREATE INDEX snapshots_parent ON snapshots(parent);
+CREATE INDEX snapshots_ref ON snapshots(ref) WHERE ref IS NOT NULL;
+CREATE TABLE removed (id INTEGER PRIMARY KEY);
+CREATE TABLE sources (
+  digest TEXT NOT NULL,
+  host TEXT NOT NULL,
+  repository TEXT NOT NULL,
+  told INTEGER NOT NULL DEFAULT 0,
+  PRIMARY KEY (digest, host, repository)
+) WITHOUT ROWID;
+`;
+const SELECT = 'SELECT s.*, p.name AS parent_name FROM snapshots s LEFT JOIN snapshots p ON p.id = s.parent';
+
+function record(row: Row): SnapshotRecord {
+  return {
+    id: row.id,
+    name: row.name,
+    kind: row.kind,
+    parentId: row.parent ?? undefined,
+    parent: row.parent_name ?? '',
+    labels: JSON.parse(row.labels) as Labels,
+    createdMs: row.created,
+    updatedMs: row.updated,
+    lowers: JSON.parse(row.lowers) as Lower[],
+    layer:
+      row.layer_digest === null
+        ? undefined
+        : { digest: row.layer_digest, index: row.layer_index ?? '', scope: row.layer_scope ?? '' },
+    usage: row.usage_bytes === null ? undefined : { bytes: row.usage_bytes, inodes: row.usage_inodes ?? 0 },
+  };
+}
+
+/**
+ * Snapshots in SQLite. WAL with synchronous=NORMAL: what was answered survives the death of the process; after a power
+ * cut the last commits may be missing, the file is never torn (docs/decisions/metadata-db.md).
+ */
+export class SqliteMetastore {
+  readonly #db: Database.Database;
+  readonly #statements = new Map<string, Database.Statement>();
+
+  /** Opens or makes the database. Errors: STORE_CORRUPT when it was written by a newer version. */
+  constructor(file: string) {
+    this.#db = new Database(file);
+    this.#db.pragma('journal_mode = WAL');
+    this.#db.pragma('synchronous = NORMAL');
+    this.#db.pragma('foreign_keys = ON');
+    const version = this.#db.pragma('user_version', { simple: true }) as number;
+    if (version > SCHEMA_VERSION) {
+      this.#db.close();
+      throw new DedupError('STORE_CORRUPT', `${file} has schema ${version}; this program knows ${SCHEMA_VERSION}`, {
+        hint: 'run the version that wrote it',
+      });
+    }
+    if (version === 0) {
+      this.#db.transaction(() => {
+        this.#db.exec(SCHEMA);
+        this.#db.pragma(`user_version = ${SCHEMA_VERSION}`);
+      })();
+    }
+  }
+
+  #sql(text: string): Database.Statement {
+    let statement = this.#statements.get(text);
+    if (statement === undefined) {
+      statement = this.#db.prepare(text);
+      this.#statements.set(text, statement);
+    }
+    return statement;
+  }
+
+  #rows(text: string, ...args: unknown[]): SnapshotRecord[] {
+    return (this.#sql(text).all(...args) as Row[]).map(record);
+  }
+
+  /** The highest snapshot number ever given; numbers are not used twice. */
+  lastId(): number {
+    const row = this.#sql("SELECT seq FROM sqlite_sequence WHERE name = 'snapshots'").get() as
+      | { seq: number }
+      | undefined;
+    return row?.seq ?? 0;
+  }
+
+  find(name: string): SnapshotRecord | undefined {
+    return this.#rows(`${SELECT} WHERE s.name = ?`, name)[0];
+  }
+
+  /** As find. Errors: NOT_FOUND. */
+  get(name: string): SnapshotRecord {
+    const found = this.find(name);
+    if (found === undefined) throw new DedupError('NOT_FOUND', `snapshot ${JSON.stringify(name)} does not exist`);
+    return found;
+  }
+
+  /** The committed snapshot that stands for `ref` on top of `parent`; the oldest if two namespaces committed one each. */
+  findByRef(ref: string, parent: string): SnapshotRecord | undefined {
+    return this.#rows(
+      `${SELECT} WHERE s.ref = ? AND s.kind = 'committed' AND ifnull(p.name, '') = ? ORDER BY s.id LIMIT 1`,
+      ref,
+      parent,
+    )[0];
+  }
+
+  /** The committed snapshots from `name` down to the base. Errors: NOT_FOUND; INVALID_ARGUMENT when not committed. */
+  chain(name: string): SnapshotRecord[] {
+    if (name === '') return [];
+    const result: SnapshotRecord[] = [this.#committedParent(name)];
+    for (let below = result[0]?.parentId; below !== undefined; below = result.at(-1)?.parentId) {
+      result.push(...this.#rows(`${SELECT} WHERE s.id = ?`, below));
+    }
+    return result;
+  }
+
+  #committedParent(name: string): SnapshotRecord {
+    const parent = this.find(name);
+    if (parent === undefined) {
+      throw new DedupError('NOT_FOUND', `parent snapshot ${JSON.stringify(name)} does not exist`);
+    }
+    if (parent.kind !== 'committed') {
+      throw new DedupError(
+        'INVALID_ARGUMENT',
+        `parent snapshot ${JSON.stringify(name)} is ${parent.kind}, not committed`,
+      );
+    }
+    return parent;
+  }
+
+  /**
+   * Adds a snapshot. A remote one (`layer`) is refused when its (ref, parent) exists.
+   * Errors: ALREADY_EXISTS, NOT_FOUND and INVALID_ARGUMENT for the parent.
+   */
+  insert(snapshot: NewSnapshot): SnapshotRecord {
+    return this.#db.transaction(() => {
+      const parent = snapshot.parent === '' ? undefined : this.#committedParent(snapshot.parent);
+      const ref = snapshot.labels[LABEL_SNAPSHOT_REF];
+      const taken =
+        this.find(snapshot.name) !== undefined ||
+        (snapshot.layer !== undefined && ref !== undefined && this.findByRef(ref, snapshot.parent) !== undefined);
+      if (taken) throw new DedupError('ALREADY_EXISTS', `snapshot ${JSON.stringify(snapshot.name)} exists`);
+      const now = Date.now();
+      this.#sql(
+        `INSERT INTO snapshots (id, name, kind, parent, labels, ref, created, updated, lowers, layer_digest, layer_index, layer_scope)
+         VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
+      ).run(
+        snapshot.id,
+        snapshot.name,
+        snapshot.kind,
+        parent?.id ?? null,
+        JSON.stringify(snapshot.labels),
+        ref ?? null,
+        now,
+        now,
+        JSON.stringify(snapshot.lowers),
+        snapshot.layer?.digest ?? null,
+        snapshot.layer?.index ?? null,
+        snapshot.layer?.scope ?? null,
+      );
+      return this.get(snapshot.name);
+    })();
+  }
+
+  /**
+   * Turns an active snapshot into a committed one. Its labels become those given; `containerd.io/snapshot.ref` stays.
+   * Errors: NOT_FOUND, FAILED_PRECONDITION when not active, ALREADY_EXISTS for the name.
+   */
+  commit(key: string, name: string, labels: Labels): SnapshotRecord {
+    return this.#db.transaction(() => {
+      const active = this.get(key);
+      if (active.kind !== 'active') {
+        throw new DedupError('FAILED_PRECONDITION', `snapshot ${JSON.stringify(key)} is ${active.kind}, not active`, {
+          hint: 'only active snapshots can be committed',
+        });
+      }
+      if (this.find(name) !== undefined) {
+        throw new DedupError('ALREADY_EXISTS', `snapshot ${JSON.stringify(name)} exists`);
+      }
+      const ref = labels[LABEL_SNAPSHOT_REF] ?? active.labels[LABEL_SNAPSHOT_REF];
+      const kept = ref === undefined ? labels : { ...labels, [LABEL_SNAPSHOT_REF]: ref };
+      this.#sql(
+        "UPDATE snapshots SET name = ?, kind = 'committed', labels = ?, ref = ?, updated = ?, lowers = '[]' WHERE id = ?",
+      ).run(name, JSON.stringify(kept), ref ?? null, Date.now(), active.id);
+      return this.get(name);
+    })();
+  }
+
+  /** Forgets a snapshot; its directory is remembered for Cleanup. Errors: NOT_FOUND, FAILED_PRECONDITION with children. */
+  remove(name: string): SnapshotRecord {
+    return this.#db.transaction(() => {
+      const found = this.get(name);
+      const child = this.#sql('SELECT name FROM snapshots WHERE parent = ? LIMIT 1').get(found.id) as Row | undefined;
+      if (child !== undefined) {
+        throw new DedupError('FAILED_PRECONDITION', `snapshot ${JSON.stringify(name)} has children`, {
+          hint: `remove ${JSON.stringify(child.name)} first`,
+        });
+      }
+      this.#sql('DELETE FROM snapshots WHERE id = ?').run(found.id);
+      this.#sql('INSERT OR IGNORE INTO removed (id) VALUES (?)').run(found.id);
+      if (found.layer !== undefined) {
+        this.#sql(
+          'DELETE FROM sources WHERE digest = ? AND NOT EXISTS (SELECT 1 FROM snapshots WHERE layer_digest = sources.digest)',
+        ).run(found.layer.digest);
+      }
+      return found;
+    })();
+  }
+
+  /**
+   * Changes labels as `maskedLabels` says. The ref of a remote snapshot stays: it is how containerd finds it.
+   * Errors: NOT_FOUND, INVALID_ARGUMENT for a field that cannot be changed.
+   */
+  update(name: string, given: Labels, fields: readonly string[]): SnapshotRecord {
+    return this.#db.transaction(() => {
+      const found = this.get(name);
+      const labels = maskedLabels(found.labels, given, fields);
+      const ref = labels[LABEL_SNAPSHOT_REF] ?? (found.layer && found.labels[LABEL_SNAPSHOT_REF]);
+      const kept = ref === undefined ? labels : { ...labels, [LABEL_SNAPSHOT_REF]: ref };
+      this.#sql('UPDATE snapshots SET labels = ?, ref = ?, updated = ? WHERE id = ?').run(
+        JSON.stringify(kept),
+        ref ?? null,
+        // Strictly later than before, also within one millisecond.
+        Math.max(Date.now(), found.updatedMs + 1),
+        found.id,
+      );
+      return this.get(name);
+    })();
+  }
+
+  /** At most `limit` snapshots with a number above `afterId`, ascending. */
+  list(afterId: number, limit: number): SnapshotRecord[] {
+    return this.#rows(`${SELECT} WHERE s.id > ? ORDER BY s.id LIMIT ?`, afterId, limit);
+  }
+
+  /** Remembers what was answered to Usage; the first answer stays. */
+  setUsage(id: number, bytes: number, inodes: number): SnapshotRecord['usage'] {
+    this.#sql('UPDATE snapshots SET usage_bytes = ?, usage_inodes = ? WHERE id = ? AND usage_bytes IS NULL').run(
+      bytes,
+      inodes,
+      id,
+    );
+    return this.#rows(`${SELECT} WHERE s.id = ?`, id)[0]?.usage;
+  }
+
+  setLowers(id: number, lowers: readonly Lower[]): void {
+    this.#sql('UPDATE snapshots SET lowers = ? WHERE id = ?').run(JSON.stringify(lowers), id);
+  }
+
+  /** Everything that keeps a merged image mounted, and every lazy layer. */
+  inUse(): { mountIds: number[]; layers: LayerKey[] } {
+    const mountIds = new Set<number>();
+    for (const { lowers } of this.#sql("SELECT lowers FROM snapshots WHERE lowers <> '[]'").all() as Row[]) {
+      for (const lower of JSON.parse(lowers) as Lower[]) if (lower.kind === 'lazy') mountIds.add(lower.mountId);
+    }
+    const layers = this.#sql(
+      `SELECT DISTINCT layer_digest AS digest, layer_index AS 'index', layer_scope AS scope
+       FROM snapshots WHERE layer_digest IS NOT NULL`,
+    ).all() as LayerKey[];
+    return { mountIds: [...mountIds], layers };
+  }
+
+  ids(): number[] {
+    return this.#sql('SELECT id FROM snapshots').pluck().all() as number[];
+  }
+
+  removedIds(): number[] {
+    return this.#sql('SELECT id FROM removed').pluck().all() as number[];
+  }
+
+  /** Remembers a directory that belongs to no snapshot. */
+  markRemoved(id: number): void {
+    this.#sql('INSERT OR IGNORE INTO removed (id) VALUES (?)').run(id);
+  }
+
+  forgetRemoved(id: number): void {
+    this.#sql('DELETE FROM removed WHERE id = ?').run(id);
+  }
+
+  /** Adds a place the layer was prepared from. */
+  addSource(digest: string, source: Source, told: boolean): void {
+    this.#sql(
+      `INSERT INTO sources (digest, host, repository, told) VALUES (?, ?, ?, ?)
+       ON CONFLICT DO UPDATE SET told = max(told, excluded.told)`,
+    ).run(digest, source.host, source.repository, told ? 1 : 0);
+  }
+
+  sources(digest: string): Source[] {
+    return this.#sql('SELECT host, repository FROM sources WHERE digest = ?').all(digest) as Source[];
+  }
+
+  /** Sources that dedupd has not heard of yet. */
+  untoldSources(): { layer: LayerKey; source: Source }[] {
+    const rows = this.#sql(
+      `SELECT DISTINCT s.layer_digest AS digest, s.layer_index AS 'index', s.layer_scope AS scope, host, repository
+       FROM sources JOIN snapshots s ON s.layer_digest = sources.digest WHERE told = 0`,
+    ).all() as (LayerKey & Source)[];
+    return rows.map(({ digest, index, scope, host, repository }) => ({
+      layer: { digest, index, scope },
+      source: { host, repository },
+    }));
+  }
+
+  close(): void {
+    this.#db.close();
+  }
+}

@@ -1,0 +1,30 @@
+// Finds and loads the .proto files for gRPC servers and clients of this process.
+import { existsSync } from 'node:fs';
+import { dirname, join } from 'node:path';
+import { fileURLToPath } from 'node:url';
+import { type GrpcObject, loadPackageDefinition } from '@grpc/grpc-js';
+import { loadSync } from '@grpc/proto-loader';
+import { DedupError } from '../errors.ts';
+
+function locate(name: string): string {
+  for (let directory = dirname(fileURLToPath(import.meta.url)); ; directory = dirname(directory)) {
+    const file = join(directory, 'proto', name);
+    if (existsSync(file)) return file;
+    if (directory === dirname(directory))
+      throw new DedupError('INTERNAL', `proto/${name} is missing beside the program`);
+  }
+}
+
+/** The services of `proto/<name>`. Names of fields stay as written, int64 become numbers, enums numbers. */
+export function loadProto(name: string): GrpcObject {
+  return loadPackageDefinition(
+    loadSync(locate(name), {
+      keepCase: true,
+      longs: Number,
+      enums: Number,
+      defaults: true,
+      arrays: true,
+      objects: true,
+    }),
+  );
+}

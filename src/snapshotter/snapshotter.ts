@@ -1,0 +1,337 @@
+// The state machine behind containerd's snapshots service: which snapshot may become what, what lies below it, and
+// which mounts show it. Called by snapshots-service.ts; carries no image bytes and deletes nothing outside Cleanup.
+import { chmod, lchown, lstat, mkdir } from 'node:fs/promises';
+import type { Logger } from 'pino';
+import { DedupError, wrapError } from '../errors.ts';
+import type { RootPaths } from '../paths.ts';
+import { Cleaner } from './cleanup.ts';
+import { deleteTree, diskUsage } from './disk-tree.ts';
+import { parseFilters } from './filters.ts';
+import { Gate } from './gate.ts';
+import type { ImageMounter, LayerKey, Source } from './images.ts';
+import { writeInfoFile } from './info-file.ts';
+import { type Labels, type LayerLabels, layerLabels, remoteName } from './labels.ts';
+import type { NewSnapshot, SnapshotKind, SnapshotRecord } from './metastore.ts';
+import type { Metastore } from './metastore-client.ts';
+import { type Lower, type Mount, mountsOf, overlayOptions, segments } from './mounts.ts';
+import { RemoteLayers } from './remote-layers.ts';
+import { restore } from './restore.ts';
+
+export interface SnapshotterOptions {
+  readonly paths: RootPaths;
+  readonly metastore: Metastore;
+  readonly images: ImageMounter;
+  /** Where an image reference points. Errors: INVALID_REFERENCE. */
+  readonly sourceOf: (reference: string) => Source;
+  readonly log: Logger;
+  /** What Prepare may spend on the network, milliseconds; it holds containerd's lock meanwhile. */
+  readonly networkBudgetMs?: number;
+  /** How long after a Remove its directory is deleted when nobody calls Cleanup, milliseconds. */
+  readonly cleanupDelayMs?: number;
+}
+
+const NETWORK_BUDGET_MS = 2000;
+const CLEANUP_DELAY_MS = 30_000;
+/** Snapshots in one message of List; containerd's own server uses the same. */
+const LIST_BLOCK = 100;
+
+export class Snapshotter {
+  readonly #options: SnapshotterOptions;
+  readonly #metastore: Metastore;
+  readonly #paths: RootPaths;
+  readonly #log: Logger;
+  readonly #gate = new Gate();
+  readonly #cleaner: Cleaner;
+  readonly #remote: RemoteLayers;
+  readonly #background = new Set<Promise<void>>();
+  #overlay: string[] | undefined;
+  #lastId = 0;
+  #cleanupTimer: NodeJS.Timeout | undefined;
+  #closed = false;
+
+  constructor(options: SnapshotterOptions) {
+    const { paths, metastore, images, sourceOf, log } = options;
+    this.#options = options;
+    this.#metastore = metastore;
+    this.#paths = paths;
+    this.#log = log;
+    this.#cleaner = new Cleaner({ paths, metastore, images, gate: this.#gate, log });
+    const budgetMs = options.networkBudgetMs ?? NETWORK_BUDGET_MS;
+    this.#remote = new RemoteLayers({ metastore, images, sourceOf, budgetMs, log });
+  }
+
+  /** Reconciles directories with the database; call once, before serving. Errors: STORE_IO. */
+  async start(): Promise<void> {
+    this.#lastId = await restore(this.#paths, this.#metastore, this.#log);
+    if ((await this.#metastore.removedIds()).length > 0) this.#scheduleCleanup();
+  }
+
+  /**
+   * A writable snapshot on top of `parent` ("" for none). With a `containerd.io/snapshot.ref` label whose layer can be
+   * loaded lazily there is nothing to write: it is committed at once and the answer is ALREADY_EXISTS.
+   * Errors: ALREADY_EXISTS, NOT_FOUND or INVALID_ARGUMENT for the parent, UNAVAILABLE when a lazy parent cannot be mounted.
+   */
+  async prepare(key: string, parent: string, labels: Labels): Promise<Mount[]> {
+    requireName(key, 'key');
+    return this.#gate.shared(async () => {
+      await this.#refuseExisting(key);
+      const chain = await this.#metastore.chain(parent);
+      const wanted = layerLabels(labels);
+      if (wanted !== undefined) await this.#prepareRemote(key, parent, labels, wanted);
+      return this.#create({ name: key, kind: 'active', parent, labels }, chain);
+    });
+  }
+
+  /** A read-only snapshot of `parent`. Errors as prepare. */
+  async view(key: string, parent: string, labels: Labels): Promise<Mount[]> {
+    requireName(key, 'key');
+    return this.#gate.shared(async () => {
+      await this.#refuseExisting(key);
+      return this.#create({ name: key, kind: 'view', parent, labels }, await this.#metastore.chain(parent));
+    });
+  }
+
+  /**
+   * The mounts of an active snapshot or view: the same lower set as when it was made. Lazy lowers that are not mounted
+   * any more (after a reboot) are mounted again. Errors: NOT_FOUND, FAILED_PRECONDITION when committed, UNAVAILABLE.
+   */
+  async mounts(key: string): Promise<Mount[]> {
+    return this.#gate.shared(async () => {
+      const snapshot = await this.#metastore.get(key);
+      const { id, kind } = snapshot;
+      if (kind === 'committed') {
+        throw new DedupError('FAILED_PRECONDITION', `snapshot ${JSON.stringify(key)} is committed and has no mounts`, {
+          hint: 'make a view of it',
+        });
+      }
+      const lowers = await this.#mountAgain(snapshot);
+      return mountsOf({ id, kind }, lowers, this.#paths, this.#overlayOptions());
+    });
+  }
+
+  /**
+   * Makes an active snapshot a committed one called `name`. `parent` may only be the one it has.
+   * Errors: NOT_FOUND, ALREADY_EXISTS, FAILED_PRECONDITION. No file is touched before it is answered: containerd waits
+   * inside a transaction of its own.
+   */
+  async commit(name: string, key: string, labels: Labels, parent = ''): Promise<void> {
+    requireName(name, 'name');
+    requireName(key, 'key');
+    if (parent !== '' && (await this.#metastore.get(key)).parent !== parent) {
+      throw new DedupError('UNIMPLEMENTED', `snapshot ${JSON.stringify(key)} cannot be moved to another parent`);
+    }
+    const committed = await this.#metastore.commit(key, name, labels);
+    this.#inBackground(() => writeInfoFile(this.#paths, committed), 'describing a committed snapshot');
+  }
+
+  /** Forgets a snapshot; its files go in Cleanup. Errors: NOT_FOUND, FAILED_PRECONDITION with children. */
+  async remove(key: string): Promise<void> {
+    await this.#metastore.remove(key);
+    this.#scheduleCleanup();
+  }
+
+  /** Errors: NOT_FOUND. */
+  stat(key: string): Promise<SnapshotRecord> {
+    return this.#metastore.get(key);
+  }
+
+  /** Changes labels by field mask (labels.ts, maskedLabels). Errors: NOT_FOUND, INVALID_ARGUMENT. */
+  async update(name: string, labels: Labels, fields: readonly string[]): Promise<SnapshotRecord> {
+    const updated = await this.#metastore.update(name, labels, fields);
+    this.#inBackground(() => writeInfoFile(this.#paths, updated), 'describing an updated snapshot');
+    return updated;
+  }
+
+  /** Blocks of snapshots that pass the filters; nothing is locked between blocks. Errors: INVALID_ARGUMENT. */
+  async *list(filters: readonly string[]): AsyncGenerator<SnapshotRecord[]> {
+    const matches = parseFilters(filters);
+    let pending: SnapshotRecord[] = [];
+    for (let after = 0; ; ) {
+      const block = await this.#metastore.list(after, LIST_BLOCK);
+      const last = block.at(-1);
+      if (last === undefined) break;
+      after = last.id;
+      pending.push(...block.filter(matches));
+      if (pending.length < LIST_BLOCK) continue;
+      yield pending.slice(0, LIST_BLOCK);
+      pending = pending.slice(LIST_BLOCK);
+    }
+    if (pending.length > 0) yield pending;
+  }
+
+  /**
+   * Bytes and inodes of one snapshot without what lies below it. Of an active one what its upper directory takes now;
+   * of a committed one a constant: containerd asks once and keeps the answer. Errors: NOT_FOUND, UNAVAILABLE.
+   */
+  async usage(key: string): Promise<{ bytes: number; inodes: number }> {
+    const snapshot = await this.#metastore.get(key);
+    if (snapshot.usage !== undefined) return snapshot.usage;
+    const usage =
+      snapshot.layer === undefined
+        ? await diskUsage(this.#paths.snapshotFs(snapshot.id))
+        : await this.#options.images.layerUsage(snapshot.layer);
+    if (snapshot.kind !== 'committed') return usage;
+    return (await this.#metastore.setUsage(snapshot.id, usage.bytes, usage.inodes)) ?? usage;
+  }
+
+  /** Deletes what removed snapshots left and lets dedupd release what nobody uses. Errors: STORE_IO. */
+  cleanup(): Promise<void> {
+    clearTimeout(this.#cleanupTimer);
+    this.#cleanupTimer = undefined;
+    return this.#cleaner.run();
+  }
+
+  /** Waits for what is under way. Closes neither the metastore nor the mounter. Idempotent. */
+  async close(): Promise<void> {
+    this.#closed = true;
+    clearTimeout(this.#cleanupTimer);
+    while (this.#background.size > 0) await Promise.all(this.#background);
+  }
+
+  async #refuseExisting(key: string): Promise<void> {
+    if ((await this.#metastore.find(key)) === undefined) return;
+    throw new DedupError('ALREADY_EXISTS', `snapshot ${JSON.stringify(key)} exists`);
+  }
+
+  /** Throws ALREADY_EXISTS when there is, or can be, a committed snapshot for (ref, parent); else returns. */
+  async #prepareRemote(key: string, parent: string, labels: Labels, wanted: LayerLabels): Promise<void> {
+    const { ref } = wanted;
+    const existing = await this.#metastore.findByRef(ref, parent);
+    if (existing !== undefined) {
+      const { layer } = existing;
+      if (layer !== undefined) {
+        const source = await this.#remote.keepSource(wanted, layer);
+        if (source !== undefined) this.#inBackground(() => this.#remote.tell(layer, source), 'telling a source');
+      }
+      throw alreadyThere(ref);
+    }
+    const layer = await this.#remote.tryPrepare(wanted);
+    if (layer === undefined) return;
+    await this.#commitRemote(key, parent, labels, ref, layer);
+    throw alreadyThere(ref);
+  }
+
+  async #commitRemote(key: string, parent: string, labels: Labels, ref: string, layer: LayerKey): Promise<void> {
+    const id = ++this.#lastId;
+    const wanted = remoteName(key, ref);
+    const name = (await this.#metastore.find(wanted)) === undefined ? wanted : `${wanted}#${id}`;
+    const snapshot: NewSnapshot = { id, name, kind: 'committed', parent, labels, lowers: [], layer };
+    await this.#insert(snapshot, () => this.#makeDirectories(snapshot, undefined));
+    this.#log.info(
+      { layer: layer.digest, name, id },
+      'layer committed as a remote snapshot, its content is loaded lazily',
+    );
+  }
+
+  async #create(wanted: Omit<NewSnapshot, 'id' | 'lowers'>, chain: readonly SnapshotRecord[]): Promise<Mount[]> {
+    const kind = wanted.kind === 'view' ? 'view' : 'active';
+    const id = ++this.#lastId;
+    const lowers: Lower[] = [];
+    for (const segment of segments(chain)) {
+      lowers.push(
+        segment.kind === 'normal' ? segment : { ...segment, ...(await this.#options.images.mountImage(segment)) },
+      );
+    }
+    const snapshot = { ...wanted, id, lowers };
+    await this.#insert(snapshot, () => this.#makeDirectories(snapshot, chain[0]));
+    return mountsOf({ id, kind }, lowers, this.#paths, this.#overlayOptions());
+  }
+
+  /** Makes the directory, then the record; a record never stands without its directory. */
+  async #insert(snapshot: NewSnapshot, makeDirectories: () => Promise<void>): Promise<void> {
+    try {
+      await makeDirectories();
+      await this.#metastore.insert(snapshot);
+    } catch (error) {
+      await deleteTree(this.#paths.snapshot(snapshot.id)).catch((cause: unknown) => {
+        // The next start finds it without a record and deletes it.
+        this.#log.warn({ err: cause, id: snapshot.id }, 'a half-made snapshot is left until the next start');
+      });
+      throw error instanceof DedupError ? error : wrapError(error, 'making a snapshot directory', 'STORE_IO');
+    }
+  }
+
+  async #makeDirectories(snapshot: NewSnapshot, parent: SnapshotRecord | undefined): Promise<void> {
+    const { id, kind } = snapshot;
+    await mkdir(this.#paths.snapshot(id), { mode: 0o700 });
+    if (kind === 'active') {
+      await mkdir(this.#paths.snapshotWork(id), { mode: 0o711 });
+    }
+    if (kind === 'active' || (kind === 'view' && parent === undefined)) {
+      const fs = this.#paths.snapshotFs(id);
+      await mkdir(fs);
+      // The upper directory's attributes are those of the mounted root: independent of our umask, owner as below.
+      await chmod(fs, 0o755);
+      await this.#copyOwner(fs, parent);
+    }
+    await writeInfoFile(this.#paths, snapshot);
+  }
+
+  async #copyOwner(fs: string, parent: SnapshotRecord | undefined): Promise<void> {
+    // A lazy parent is not looked at: this process touches no path below a lazy mount.
+    if (parent === undefined || parent.layer !== undefined) return;
+    const { uid, gid } = await lstat(this.#paths.snapshotFs(parent.id));
+    if (uid !== process.geteuid?.() || gid !== process.getegid?.()) await lchown(fs, uid, gid);
+  }
+
+  async #mountAgain(snapshot: SnapshotRecord): Promise<readonly Lower[]> {
+    const lowers: Lower[] = [];
+    let moved = false;
+    for (const lower of snapshot.lowers) {
+      if (lower.kind === 'normal') {
+        lowers.push(lower);
+        continue;
+      }
+      const { path, mountId } = await this.#options.images.mountImage({ layers: lower.layers, bottom: lower.bottom });
+      if (path !== lower.path || mountId !== lower.mountId) {
+        moved = true;
+        this.#log.warn(
+          { id: snapshot.id, was: lower.path, path },
+          'a merged image has moved below an existing snapshot',
+        );
+      }
+      lowers.push({ ...lower, path, mountId });
+    }
+    if (moved) await this.#metastore.setLowers(snapshot.id, lowers);
+    return lowers;
+  }
+
+  #overlayOptions(): string[] {
+    this.#overlay ??= overlayOptions();
+    return this.#overlay;
+  }
+
+  #inBackground(work: () => Promise<void>, doing: string): void {
+    const task = work().catch((error: unknown) => {
+      // The answer has been given; what is missing is written or told again later.
+      this.#log.warn({ err: error }, `${doing} failed`);
+    });
+    this.#background.add(task);
+    // `task` never rejects, so neither does this.
+    void task.finally(() => this.#background.delete(task));
+  }
+
+  #scheduleCleanup(): void {
+    if (this.#closed || this.#cleanupTimer !== undefined) return;
+    this.#cleanupTimer = setTimeout(() => {
+      this.#cleanupTimer = undefined;
+      this.#inBackground(() => this.#cleaner.run(), 'cleaning up');
+    }, this.#options.cleanupDelayMs ?? CLEANUP_DELAY_MS);
+    this.#cleanupTimer.unref();
+  }
+}
+
+/** The moves of the state machine are Prepare → active, View → view, Commit: active → committed, Remove: any → gone. */
+export const MOVES: Readonly<Record<SnapshotKind, readonly ('commit' | 'remove' | 'mounts')[]>> = Object.freeze({
+  active: ['commit', 'remove', 'mounts'],
+  view: ['remove', 'mounts'],
+  committed: ['remove'],
+});
+
+function requireName(name: string, what: string): void {
+  if (name === '') throw new DedupError('INVALID_ARGUMENT', `a snapshot's ${what} must not be empty`);
+}
+
+function alreadyThere(ref: string): DedupError {
+  return new DedupError('ALREADY_EXISTS', `a snapshot for ${ref} exists`);
+}
