@@ -1,0 +1,236 @@
+// Gives the chunks of a new layer their addresses, inside the writer's transaction: known chunks keep theirs, new ones
+// follow upwards in layer order, so that neighbours in the tar are neighbours in the store.
+import type Database from 'better-sqlite3';
+import { DedupError } from '../../errors.ts';
+import { BLOCK_BYTES } from '../../units.ts';
+import type { AddedLayer, NewLayer } from './index-protocol.ts';
+import { STORE_TAIL_BYTES } from './store-layout.ts';
+
+const blocksOf = (bytes: number): number => Math.ceil(bytes / BLOCK_BYTES);
+
+/**
+ * Inserts the layer, or returns the existing one with the same name. `nextAddress` is where new chunks go.
+ * Errors: STORE_FULL when the address space ends, INDEX_INVALID when a chunk contradicts a known one.
+ */
+export function addLayer(
+  db: Database.Database,
+  layer: NewLayer,
+  nextAddress: number,
+  storeBytes: number,
+  nowSeconds: number,
+): AddedLayer {
+  const scope = scopeId(db, layer.scope);
+  const contiguous = layer.files === undefined ? 0 : 1;
+  const known = db
+    .prepare(
+      'SELECT id, chunk_count FROM layers WHERE digest = ? AND index_digest = ? AND scope = ? AND contiguous = ?',
+    )
+    .raw()
+    .get(layer.digest, layer.indexDigest, scope, contiguous) as [number, number] | undefined;
+  const count = layer.lengths.length;
+  if (known !== undefined) {
+    const [layerId, chunkCount] = known;
+    if (chunkCount !== count)
+      throw new DedupError('STORE_CORRUPT', `layer ${layer.digest} is stored with ${chunkCount} chunks, not ${count}`);
+    insertSources(db, layerId, layer);
+    const addresses = new Float64Array(count);
+    const rows = db
+      .prepare('SELECT seq, ifnull(placement, chunk_id) FROM layer_chunks WHERE layer_id = ?')
+      .raw()
+      .iterate(layerId);
+    for (const [seq, block] of rows as IterableIterator<[number, number]>) addresses[seq] = block * BLOCK_BYTES;
+    return { layerId, addresses, newChunks: 0, existed: true, nextAddress };
+  }
+  const layerId = Number(
+    db
+      .prepare(
+        `INSERT INTO layers (scope, digest, size, diff_id, index_digest, restart_digest, restart_size, chunk_count, contiguous, reference, trust, added_at)
+         VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
+      )
+      .run(
+        scope,
+        layer.digest,
+        layer.size,
+        layer.diffId,
+        layer.indexDigest,
+        layer.restartDigest,
+        layer.restartSize,
+        count,
+        contiguous,
+        layer.reference,
+        layer.trust,
+        nowSeconds,
+      ).lastInsertRowid,
+  );
+  insertSources(db, layerId, layer);
+  const placer = new Placer(db, layer, layerId, scope, nextAddress, storeBytes - STORE_TAIL_BYTES, nowSeconds);
+  if (layer.files === undefined) {
+    for (let seq = 0; seq < count; seq++) if (layer.zero[seq] === 0) placer.place(seq);
+  } else {
+    for (let i = 0; i + 1 < layer.files.length; i += 2) placer.placeFile(layer.files[i]!, layer.files[i + 1]!);
+  }
+  return {
+    layerId,
+    addresses: placer.addresses,
+    newChunks: placer.newChunks,
+    existed: false,
+    nextAddress: placer.next,
+  };
+}
+
+function scopeId(db: Database.Database, name: string): number {
+  const id = db.prepare('SELECT id FROM scopes WHERE name = ?').pluck().get(name) as number | undefined;
+  return id ?? Number(db.prepare('INSERT INTO scopes (name) VALUES (?)').run(name).lastInsertRowid);
+}
+
+function insertSources(db: Database.Database, layerId: number, layer: NewLayer): void {
+  const insert = db.prepare(
+    `INSERT INTO sources (layer_id, host, repository, position)
+     SELECT ?, ?, ?, (SELECT count(*) FROM sources WHERE layer_id = ?) WHERE true ON CONFLICT DO NOTHING`,
+  );
+  for (const { host, repository } of layer.sources) insert.run(layerId, host, repository, layerId);
+}
+
+class Placer {
+  readonly addresses: Float64Array;
+  newChunks = 0;
+  next: number;
+  readonly #layer: NewLayer;
+  readonly #layerId: number;
+  readonly #scope: number;
+  readonly #limit: number;
+  readonly #now: number;
+  /** First block of the chunks this layer has used so far, by digest and size. */
+  readonly #seen = new Map<string, number>();
+  readonly #digests: Buffer;
+  readonly #upsert: Database.Statement;
+  readonly #find: Database.Statement;
+  readonly #link: Database.Statement;
+  readonly #extra: Database.Statement;
+  readonly #extrasOf: Database.Statement;
+  readonly #chunkAt: Database.Statement;
+
+  constructor(
+    db: Database.Database,
+    layer: NewLayer,
+    layerId: number,
+    scope: number,
+    next: number,
+    limit: number,
+    now: number,
+  ) {
+    this.#layer = layer;
+    this.#layerId = layerId;
+    this.#scope = scope;
+    this.next = next;
+    this.#limit = limit;
+    this.#now = now;
+    this.addresses = new Float64Array(layer.lengths.length);
+    this.#digests = Buffer.from(layer.digests.buffer, layer.digests.byteOffset, layer.digests.byteLength);
+    this.#upsert = db
+      .prepare(
+        `INSERT INTO chunks (id, scope, digest, size, piece_bytes, ref_count, last_used) VALUES (?, ?, ?, ?, ?, 1, ?)
+         ON CONFLICT (digest, size, scope) DO UPDATE SET ref_count = ref_count + 1 RETURNING id, piece_bytes`,
+      )
+      .raw();
+    this.#find = db.prepare('SELECT id FROM chunks WHERE digest = ? AND size = ? AND scope = ?').pluck();
+    this.#link = db.prepare('INSERT INTO layer_chunks (layer_id, seq, chunk_id, placement) VALUES (?, ?, ?, ?)');
+    this.#extra = db.prepare('INSERT INTO placements (block, chunk_id) VALUES (?, ?)');
+    this.#extrasOf = db.prepare('SELECT block FROM placements WHERE chunk_id = ?').pluck();
+    this.#chunkAt = db
+      .prepare('SELECT id FROM chunks WHERE id = ?1 UNION ALL SELECT chunk_id FROM placements WHERE block = ?1')
+      .pluck();
+  }
+
+  #digest(seq: number): Buffer {
+    return this.#digests.subarray(seq * 32, seq * 32 + 32);
+  }
+
+  #key(seq: number): string {
+    return `${this.#digest(seq).toString('latin1')}${this.#layer.lengths[seq]}`;
+  }
+
+  /** Takes `bytes` of address space. Errors: STORE_FULL. */
+  #take(bytes: number): number {
+    const block = this.next / BLOCK_BYTES;
+    if (this.next + bytes > this.#limit) {
+      throw new DedupError('STORE_FULL', 'the address space of the store is used up', {
+        hint: 'remove images, or start with a new root',
+      });
+    }
+    this.next += blocksOf(bytes) * BLOCK_BYTES;
+    return block;
+  }
+
+  /** The chunk's first block, counted for this layer once; `newBlock` is its place when it is not known yet. */
+  #chunk(seq: number, newBlock: number): number {
+    const key = this.#key(seq);
+    const seen = this.#seen.get(key);
+    if (seen !== undefined) return seen;
+    const size = this.#layer.lengths[seq]!;
+    const pieceBytes = Math.min(size, this.#layer.pieceBytes);
+    const row = this.#upsert.get(newBlock, this.#scope, this.#digest(seq), size, pieceBytes, this.#now) as [
+      number,
+      number,
+    ];
+    // A chunk's name covers its piece digests, so another piece size under one name means that one index is wrong.
+    if (row[1] !== pieceBytes)
+      throw new DedupError('INDEX_INVALID', `chunk ${seq} is known with pieces of ${row[1]} bytes, not ${pieceBytes}`);
+    if (row[0] === newBlock) this.newChunks++;
+    this.#seen.set(key, row[0]);
+    return row[0];
+  }
+
+  #record(seq: number, chunkId: number, block: number): void {
+    this.#link.run(this.#layerId, seq, chunkId, block === chunkId ? null : block);
+    this.addresses[seq] = block * BLOCK_BYTES;
+  }
+
+  /** Places one chunk wherever it is, or at the next free address. */
+  place(seq: number): void {
+    const block = this.next / BLOCK_BYTES;
+    const id = this.#chunk(seq, block);
+    if (id === block) this.#take(this.#layer.lengths[seq]!);
+    this.#record(seq, id, id);
+  }
+
+  /** Places a file's chunks one after the other: in a run that exists already, or in a new one. */
+  placeFile(first: number, count: number): void {
+    if (count === 0) return;
+    if (count === 1) {
+      this.place(first);
+      return;
+    }
+    const run = this.#existingRun(first, count);
+    if (run !== undefined) {
+      for (let i = 0; i < count; i++) {
+        const block = run + i * blocksOf(this.#layer.chunkBytes);
+        this.#record(first + i, this.#chunk(first + i, -1), block);
+      }
+      return;
+    }
+    let bytes = 0;
+    for (let i = 0; i < count; i++) bytes += this.#layer.lengths[first + i]!;
+    let block = this.#take(bytes);
+    for (let i = 0; i < count; i++) {
+      const seq = first + i;
+      const id = this.#chunk(seq, block);
+      if (id !== block) this.#extra.run(block, id);
+      this.#record(seq, id, block);
+      block += blocksOf(this.#layer.lengths[seq]!);
+    }
+  }
+
+  #existingRun(first: number, count: number): number | undefined {
+    const ids: number[] = [];
+    for (let i = 0; i < count; i++) {
+      const seq = first + i;
+      const id = this.#find.get(this.#digest(seq), this.#layer.lengths[seq], this.#scope) as number | undefined;
+      if (id === undefined) return undefined;
+      ids.push(id);
+    }
+    const step = blocksOf(this.#layer.chunkBytes);
+    const starts = [ids[0]!, ...(this.#extrasOf.all(ids[0]) as number[])];
+    return starts.find((start) => ids.every((id, i) => this.#chunkAt.get(start + i * step) === id));
+  }
+}

@@ -1,0 +1,441 @@
+// All writing SQL of index.db. Runs only in the worker thread (index-db-worker.ts): one writer per database. Says
+// nothing about files other than the database itself.
+import { existsSync, renameSync, rmSync, statSync } from 'node:fs';
+import type Database from 'better-sqlite3';
+import { DedupError } from '../../errors.ts';
+import { BLOCK_BYTES, roundUp } from '../../units.ts';
+import { addLayer } from './add-layer.ts';
+import { openSound } from './index-open.ts';
+import type {
+  AddedLayer,
+  ChunkTotals,
+  DroppedLayers,
+  DurablePieces,
+  ImageRecord,
+  LayerRecord,
+  LayerSourceName,
+  LayerTrust,
+  NewLayer,
+  OpenAnswer,
+  OpenRequest,
+  StoreRange,
+} from './index-protocol.ts';
+import { FIRST_CHUNK_ADDRESS } from './store-layout.ts';
+
+/** The write-ahead log is moved into the database file when it has grown past this many bytes. */
+const CHECKPOINT_BYTES = 8 * 1024 * 1024;
+
+/** Blocks of the largest chunk that the configuration allows (64 MiB). */
+const MAX_CHUNK_BLOCKS = 16384;
+
+const now = (): number => Math.floor(Date.now() / 1000);
+
+export class IndexWriter {
+  readonly #db: Database.Database;
+  readonly #walFile: string;
+  readonly storeBytes: number;
+
+  private constructor(db: Database.Database, file: string, storeBytes: number) {
+    this.#db = db;
+    this.#walFile = `${file}-wal`;
+    this.storeBytes = storeBytes;
+  }
+
+  /**
+   * Opens or makes the database and compares it with the store's header. Presence that the header contradicts is
+   * dropped with a FULL commit before this returns.
+   */
+  static open(request: OpenRequest): { writer: IndexWriter; answer: OpenAnswer } {
+    let movedTo = '';
+    let db: Database.Database;
+    try {
+      db = openSound(request.file);
+    } catch (cause) {
+      // What is in index.db can be learned again from registries; a store without a database cannot be read at all.
+      if (!existsSync(request.file)) throw cause;
+      movedTo = `${request.file}.damaged-${Date.now()}`;
+      renameSync(request.file, movedTo);
+      for (const suffix of ['-wal', '-shm']) rmSync(request.file + suffix, { force: true });
+      db = openSound(request.file);
+    }
+    const writer = new IndexWriter(db, request.file, request.storeBytes);
+    const dropped = writer.#agree(request);
+    return {
+      writer,
+      answer: {
+        generation: writer.#getNumber('generation'),
+        nextAddress: writer.#getNumber('next_address'),
+        dropped,
+        movedTo,
+        durable: writer.#durableRanges(),
+        toPunch: writer.#toPunch(),
+      },
+    };
+  }
+
+  #get(key: string): unknown {
+    return this.#db.prepare('SELECT value FROM meta WHERE key = ?').pluck().get(key);
+  }
+
+  #getNumber(key: string): number {
+    const value = this.#get(key);
+    if (typeof value !== 'number') throw new DedupError('STORE_CORRUPT', `index.db has no ${key}`);
+    return value;
+  }
+
+  #set(key: string, value: string | number): void {
+    this.#db
+      .prepare('INSERT INTO meta (key, value) VALUES (?, ?) ON CONFLICT DO UPDATE SET value = excluded.value')
+      .run(key, value);
+  }
+
+  #agree(request: OpenRequest): string {
+    const storeId = this.#get('store_id');
+    const fresh = storeId === undefined;
+    const generation = fresh ? 0 : this.#getNumber('generation');
+    let dropped = '';
+    if (!fresh) {
+      const known = generation === request.generation;
+      // The header announces a generation before the database commits it and confirms it afterwards.
+      const announced = generation === request.pendingGeneration;
+      if (storeId !== request.storeId) dropped = 'the database belongs to another store file';
+      else if (this.#getNumber('store_bytes') !== request.storeBytes) dropped = 'the store has another size';
+      else if (generation < request.generation) dropped = 'the database is older than the store';
+      else if (!known && !announced) dropped = 'the store is older than the database';
+    }
+    this.#full(() => {
+      if (dropped !== '') {
+        this.#db.exec(
+          'UPDATE chunks SET durable = 0 WHERE durable <> 0; UPDATE placements SET durable = 0 WHERE durable <> 0',
+        );
+      }
+      const next = fresh ? FIRST_CHUNK_ADDRESS : this.#getNumber('next_address');
+      this.#set('store_id', request.storeId);
+      this.#set('store_bytes', request.storeBytes);
+      this.#set('generation', Math.max(generation, request.generation, request.pendingGeneration));
+      // Addresses given after this copy of the database was taken may still be mapped by a mounted image.
+      this.#set('next_address', Math.max(next, request.highWater));
+      this.#set('clean', 0);
+    });
+    return dropped;
+  }
+
+  /** Runs `work` in a transaction that is on the disk when this returns (synchronous=FULL). */
+  #full<T>(work: () => T): T {
+    this.#db.pragma('synchronous = FULL');
+    try {
+      return this.#db.transaction(work).immediate();
+    } finally {
+      this.#db.pragma('synchronous = NORMAL');
+    }
+  }
+
+  #durableRanges(): Float64Array {
+    const rows = this.#db
+      .prepare(
+        `SELECT id AS block, size, piece_bytes, durable FROM chunks WHERE durable <> 0
+         UNION ALL SELECT p.block, c.size, c.piece_bytes, p.durable FROM placements p JOIN chunks c ON c.id = p.chunk_id WHERE p.durable <> 0
+         ORDER BY 1`,
+      )
+      .raw()
+      .iterate() as IterableIterator<[number, number, number, number]>;
+    const ranges: number[] = [];
+    let start = -1;
+    let end = -1;
+    const add = (block: number, bytes: number): void => {
+      const blocks = Math.ceil(bytes / BLOCK_BYTES);
+      if (block !== end) {
+        if (start >= 0) ranges.push(start, end - start);
+        start = block;
+      }
+      end = block + blocks;
+    };
+    for (const [block, size, pieceBytes, mask] of rows) {
+      if (mask === -1) {
+        add(block, size);
+        continue;
+      }
+      for (let piece = 0, at = 0; at < size; piece++, at += pieceBytes) {
+        if (mask & (1 << piece)) add(block + at / BLOCK_BYTES, Math.min(pieceBytes, size - at));
+      }
+    }
+    if (start >= 0) ranges.push(start, end - start);
+    return Float64Array.from(ranges);
+  }
+
+  #toPunch(): StoreRange[] {
+    const rows = this.#db.prepare("SELECT block, blocks FROM freed WHERE state = 'to-punch'").all() as {
+      block: number;
+      blocks: number;
+    }[];
+    return rows.map((row) => ({ address: row.block * BLOCK_BYTES, length: row.blocks * BLOCK_BYTES }));
+  }
+
+  addLayer(layer: NewLayer): AddedLayer {
+    const added = this.#db
+      .transaction(() => {
+        const next = this.#getNumber('next_address');
+        const result = addLayer(this.#db, layer, next, this.storeBytes, now());
+        if (result.nextAddress !== next) this.#set('next_address', result.nextAddress);
+        return result;
+      })
+      .immediate();
+    this.#maybeCheckpoint();
+    return added;
+  }
+
+  layers(): LayerRecord[] {
+    const sources = new Map<number, LayerSourceName[]>();
+    const sourceRows = this.#db
+      .prepare('SELECT layer_id, host, repository FROM sources ORDER BY layer_id, position')
+      .raw()
+      .all();
+    for (const [layerId, host, repository] of sourceRows as [number, string, string][]) {
+      const list = sources.get(layerId) ?? [];
+      list.push({ host, repository });
+      sources.set(layerId, list);
+    }
+    const rows = this.#db
+      .prepare('SELECT l.*, s.name AS scope_name FROM layers l JOIN scopes s ON s.id = l.scope ORDER BY l.id')
+      .all();
+    return (rows as Record<string, string | number>[]).map((row) => ({
+      id: row.id as number,
+      scope: row.scope_name as string,
+      digest: row.digest as string,
+      size: row.size as number,
+      diffId: row.diff_id as string,
+      indexDigest: row.index_digest as string,
+      restartDigest: row.restart_digest as string,
+      restartSize: row.restart_size as number,
+      chunkCount: row.chunk_count as number,
+      contiguous: row.contiguous === 1,
+      reference: row.reference as string,
+      trust: row.trust as LayerTrust,
+      verified: row.verified === 1,
+      condemned: row.condemned === 1,
+      sources: sources.get(row.id as number) ?? [],
+    }));
+  }
+
+  layerAddresses(layerId: number): Float64Array {
+    const count = this.#db.prepare('SELECT chunk_count FROM layers WHERE id = ?').pluck().get(layerId) as
+      | number
+      | undefined;
+    if (count === undefined) throw new DedupError('NOT_FOUND', `layer ${layerId} is not in the store`);
+    const addresses = new Float64Array(count);
+    const rows = this.#db
+      .prepare('SELECT seq, ifnull(placement, chunk_id) FROM layer_chunks WHERE layer_id = ?')
+      .raw()
+      .iterate(layerId) as IterableIterator<[number, number]>;
+    for (const [seq, block] of rows) addresses[seq] = block * BLOCK_BYTES;
+    return addresses;
+  }
+
+  addSources(layerId: number, sources: readonly LayerSourceName[]): void {
+    const insert = this.#db.prepare(
+      `INSERT INTO sources (layer_id, host, repository, position)
+       SELECT ?, ?, ?, (SELECT count(*) FROM sources WHERE layer_id = ?) WHERE true ON CONFLICT DO NOTHING`,
+    );
+    this.#db.transaction(() => {
+      for (const { host, repository } of sources) insert.run(layerId, host, repository, layerId);
+    })();
+  }
+
+  setLayerState(layerId: number, state: { verified?: boolean; condemned?: boolean }): void {
+    const set = this.#db.prepare(
+      'UPDATE layers SET verified = ifnull(?, verified), condemned = ifnull(?, condemned) WHERE id = ?',
+    );
+    const flag = (value: boolean | undefined): number | null => (value === undefined ? null : Number(value));
+    set.run(flag(state.verified), flag(state.condemned), layerId);
+  }
+
+  /** Drops layers that no mount pins, and the chunks only they used. Their ranges are listed for punching. */
+  dropLayers(layerIds: readonly number[], generation: number): DroppedLayers {
+    const dropped: number[] = [];
+    const pinned: number[] = [];
+    const ranges: StoreRange[] = [];
+    const prepare = (sql: string): Database.Statement => this.#db.prepare(sql);
+    this.#full(() => {
+      const isPinned = prepare('SELECT 1 FROM pins WHERE layer_id = ? LIMIT 1').pluck();
+      const chunkIds = prepare('SELECT DISTINCT chunk_id FROM layer_chunks WHERE layer_id = ?').pluck();
+      const release = prepare(
+        'UPDATE chunks SET ref_count = ref_count - 1 WHERE id = ? RETURNING ref_count, size',
+      ).raw();
+      const extra = prepare('SELECT block FROM placements WHERE chunk_id = ?').pluck();
+      const dropExtra = prepare('DELETE FROM placements WHERE chunk_id = ?');
+      const dropChunk = prepare('DELETE FROM chunks WHERE id = ?');
+      const imagesOf = prepare('SELECT DISTINCT image_id FROM image_layers WHERE layer_id = ?').pluck();
+      for (const layerId of layerIds) {
+        if (isPinned.get(layerId) !== undefined) {
+          pinned.push(layerId);
+          continue;
+        }
+        const ids = chunkIds.all(layerId) as number[];
+        for (const imageId of imagesOf.all(layerId) as number[]) this.#deleteImage(imageId);
+        prepare('DELETE FROM layer_chunks WHERE layer_id = ?').run(layerId);
+        prepare('DELETE FROM sources WHERE layer_id = ?').run(layerId);
+        if (prepare('DELETE FROM layers WHERE id = ?').run(layerId).changes === 0) continue;
+        dropped.push(layerId);
+        for (const id of ids) {
+          const [refCount, size] = release.get(id) as [number, number];
+          if (refCount > 0) continue;
+          const length = roundUp(size, BLOCK_BYTES);
+          for (const block of [id, ...(extra.all(id) as number[])])
+            ranges.push({ address: block * BLOCK_BYTES, length });
+          dropExtra.run(id);
+          dropChunk.run(id);
+        }
+      }
+      const joined = joinRanges(ranges);
+      ranges.length = 0;
+      ranges.push(...joined);
+      const freed = prepare("INSERT INTO freed (block, blocks, state, since) VALUES (?, ?, 'to-punch', ?)");
+      for (const range of ranges) freed.run(range.address / BLOCK_BYTES, range.length / BLOCK_BYTES, now());
+      this.#set('generation', generation);
+    });
+    this.#maybeCheckpoint();
+    return { dropped, pinned, ranges };
+  }
+
+  punched(ranges: readonly StoreRange[]): void {
+    const update = this.#db.prepare("UPDATE freed SET state = 'quarantine' WHERE block = ?");
+    this.#db.transaction(() => {
+      for (const range of ranges) update.run(range.address / BLOCK_BYTES);
+    })();
+  }
+
+  markDurable(pieces: DurablePieces): void {
+    const chunk = this.#db.prepare('UPDATE chunks SET durable = durable | ?, last_used = ? WHERE id = ?');
+    const extra = this.#db.prepare('UPDATE placements SET durable = durable | ? WHERE block = ?');
+    const at = now();
+    this.#db
+      .transaction(() => {
+        for (let i = 0; i < pieces.blocks.length; i++) {
+          const block = pieces.blocks[i]!;
+          const mask = pieces.masks[i]!;
+          if (chunk.run(mask, at, block).changes === 0) extra.run(mask, block);
+        }
+      })
+      .immediate();
+    this.#maybeCheckpoint();
+  }
+
+  dropPresence(ranges: readonly StoreRange[], generation: number): void {
+    this.#full(() => {
+      const chunks = this.#db.prepare(
+        'UPDATE chunks SET durable = 0 WHERE id > ? - ? AND id < ? AND id * 4096 + size > ?',
+      );
+      const extra = this.#db.prepare('UPDATE placements SET durable = 0 WHERE block > ? - ? AND block < ?');
+      for (const { address, length } of ranges) {
+        const first = address / BLOCK_BYTES;
+        const end = first + Math.ceil(length / BLOCK_BYTES);
+        chunks.run(first, MAX_CHUNK_BLOCKS, end, address);
+        extra.run(first, MAX_CHUNK_BLOCKS, end);
+      }
+      this.#set('generation', generation);
+    });
+  }
+
+  createImage(key: string, layers: readonly number[], reference: string): ImageRecord {
+    return this.#db
+      .transaction(() => {
+        const known = this.#images('WHERE key = ?', key)[0];
+        if (known !== undefined) return known;
+        const insert = this.#db.prepare(
+          "INSERT INTO images (key, state, reference, created_at) VALUES (?, 'building', ?, ?)",
+        );
+        const id = Number(insert.run(key, reference, now()).lastInsertRowid);
+        const layer = this.#db.prepare('INSERT INTO image_layers (image_id, position, layer_id) VALUES (?, ?, ?)');
+        for (const [position, layerId] of layers.entries()) layer.run(id, position, layerId);
+        return { id, key, state: 'building' as const, metadataBytes: 0, reference, layers: [...layers] };
+      })
+      .immediate();
+  }
+
+  imageReady(id: number, metadataBytes: number): void {
+    this.#db.prepare("UPDATE images SET state = 'ready', metadata_bytes = ? WHERE id = ?").run(metadataBytes, id);
+  }
+
+  images(): ImageRecord[] {
+    return this.#images('');
+  }
+
+  #images(where: string, ...args: unknown[]): ImageRecord[] {
+    const layersOf = this.#db.prepare('SELECT layer_id FROM image_layers WHERE image_id = ? ORDER BY position').pluck();
+    const rows = this.#db
+      .prepare(`SELECT id, key, state, metadata_bytes, reference FROM images ${where} ORDER BY id`)
+      .all(...args);
+    return (
+      rows as { id: number; key: string; state: 'building' | 'ready'; metadata_bytes: number; reference: string }[]
+    ).map((row) => ({
+      id: row.id,
+      key: row.key,
+      state: row.state,
+      metadataBytes: row.metadata_bytes,
+      reference: row.reference,
+      layers: layersOf.all(row.id) as number[],
+    }));
+  }
+
+  dropImage(id: number): void {
+    this.#db.transaction(() => this.#deleteImage(id))();
+  }
+
+  #deleteImage(id: number): void {
+    this.#db.prepare('DELETE FROM image_layers WHERE image_id = ?').run(id);
+    this.#db.prepare('DELETE FROM images WHERE id = ?').run(id);
+  }
+
+  pin(mountId: number, layers: readonly number[]): void {
+    const insert = this.#db.prepare('INSERT INTO pins (mount_id, layer_id) VALUES (?, ?) ON CONFLICT DO NOTHING');
+    this.#db.transaction(() => {
+      for (const layerId of layers) insert.run(mountId, layerId);
+    })();
+  }
+
+  unpin(mountId: number): void {
+    this.#db.prepare('DELETE FROM pins WHERE mount_id = ?').run(mountId);
+  }
+
+  unpinAll(): void {
+    this.#db.prepare('DELETE FROM pins').run();
+  }
+
+  totals(): ChunkTotals {
+    const row = this.#db
+      .prepare(
+        `SELECT count(*), ifnull(sum(size), 0), count(*) FILTER (WHERE ref_count > 1),
+                ifnull(sum(size) FILTER (WHERE ref_count > 1), 0) FROM chunks`,
+      )
+      .raw()
+      .get() as [number, number, number, number];
+    return { chunks: row[0], chunkBytes: row[1], sharedChunks: row[2], sharedBytes: row[3] };
+  }
+
+  /** Moves the write-ahead log into the database file. */
+  checkpoint(): void {
+    this.#db.pragma('wal_checkpoint(PASSIVE)');
+  }
+
+  #maybeCheckpoint(): void {
+    const bytes = statSync(this.#walFile, { throwIfNoEntry: false })?.size ?? 0;
+    if (bytes > CHECKPOINT_BYTES) this.#db.pragma('wal_checkpoint(TRUNCATE)');
+  }
+
+  close(): void {
+    this.#set('clean', 1);
+    this.#db.pragma('wal_checkpoint(TRUNCATE)');
+    this.#db.close();
+  }
+}
+
+/** Ranges in ascending order, neighbours joined. */
+function joinRanges(ranges: readonly StoreRange[]): StoreRange[] {
+  const joined: { address: number; length: number }[] = [];
+  for (const range of ranges.toSorted((a, b) => a.address - b.address)) {
+    const last = joined.at(-1);
+    if (last !== undefined && last.address + last.length === range.address) last.length += range.length;
+    else joined.push({ ...range });
+  }
+  return joined;
+}

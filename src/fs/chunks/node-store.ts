@@ -1,0 +1,466 @@
+// The node store: one sparse file that holds each distinct chunk once, and the database that says what lies where.
+// Owned by dedupd; used by image building (addresses) and the LazyLoader (presence, reads, writes). Knows no registry.
+import { mkdir } from 'node:fs/promises';
+import { DedupError } from '../../errors.ts';
+import type { Logger } from '../../log.ts';
+import type { RootPaths } from '../../paths.ts';
+import { BLOCK_BYTES, MiB } from '../../units.ts';
+import type { LayerIndex } from '../index/layer-index.ts';
+import { Durability, type FreshPiece } from './durability.ts';
+import { IndexDb, type LayerChunk, type PlacedChunk } from './index-db.ts';
+import type {
+  ChunkTotals,
+  ImageRecord,
+  LayerRecord,
+  LayerSourceName,
+  LayerTrust,
+  StoreRange,
+} from './index-protocol.ts';
+import { StoreFile } from './store-file.ts';
+import {
+  DEFAULT_STORE_BYTES,
+  FIRST_CHUNK_ADDRESS,
+  HIGH_WATER_STEP,
+  MAX_MASKED_PIECES,
+  STORE_HEAD_BYTES,
+  STORE_TAIL_BYTES,
+} from './store-layout.ts';
+
+/** What the store needs of the native addon. */
+export interface StoreNative {
+  presenceCreate(storeBytes: number): Uint8Array;
+  presenceSet(presence: Uint8Array, firstBlock: number, count: number, value: boolean): void;
+  presenceTest(presence: Uint8Array, firstBlock: number, count: number): boolean;
+  punchHole(fd: number, offset: number, length: number): Promise<void>;
+  storePieces(job: {
+    fd: number;
+    source: Uint8Array;
+    offsets: Float64Array;
+    lengths: Uint32Array;
+    digests: Uint8Array;
+    addresses: Float64Array;
+    presence: Uint8Array;
+  }): Promise<Uint8Array>;
+}
+
+export interface NodeStoreOptions {
+  readonly paths: RootPaths;
+  readonly native: StoreNative;
+  readonly log: Logger;
+  /** Size of a new store, bytes; an existing one must have it. Default 4 TiB. */
+  readonly storeBytes?: number;
+  /** Presence is flushed after this time or this many bytes. */
+  readonly flushDelayMs?: number;
+  readonly flushBytes?: number;
+}
+
+/** How a layer is to be stored. */
+export interface AddLayerOptions {
+  /** "" for the whole node, "host", or "host/repository" (configuration key `dedup_scope`). */
+  readonly scope: string;
+  /** Digest of the index blob: part of the layer's identity. */
+  readonly indexDigest: string;
+  readonly sources: readonly LayerSourceName[];
+  readonly trust: LayerTrust;
+  /** Image reference, for people. */
+  readonly reference?: string;
+  /** True for the layout of kernels before 5.15: every file in one run, zero chunks included. */
+  readonly contiguousFiles: boolean;
+}
+
+/** A layer and the store address of every chunk of its table (0: a zero chunk without a place). */
+export interface StoredLayer {
+  readonly layerId: number;
+  readonly addresses: Float64Array;
+}
+
+/** A piece to be verified and written. */
+export interface PieceToStore {
+  /** Address of the chunk's placement, bytes. */
+  readonly chunkAddress: number;
+  /** Number of the piece in its chunk, and how many the chunk has. */
+  readonly piece: number;
+  readonly pieceCount: number;
+  /** Bytes of the whole chunk. */
+  readonly chunkBytes: number;
+  /** Where the piece goes, bytes, 4 KiB aligned. */
+  readonly address: number;
+  readonly offset: number;
+  readonly length: number;
+  /** 32 bytes. */
+  readonly digest: Uint8Array;
+}
+
+export interface NodeStoreStats extends ChunkTotals {
+  /** Bytes written to the store since it was opened. */
+  readonly storedBytes: number;
+  /** Pieces that did not have their digest. */
+  readonly mismatches: number;
+  readonly nextAddress: number;
+  readonly generation: number;
+}
+
+export class NodeStore {
+  readonly storeBytes: number;
+  /** One bit per 4 KiB block, shared with the transports. Set only by `storePieces` and at open, from durable rows. */
+  readonly presence: Uint8Array;
+  readonly headBytes = STORE_HEAD_BYTES;
+  readonly tailBytes = STORE_TAIL_BYTES;
+  readonly #native: StoreNative;
+  readonly #log: Logger;
+  readonly #file: StoreFile;
+  readonly #db: IndexDb;
+  readonly #durability: Durability;
+  #highWater: number;
+  #nextAddress: number;
+  #generation: number;
+  #storedBytes = 0;
+  #mismatches = 0;
+  /** Chain of calls that change generation or high water: one at a time. */
+  #exclusive: Promise<unknown> = Promise.resolve();
+  #closed = false;
+
+  private constructor(
+    options: NodeStoreOptions,
+    file: StoreFile,
+    db: IndexDb,
+    presence: Uint8Array,
+    state: { generation: number; nextAddress: number },
+  ) {
+    this.storeBytes = file.header.storeBytes;
+    this.presence = presence;
+    this.#native = options.native;
+    this.#log = options.log;
+    this.#file = file;
+    this.#db = db;
+    this.#generation = state.generation;
+    this.#nextAddress = state.nextAddress;
+    this.#highWater = file.header.highWater;
+    this.#durability = new Durability(
+      {
+        sync: () => file.sync(),
+        record: async (pieces) => {
+          await db.call('markDurable', pieces);
+        },
+        forget: (firstBlock, blocks) => options.native.presenceSet(presence, firstBlock, blocks, false),
+      },
+      { delayMs: options.flushDelayMs ?? 2000, maxBytes: options.flushBytes ?? 64 * MiB },
+      options.log,
+    );
+  }
+
+  /**
+   * Opens the store below `paths.root`, or makes it. Only presence that is durable, and that belongs to this very
+   * store file, is believed. The caller holds the lock on the root.
+   * Errors: STORE_IO, STORE_FULL, STORE_CORRUPT, FAILED_PRECONDITION for a newer schema.
+   */
+  static async open(options: NodeStoreOptions): Promise<NodeStore> {
+    const { paths, native, log } = options;
+    const storeBytes = options.storeBytes ?? DEFAULT_STORE_BYTES;
+    await mkdir(paths.chunks, { recursive: true, mode: 0o700 });
+    const { store: file } = await StoreFile.open(paths.store, storeBytes, FIRST_CHUNK_ADDRESS);
+    let db: IndexDb | undefined;
+    try {
+      const { header } = file;
+      const opened = await IndexDb.open({ file: paths.indexDb, ...header });
+      db = opened.db;
+      const { answer } = opened;
+      if (answer.movedTo !== '') log.error({ movedTo: answer.movedTo }, 'index.db was damaged and is made anew');
+      if (answer.dropped !== '') log.warn({ reason: answer.dropped }, 'recorded presence is not believed');
+      await file.writeHeader({
+        generation: answer.generation,
+        pendingGeneration: answer.generation,
+        highWater: Math.max(header.highWater, answer.nextAddress),
+      });
+      const presence = native.presenceCreate(storeBytes);
+      for (let i = 0; i + 1 < answer.durable.length; i += 2) {
+        native.presenceSet(presence, answer.durable[i]!, answer.durable[i + 1]!, true);
+      }
+      const store = new NodeStore(options, file, db, presence, answer);
+      if (answer.toPunch.length > 0) await store.#punch(answer.toPunch);
+      return store;
+    } catch (error) {
+      await db?.close();
+      await file.close();
+      throw error;
+    }
+  }
+
+  /** Descriptor of the store file without O_DIRECT, for a transport to read hits from. Owned by the store. */
+  get fd(): number {
+    return this.#file.buffered.fd;
+  }
+
+  #mustBeOpen(): void {
+    if (this.#closed) throw new DedupError('CLOSED', 'the node store is closed');
+  }
+
+  /** Runs one change of generation or high water at a time. */
+  #serially<T>(work: () => Promise<T>): Promise<T> {
+    const result = this.#exclusive.then(work);
+    this.#exclusive = result.catch(() => undefined);
+    return result;
+  }
+
+  /**
+   * Records a layer and gives its chunks addresses; known chunks keep theirs. Adding the same layer again returns the
+   * same addresses. Errors: INDEX_INVALID, STORE_FULL, STORE_IO, CLOSED.
+   */
+  async addLayer(index: LayerIndex, options: AddLayerOptions): Promise<StoredLayer> {
+    this.#mustBeOpen();
+    const { chunks } = index;
+    const result = await this.#serially(async () => {
+      await this.#raiseHighWater(this.#mostBytes(index));
+      const added = await this.#db.call('addLayer', {
+        scope: options.scope,
+        digest: index.layerDigest,
+        indexDigest: options.indexDigest,
+        size: index.layerBytes,
+        diffId: index.diffId,
+        restartDigest: index.restart.digest,
+        restartSize: index.restart.size,
+        reference: options.reference ?? '',
+        trust: options.trust,
+        sources: options.sources,
+        digests: chunks.digest.subarray(0, chunks.count * 32),
+        lengths: chunks.length.subarray(0, chunks.count),
+        zero: chunks.zero.subarray(0, chunks.count),
+        chunkBytes: index.chunkBytes,
+        pieceBytes: index.pieceBytes,
+        files: options.contiguousFiles ? filesOf(index) : undefined,
+      });
+      this.#nextAddress = Math.max(this.#nextAddress, added.nextAddress);
+      return added;
+    });
+    return { layerId: result.layerId, addresses: result.addresses };
+  }
+
+  /** Address space that the layer takes if none of its chunks is known. */
+  #mostBytes(index: LayerIndex): number {
+    let bytes = 0;
+    for (let i = 0; i < index.chunks.count; i++)
+      bytes += Math.ceil(index.chunks.length[i]! / BLOCK_BYTES) * BLOCK_BYTES;
+    return bytes;
+  }
+
+  /** Makes sure that the header admits `bytes` more of addresses before any is given. */
+  async #raiseHighWater(bytes: number): Promise<void> {
+    const needed = this.#nextAddress + bytes;
+    if (needed <= this.#highWater) return;
+    const highWater = Math.ceil(needed / HIGH_WATER_STEP) * HIGH_WATER_STEP;
+    await this.#file.writeHeader({ highWater });
+    this.#highWater = highWater;
+  }
+
+  /** Addresses of a stored layer's chunks. Errors: NOT_FOUND. */
+  layerAddresses(layerId: number): Promise<Float64Array> {
+    return this.#db.call('layerAddresses', { layerId });
+  }
+
+  /** All layers with their sources. */
+  layers(): Promise<LayerRecord[]> {
+    return this.#db.call('layers', {});
+  }
+
+  /** Adds repositories that hold a layer; known ones are kept in their order. */
+  async addSources(layerId: number, sources: readonly LayerSourceName[]): Promise<void> {
+    await this.#db.call('addSources', { layerId, sources });
+  }
+
+  /** Records that a layer matched its diffID, or that its index lied. */
+  async setLayerState(layerId: number, state: { verified?: boolean; condemned?: boolean }): Promise<void> {
+    await this.#db.call('setLayerState', { layerId, ...state });
+  }
+
+  /**
+   * Drops every layer but those named, except pinned ones; then punches out the chunks only they used. Their rows are
+   * gone for good before anything is punched, and their addresses are not given again.
+   * Returns the ids of the layers dropped. Errors: STORE_IO.
+   */
+  retainLayers(keep: readonly number[]): Promise<number[]> {
+    this.#mustBeOpen();
+    return this.#serially(async () => {
+      const kept = new Set(keep);
+      const drop = (await this.layers()).map((layer) => layer.id).filter((id) => !kept.has(id));
+      if (drop.length === 0) return [];
+      const next = this.#generation + 1;
+      await this.#file.writeHeader({ pendingGeneration: next });
+      const { dropped, pinned, ranges } = await this.#db.call('dropLayers', { layerIds: drop, generation: next });
+      await this.#file.writeHeader({ generation: next });
+      this.#generation = next;
+      if (pinned.length > 0) this.#log.debug({ layers: pinned }, 'layers in use are kept');
+      await this.#punch(ranges);
+      return [...dropped];
+    });
+  }
+
+  /** Frees the disk space of ranges whose rows are gone. */
+  async #punch(ranges: readonly StoreRange[]): Promise<void> {
+    const done: StoreRange[] = [];
+    for (const range of ranges) {
+      this.#native.presenceSet(this.presence, range.address / BLOCK_BYTES, range.length / BLOCK_BYTES, false);
+      try {
+        await this.#native.punchHole(this.#file.buffered.fd, range.address, range.length);
+        done.push(range);
+      } catch (error) {
+        // The range stays recorded and is punched at the next start; its addresses are never given again meanwhile.
+        this.#log.warn({ err: error, ...range }, 'a range of the store could not be freed');
+      }
+    }
+    if (done.length > 0) await this.#db.call('punched', { ranges: done });
+  }
+
+  /** The placement that contains `address`; undefined when the address is not assigned. */
+  find(address: number): PlacedChunk | undefined {
+    return this.#db.find(address);
+  }
+
+  /** Every layer that contains the chunk, oldest first. */
+  layersOf(chunkId: number): LayerChunk[] {
+    return this.#db.layersOf(chunkId);
+  }
+
+  /** True when every block of the range is verified and present. */
+  isPresent(address: number, length: number): boolean {
+    return this.#native.presenceTest(this.presence, address / BLOCK_BYTES, Math.ceil(length / BLOCK_BYTES));
+  }
+
+  /** Reads present bytes into `target`. The caller has seen that they are present. Errors: STORE_IO, CLOSED. */
+  async read(target: Buffer, at: number, length: number, address: number): Promise<void> {
+    this.#mustBeOpen();
+    await this.#file.read(target, at, length, address);
+  }
+
+  /**
+   * Verifies pieces that lie in `source` and stores the good ones; they are present when this returns.
+   * Returns one byte per piece: 1 stored, 0 the bytes do not have their digest.
+   * Errors: STORE_IO, STORE_FULL (then none of the pieces is counted as present by the caller), CLOSED.
+   */
+  async store(source: Uint8Array, pieces: readonly PieceToStore[]): Promise<Uint8Array> {
+    this.#mustBeOpen();
+    const count = pieces.length;
+    if (count === 0) return new Uint8Array(0);
+    const offsets = new Float64Array(count);
+    const lengths = new Uint32Array(count);
+    const addresses = new Float64Array(count);
+    const digests = new Uint8Array(count * 32);
+    for (const [i, piece] of pieces.entries()) {
+      offsets[i] = piece.offset;
+      lengths[i] = piece.length;
+      addresses[i] = piece.address;
+      digests.set(piece.digest, i * 32);
+    }
+    const failures = this.#durability.failures;
+    const stored = await this.#native.storePieces({
+      fd: this.#file.direct.fd,
+      source,
+      offsets,
+      lengths,
+      digests,
+      addresses,
+      presence: this.presence,
+    });
+    const fresh: FreshPiece[] = [];
+    let bytes = 0;
+    for (const [i, piece] of pieces.entries()) {
+      if (stored[i] !== 1) {
+        this.#mismatches++;
+        continue;
+      }
+      const blocks = Math.ceil(piece.length / BLOCK_BYTES);
+      const mask = this.#maskOf(piece);
+      fresh.push({
+        placementBlock: piece.chunkAddress / BLOCK_BYTES,
+        mask,
+        firstBlock: piece.address / BLOCK_BYTES,
+        blocks,
+      });
+      bytes += blocks * BLOCK_BYTES;
+    }
+    if (this.#durability.failures !== failures) {
+      // A flush failed while this was being written: the disk may have lost it.
+      for (const piece of fresh) this.#native.presenceSet(this.presence, piece.firstBlock, piece.blocks, false);
+      throw new DedupError('STORE_IO', 'the store could not be flushed while pieces were written');
+    }
+    this.#storedBytes += bytes;
+    this.#durability.add(fresh, bytes);
+    return stored;
+  }
+
+  #maskOf(piece: PieceToStore): number {
+    if (piece.pieceCount <= MAX_MASKED_PIECES) return 1 << piece.piece;
+    return this.isPresent(piece.chunkAddress, piece.chunkBytes) ? -1 : 0;
+  }
+
+  /** Makes everything that is present now durable. Errors: STORE_IO, STORE_FULL. */
+  flush(): Promise<void> {
+    this.#mustBeOpen();
+    return this.#durability.flush();
+  }
+
+  /** The image with this key (a digest over its layers and layout), made when it is new: then its state is `building`. */
+  createImage(key: string, layers: readonly number[], reference = ''): Promise<ImageRecord> {
+    return this.#db.call('createImage', { key, layers, reference });
+  }
+
+  /** Records that the metadata file of an image is complete and on the disk. */
+  async imageReady(id: number, metadataBytes: number): Promise<void> {
+    await this.#db.call('imageReady', { id, metadataBytes });
+  }
+
+  images(): Promise<ImageRecord[]> {
+    return this.#db.call('images', {});
+  }
+
+  async dropImage(id: number): Promise<void> {
+    await this.#db.call('dropImage', { id });
+  }
+
+  /** Keeps the chunks of these layers as long as the mount is not unpinned. */
+  async pin(mountId: number, layers: readonly number[]): Promise<void> {
+    await this.#db.call('pin', { mountId, layers });
+  }
+
+  async unpin(mountId: number): Promise<void> {
+    await this.#db.call('unpin', { mountId });
+  }
+
+  /** For a start at which no mount of an earlier process is left. */
+  async unpinAll(): Promise<void> {
+    await this.#db.call('unpinAll', {});
+  }
+
+  async stats(): Promise<NodeStoreStats> {
+    return {
+      ...(await this.#db.call('totals', {})),
+      storedBytes: this.#storedBytes,
+      mismatches: this.#mismatches,
+      nextAddress: this.#nextAddress,
+      generation: this.#generation,
+    };
+  }
+
+  /** Flushes and closes file and database. Idempotent. */
+  async close(): Promise<void> {
+    if (this.#closed) return;
+    this.#closed = true;
+    try {
+      await this.#durability.flush();
+    } catch {
+      // Logged where it happened; what could not be flushed was never recorded.
+    }
+    await this.#exclusive;
+    await this.#db.close();
+    await this.#file.close();
+  }
+}
+
+/** First chunk and number of chunks of every file that has any, alternating. */
+function filesOf(index: LayerIndex): Uint32Array {
+  const { entries } = index;
+  const files: number[] = [];
+  for (let i = 0; i < entries.count; i++) {
+    if (entries.chunkCount[i]! > 0) files.push(entries.firstChunk[i]!, entries.chunkCount[i]!);
+  }
+  return Uint32Array.from(files);
+}

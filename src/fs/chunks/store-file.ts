@@ -1,0 +1,148 @@
+// The sparse store file and its header: identity, generation and how far addresses were ever given. Used by NodeStore.
+// The header is what tells a copied or restored index.db from the one that belongs to the file as it is now.
+import { randomBytes } from 'node:crypto';
+import { constants } from 'node:fs';
+import { type FileHandle, open } from 'node:fs/promises';
+import { digestOf } from '../../digest.ts';
+import { DedupError, wrapError } from '../../errors.ts';
+import { HEADER_ADDRESS } from './store-layout.ts';
+
+const HEADER_BYTES = 4096;
+const MAGIC = 'dedup-store 1';
+
+/** What the header records; see docs/formats/index-db.md, "The store's header". */
+export interface StoreHeader {
+  readonly magic: string;
+  /** Random name of this store file. */
+  readonly storeId: string;
+  readonly storeBytes: number;
+  /** Generation of the last removal that the database committed. */
+  readonly generation: number;
+  /** Generation that is being committed; equal to `generation` at rest. */
+  readonly pendingGeneration: number;
+  /** No address at or above this one was ever given. */
+  readonly highWater: number;
+}
+
+export class StoreFile {
+  /** Open O_RDWR | O_DIRECT: pieces are written through it. */
+  readonly direct: FileHandle;
+  /** Open O_RDWR without O_DIRECT: the header, reads of present pieces and fdatasync. */
+  readonly buffered: FileHandle;
+  #header: StoreHeader;
+  #closed = false;
+
+  private constructor(direct: FileHandle, buffered: FileHandle, header: StoreHeader) {
+    this.direct = direct;
+    this.buffered = buffered;
+    this.#header = header;
+  }
+
+  /**
+   * Opens the store at `file`, or makes it, mode 0600. `fresh` is true when it has no header yet.
+   * Errors: STORE_IO; STORE_CORRUPT when the file has another size or a damaged header; STORE_FULL.
+   */
+  static async open(
+    file: string,
+    storeBytes: number,
+    firstHighWater: number,
+  ): Promise<{ store: StoreFile; fresh: boolean }> {
+    let buffered: FileHandle | undefined;
+    let direct: FileHandle | undefined;
+    try {
+      buffered = await open(file, constants.O_RDWR | constants.O_CREAT, 0o600);
+      const { size } = await buffered.stat();
+      if (size === 0) await buffered.truncate(storeBytes);
+      else if (size !== storeBytes) {
+        throw new DedupError('STORE_CORRUPT', `${file} has ${size} bytes, not the recorded ${storeBytes}`, {
+          hint: 'the size of a store never changes; start with a new root to change it',
+        });
+      }
+      direct = await open(file, constants.O_RDWR | constants.O_DIRECT);
+      const found = await readHeader(buffered, file);
+      const fresh = found === undefined;
+      const header: StoreHeader = found ?? {
+        magic: MAGIC,
+        storeId: randomBytes(16).toString('hex'),
+        storeBytes,
+        generation: 0,
+        pendingGeneration: 0,
+        highWater: firstHighWater,
+      };
+      const store = new StoreFile(direct, buffered, header);
+      if (fresh) await store.writeHeader({});
+      return { store, fresh };
+    } catch (cause) {
+      await direct?.close();
+      await buffered?.close();
+      throw cause instanceof DedupError ? cause : ioError(cause, `opening the store ${file}`);
+    }
+  }
+
+  get header(): StoreHeader {
+    return this.#header;
+  }
+
+  /** Changes fields of the header; on the disk when this returns. Errors: STORE_IO, STORE_FULL. */
+  async writeHeader(change: Partial<Omit<StoreHeader, 'magic' | 'storeId' | 'storeBytes'>>): Promise<void> {
+    const header = { ...this.#header, ...change };
+    const json = JSON.stringify(header);
+    const block = Buffer.alloc(HEADER_BYTES);
+    block.write(`${json}\n${digestOf(json)}\n`, 'latin1');
+    try {
+      await this.buffered.write(block, 0, block.length, HEADER_ADDRESS);
+      await this.buffered.datasync();
+    } catch (cause) {
+      throw ioError(cause, "writing the store's header");
+    }
+    this.#header = header;
+  }
+
+  /** Exactly `length` bytes at `address`, into `target` at `at`. Errors: STORE_IO, also for a short read. */
+  async read(target: Buffer, at: number, length: number, address: number): Promise<void> {
+    let done = 0;
+    while (done < length) {
+      let bytesRead: number;
+      try {
+        ({ bytesRead } = await this.buffered.read(target, at + done, length - done, address + done));
+      } catch (cause) {
+        throw ioError(cause, `reading the store at ${address}`);
+      }
+      if (bytesRead === 0) throw new DedupError('STORE_IO', `the store ends before ${address + length}`);
+      done += bytesRead;
+    }
+  }
+
+  /** Everything written so far is on the disk when this returns. Errors: STORE_IO, STORE_FULL. */
+  async sync(): Promise<void> {
+    try {
+      await this.direct.datasync();
+    } catch (cause) {
+      throw ioError(cause, 'fdatasync of the store');
+    }
+  }
+
+  async close(): Promise<void> {
+    if (this.#closed) return;
+    this.#closed = true;
+    await this.direct.close();
+    await this.buffered.close();
+  }
+}
+
+async function readHeader(handle: FileHandle, file: string): Promise<StoreHeader | undefined> {
+  const block = Buffer.alloc(HEADER_BYTES);
+  await handle.read(block, 0, HEADER_BYTES, HEADER_ADDRESS);
+  if (block.every((byte) => byte === 0)) return undefined;
+  const [json = '', digest = ''] = block.toString('latin1').split('\n');
+  if (digestOf(json) !== digest) throw new DedupError('STORE_CORRUPT', `the header of ${file} is damaged`);
+  const header = JSON.parse(json) as StoreHeader;
+  if (header.magic !== MAGIC) throw new DedupError('STORE_CORRUPT', `${file} is not a store of this version`);
+  return header;
+}
+
+/** STORE_FULL for ENOSPC and EDQUOT, STORE_IO for everything else. */
+export function ioError(cause: unknown, doing: string): DedupError {
+  const code = (cause as NodeJS.ErrnoException | null)?.code;
+  return wrapError(cause, doing, code === 'ENOSPC' || code === 'EDQUOT' ? 'STORE_FULL' : 'STORE_IO');
+}
