@@ -1,0 +1,63 @@
+// The command line: without a verb it is the service, with one it does a job and ends. One file per verb; this one only
+// puts them together.
+import { readFileSync } from 'node:fs';
+import { Command } from 'commander';
+import { CliContext, printError } from './context.ts';
+
+export const VERSION = (
+  JSON.parse(readFileSync(new URL('../../package.json', import.meta.url), 'utf8')) as { version: string }
+).version;
+
+const EXAMPLES = `
+Examples:
+  dedup-snapshotter                              run the service in the foreground
+  dedup-snapshotter doctor                       what this machine can do, and what is missing
+  dedup-snapshotter index REGISTRY/app:1 --annotate REGISTRY/app:1-lazy
+                                                 make an image lazily loadable
+  dedup-snapshotter rpull REGISTRY/app:1-lazy    pull it without its layers; then: ctr run --snapshotter dedup …
+  dedup-snapshotter mount REGISTRY/app:1 /mnt/app
+                                                 look into an image without containerd
+`;
+
+/** Runs the command line; sets the exit status. Never rejects. */
+export async function runCommandLine(argv: readonly string[]): Promise<void> {
+  const program = new Command('dedup-snapshotter')
+    .description('Starts containers before their image is on the node: lazy, verified, deduplicated.')
+    .version(VERSION)
+    .option('--config <file>', 'configuration file (default: /etc/dedup-snapshotter/config.json)')
+    .addHelpText('after', EXAMPLES)
+    .showHelpAfterError('(add --help for usage)')
+    .enablePositionalOptions();
+  const context = new CliContext(program);
+  program.action(async () => {
+    const { runService } = await import('../service.ts');
+    await runService(context.config(), context.configFile);
+  });
+  try {
+    // Verbs are loaded when named: the service should not carry them, nor one verb the others.
+    await registerVerb(program, context, argv);
+    await program.parseAsync(argv);
+  } catch (error) {
+    printError('dedup-snapshotter', error);
+    process.exitCode = 1;
+  }
+}
+
+const VERBS: Readonly<Record<string, (program: Command, context: CliContext) => Promise<void>>> = {
+  index: async (program, context) => (await import('./index-command.ts')).registerIndexCommand(program, context),
+  rpull: async (program, context) => (await import('./rpull-command.ts')).registerRpullCommand(program, context),
+  mount: async (program, context) => (await import('./mount-command.ts')).registerMountCommand(program, context),
+  umount: async (program, context) => (await import('./mount-command.ts')).registerUmountCommand(program, context),
+  images: async (program, context) => (await import('./images-command.ts')).registerImagesCommand(program, context),
+  doctor: async (program, context) => (await import('./doctor-command.ts')).registerDoctorCommand(program, context),
+};
+
+async function registerVerb(program: Command, context: CliContext, argv: readonly string[]): Promise<void> {
+  const words = argv.slice(2).filter((word, at, all) => all[at - 1] !== '--config');
+  const named = words.find((word) => VERBS[word] !== undefined);
+  const service = words.every((word) => word.startsWith('--config'));
+  for (const [verb, register] of Object.entries(VERBS)) {
+    // Help and unknown words need the whole list, a known verb only itself, the service none.
+    if (!service && (named === undefined || named === verb)) await register(program, context);
+  }
+}

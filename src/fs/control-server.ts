@@ -1,0 +1,216 @@
+// dedupd's gRPC service (proto/dedupd.proto) on a unix socket: unpacks requests, calls the data plane, maps errors to
+// statuses. Knows nothing of how images are served.
+import { chmod, rm } from 'node:fs/promises';
+import {
+  Server,
+  ServerCredentials,
+  type ServerUnaryCall,
+  type ServerWritableStream,
+  type ServiceClientConstructor,
+  type ServiceError,
+  type sendUnaryData,
+} from '@grpc/grpc-js';
+import { DedupError, GrpcStatus, wrapError } from '../errors.ts';
+import type { Logger } from '../log.ts';
+import { DEDUPD_PROTOCOL, loadProto } from '../protocol.ts';
+import { MiB } from '../units.ts';
+
+export interface LayerKeyMessage {
+  readonly digest: string;
+  readonly index: string;
+  readonly scope: string;
+}
+
+export interface SourceMessage {
+  readonly host: string;
+  readonly repository: string;
+}
+
+export interface PrepareLayerMessage {
+  readonly layer: LayerKeyMessage;
+  readonly sources: readonly SourceMessage[];
+  readonly manifest: string;
+  readonly siblings: readonly LayerKeyMessage[];
+  readonly budget_ms: number;
+  readonly size: number;
+}
+
+export interface ImageInfoMessage {
+  readonly mount_id: number;
+  readonly path: string;
+  readonly layers: readonly string[];
+  readonly total_bytes: number;
+  readonly present_bytes: number;
+  readonly transport: string;
+  readonly reference: string;
+}
+
+export interface StatsMessage {
+  readonly chunks: number;
+  readonly chunk_bytes: number;
+  readonly present_bytes: number;
+  readonly requests: number;
+  readonly wire_bytes: number;
+  readonly misses: number;
+  readonly hits: number;
+  readonly span_bytes: number;
+  readonly control_bytes: number;
+  readonly control_requests: number;
+}
+
+export interface MountProgressMessage {
+  readonly step: string;
+  readonly bytes_done: number;
+  readonly bytes_total: number;
+}
+
+/** What the service calls; implemented by data-plane.ts. */
+export interface ControlledPlane {
+  readonly root: string;
+  readonly transportName: string;
+  prepareLayer(request: PrepareLayerMessage): Promise<{ lazy: boolean; reason: string; layer: LayerKeyMessage }>;
+  mountImage(layers: readonly LayerKeyMessage[], bottom: boolean): Promise<{ path: string; mountId: number }>;
+  releaseImages(inUse: readonly number[]): Promise<number>;
+  retainLayers(layers: readonly LayerKeyMessage[]): Promise<number>;
+  layerUsage(layer: LayerKeyMessage): Promise<{ bytes: number; inodes: number }>;
+  listImages(): Promise<ImageInfoMessage[]>;
+  stats(): Promise<StatsMessage>;
+  mountReference(
+    request: { reference: string; directory: string; platform: string; credentials: string },
+    progress: (message: MountProgressMessage) => void,
+    signal: AbortSignal,
+  ): Promise<string>;
+  unmountReference(directory: string): Promise<void>;
+  giveCredentials(host: string, credentials: string): void;
+}
+
+export interface ControlServerOptions {
+  readonly address: string;
+  readonly plane: ControlledPlane;
+  readonly version: string;
+  readonly log: Logger;
+  /** Called after Shutdown was answered. */
+  readonly onShutdown: () => void;
+}
+
+const MAX_MESSAGE_BYTES = 16 * MiB;
+const CLOSE_TIMEOUT_MS = 3_000;
+
+/** The gRPC form of any error: status, and the message with its hint and code. */
+function toStatus(error: unknown): Partial<ServiceError> {
+  if (!(error instanceof DedupError)) {
+    return { code: GrpcStatus.internal, details: error instanceof Error ? error.message : String(error) };
+  }
+  const hint = error.hint === undefined ? '' : ` (${error.hint})`;
+  return { code: error.info.grpc, details: `${error.message}${hint} [${error.code}]` };
+}
+
+type Handler<Request, Response> = (request: Request) => Promise<Response>;
+
+function unary<Request, Response>(name: string, log: Logger, handler: Handler<Request, Response>) {
+  return (call: ServerUnaryCall<Request, Response>, callback: sendUnaryData<Response>): void => {
+    const startedMs = performance.now();
+    handler(call.request).then(
+      (response) => {
+        log.debug({ call: name, ms: Math.round(performance.now() - startedMs) }, 'call answered');
+        callback(null, response);
+      },
+      (error: unknown) => {
+        log.warn({ call: name, err: error }, 'call failed');
+        callback(toStatus(error));
+      },
+    );
+  };
+}
+
+/** Serves until closed. Errors: UNAVAILABLE when the socket cannot be bound. The caller holds the root's lock. */
+export async function startControlServer(options: ControlServerOptions): Promise<{ close(): Promise<void> }> {
+  const { address, plane, version, log } = options;
+  const packages = loadProto('dedupd.proto') as unknown as { dedup: { v1: { Dedupd: ServiceClientConstructor } } };
+  const server = new Server({
+    'grpc.max_receive_message_length': MAX_MESSAGE_BYTES,
+    'grpc.max_send_message_length': MAX_MESSAGE_BYTES,
+  });
+  server.addService(packages.dedup.v1.Dedupd.service, {
+    Hello: unary('Hello', log, async () => ({
+      protocol: DEDUPD_PROTOCOL,
+      version,
+      root: plane.root,
+      pid: process.pid,
+      transport: plane.transportName,
+    })),
+    PrepareLayer: unary('PrepareLayer', log, (request: PrepareLayerMessage) => plane.prepareLayer(request)),
+    MountImage: unary('MountImage', log, async (request: { layers: LayerKeyMessage[]; bottom: boolean }) => {
+      const { path, mountId } = await plane.mountImage(request.layers, request.bottom);
+      return { path, mount_id: mountId };
+    }),
+    ReleaseImages: unary('ReleaseImages', log, async (request: { in_use: number[] }) => ({
+      unmounted: await plane.releaseImages(request.in_use),
+    })),
+    RetainLayers: unary('RetainLayers', log, async (request: { layers: LayerKeyMessage[] }) => ({
+      dropped: await plane.retainLayers(request.layers),
+    })),
+    LayerUsage: unary('LayerUsage', log, (request: { layer: LayerKeyMessage }) => plane.layerUsage(request.layer)),
+    ListImages: unary('ListImages', log, async () => ({ images: await plane.listImages() })),
+    Stats: unary('Stats', log, () => plane.stats()),
+    UnmountReference: unary('UnmountReference', log, async (request: { directory: string }) => {
+      await plane.unmountReference(request.directory);
+      return {};
+    }),
+    GiveCredentials: unary('GiveCredentials', log, async (request: { host: string; credentials: string }) => {
+      plane.giveCredentials(request.host, request.credentials);
+      return {};
+    }),
+    Shutdown: unary('Shutdown', log, async () => {
+      setImmediate(options.onShutdown);
+      return {};
+    }),
+    MountReference: (call: ServerWritableStream<MountReferenceMessage, unknown>) => {
+      const abort = new AbortController();
+      call.on('cancelled', () => abort.abort());
+      plane
+        .mountReference(call.request, (message) => void call.write({ ...message, done: false }), abort.signal)
+        .then(
+          (path) => {
+            call.write({ step: 'mounted', done: true, path });
+            call.end();
+          },
+          (error: unknown) => {
+            log.warn({ call: 'MountReference', err: error }, 'call failed');
+            call.emit('error', toStatus(error));
+          },
+        );
+    },
+  });
+  await rm(address, { force: true });
+  await new Promise<void>((resolve, reject) => {
+    server.bindAsync(`unix:${address}`, ServerCredentials.createInsecure(), (error) => {
+      if (error === null) resolve();
+      else reject(wrapError(error, `listening on ${address}`, 'UNAVAILABLE'));
+    });
+  });
+  await chmod(address, 0o600);
+  let closing: Promise<void> | undefined;
+  return {
+    close() {
+      closing ??= new Promise((resolve) => {
+        const timer = setTimeout(() => {
+          server.forceShutdown();
+          resolve();
+        }, CLOSE_TIMEOUT_MS);
+        server.tryShutdown(() => {
+          clearTimeout(timer);
+          resolve();
+        });
+      });
+      return closing;
+    },
+  };
+}
+
+interface MountReferenceMessage {
+  readonly reference: string;
+  readonly directory: string;
+  readonly platform: string;
+  readonly credentials: string;
+}
