@@ -1,0 +1,157 @@
+// Makes the tables of a layer index from a description in JavaScript, and a sparse store file with the content of its
+// files, so that the image builder can be tested without tar, registry or node store.
+import { createHash } from 'node:crypto';
+import { closeSync, ftruncateSync, openSync, writeSync } from 'node:fs';
+import type { ChunkTable, EntryTable } from '../../src/fs/index/layer-index.ts';
+import { EntryType } from '../../src/fs/index/layer-index.ts';
+import { BLOCK_BYTES, MiB, roundUp } from '../../src/units.ts';
+
+export interface EntrySpec {
+  /** Latin1 string: one character per byte. */
+  readonly name: string;
+  readonly type?: keyof typeof EntryType;
+  readonly link?: string;
+  readonly mode?: number;
+  readonly uid?: number;
+  readonly gid?: number;
+  readonly mtime?: readonly [number, number];
+  readonly dev?: readonly [number, number];
+  readonly xattrs?: Readonly<Record<string, string | Buffer>>;
+  /** Content of a file; or pieces of it at offsets, with `size`. */
+  readonly content?: string | Buffer;
+  readonly size?: number;
+  readonly extents?: readonly { readonly offset: number; readonly data: Buffer }[];
+}
+
+export interface MadeLayer {
+  readonly entries: EntryTable;
+  readonly chunks: ChunkTable;
+  readonly chunkBytes: number;
+  readonly addresses: Float64Array;
+}
+
+/** A sparse file that plays the node store: gives addresses upwards and writes content padded with zeros. */
+export class FakeStore {
+  readonly path: string;
+  readonly bytes: number;
+  readonly #fd: number;
+  #next: number;
+
+  constructor(path: string, bytes = 8 * 1024 * MiB, first: number = MiB) {
+    this.path = path;
+    this.bytes = bytes;
+    this.#next = first;
+    this.#fd = openSync(path, 'w+');
+    ftruncateSync(this.#fd, bytes);
+  }
+
+  assign(length: number): number {
+    const address = this.#next;
+    this.#next += roundUp(length, BLOCK_BYTES);
+    return address;
+  }
+
+  write(address: number, data: Buffer): void {
+    writeSync(this.#fd, data, 0, data.length, address);
+  }
+
+  close(): void {
+    closeSync(this.#fd);
+  }
+}
+
+function columns(count: number) {
+  return {
+    type: new Uint8Array(count),
+    mode: new Uint16Array(count),
+    uid: new Uint32Array(count),
+    gid: new Uint32Array(count),
+    mtimeSec: new Float64Array(count),
+    mtimeNsec: new Uint32Array(count),
+    size: new Float64Array(count),
+    devMajor: new Uint32Array(count),
+    devMinor: new Uint32Array(count),
+    firstChunk: new Uint32Array(count),
+    chunkCount: new Uint32Array(count),
+    xattrSet: new Uint32Array(count).fill(0xffffffff),
+  };
+}
+
+/** Tables of a layer with these members, in this order; content goes to `store`, contiguous per file. */
+export function makeLayer(
+  specs: readonly EntrySpec[],
+  store: FakeStore,
+  options: { chunkBytes?: number; zeroAddresses?: boolean } = {},
+): MadeLayer {
+  const chunkBytes = options.chunkBytes ?? 4 * MiB;
+  const table = columns(specs.length);
+  const xattrSets: { name: string; value: Buffer }[][] = [];
+  const addresses: number[] = [];
+  const lengths: number[] = [];
+  const zeros: number[] = [];
+  specs.forEach((spec, i) => {
+    const type =
+      spec.type ??
+      (spec.link !== undefined
+        ? 'symlink'
+        : spec.content !== undefined || spec.size !== undefined
+          ? 'file'
+          : 'directory');
+    table.type[i] = EntryType[type];
+    table.mode[i] = spec.mode ?? (type === 'directory' ? 0o755 : 0o644);
+    table.uid[i] = spec.uid ?? 0;
+    table.gid[i] = spec.gid ?? 0;
+    table.mtimeSec[i] = spec.mtime?.[0] ?? 1_600_000_000;
+    table.mtimeNsec[i] = spec.mtime?.[1] ?? 0;
+    table.devMajor[i] = spec.dev?.[0] ?? 0;
+    table.devMinor[i] = spec.dev?.[1] ?? 0;
+    if (spec.xattrs !== undefined) {
+      table.xattrSet[i] = xattrSets.length;
+      xattrSets.push(Object.entries(spec.xattrs).map(([name, value]) => ({ name, value: Buffer.from(value) })));
+    }
+    if (type !== 'file') return;
+    const content = spec.content === undefined ? undefined : Buffer.from(spec.content);
+    const extents = spec.extents ?? (content === undefined ? [] : [{ offset: 0, data: content }]);
+    const size = spec.size ?? content!.length;
+    table.size[i] = size;
+    table.firstChunk[i] = lengths.length;
+    table.chunkCount[i] = Math.ceil(size / chunkBytes);
+    for (let offset = 0; offset < size; offset += chunkBytes) {
+      const length = Math.min(chunkBytes, size - offset);
+      const inside = extents.filter((e) => e.offset < offset + length && e.offset + e.data.length > offset);
+      const zero = inside.length === 0;
+      const address = zero && !options.zeroAddresses ? -1 : store.assign(length);
+      for (const extent of inside) {
+        const from = Math.max(offset, extent.offset);
+        const to = Math.min(offset + length, extent.offset + extent.data.length);
+        store.write(address + from - offset, extent.data.subarray(from - extent.offset, to - extent.offset));
+      }
+      lengths.push(length);
+      addresses.push(address);
+      zeros.push(zero ? 1 : 0);
+    }
+  });
+  const count = lengths.length;
+  const digest = createHash('sha256').update('unused').digest();
+  const entries: EntryTable = {
+    count: specs.length,
+    ...table,
+    name: specs.map((spec) => spec.name),
+    link: specs.map((spec) => spec.link ?? ''),
+    xattrSets,
+  };
+  const chunks: ChunkTable = {
+    count,
+    digest: new Uint8Array(Buffer.concat(Array.from({ length: count }, () => digest))),
+    length: Uint32Array.from(lengths),
+    tarOffset: new Float64Array(count),
+    pieceStart: Uint32Array.from({ length: count + 1 }, (_, i) => i),
+    pieceDigest: new Uint8Array(32 * count),
+    fragmentStart: new Uint32Array(count + 1),
+    fragmentChunkOffset: new Uint32Array(0),
+    fragmentTarOffset: new Float64Array(0),
+    fragmentLength: new Uint32Array(0),
+    zero: Uint8Array.from(zeros),
+  };
+  return { entries, chunks, chunkBytes, addresses: Float64Array.from(addresses) };
+}
