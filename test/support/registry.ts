@@ -10,7 +10,7 @@ import { promisify } from 'node:util';
 const run = promisify(execFile);
 
 export interface RegistryProcessOptions {
-  /** Basic authentication with one user. The file must hold bcrypt hashes; see `htpasswdLine`. */
+  /** Basic authentication: the lines of an htpasswd file with bcrypt hashes, e.g. `TEST_LOGIN.htpasswd`. */
   readonly htpasswd?: string;
   /** Token authentication: the realm and the root certificate that signed the tokens' key. */
   readonly token?: {
@@ -26,8 +26,12 @@ export interface RegistryProcessOptions {
   readonly port?: number;
 }
 
-/** bcrypt of "secret-word", made once: Node has no bcrypt. */
-export const TEST_USER = 'alice';
+/** A user for `htpasswd`; the bcrypt line is made once, Node has no bcrypt. */
+export const TEST_LOGIN = {
+  username: 'alice',
+  password: 'secret-word',
+  htpasswd: 'alice:$2y$04$H93MVahbmxBiv0SACEtwQeIB3iIa3NljNUTSkx72ZZJcdeUZfDezu',
+} as const;
 
 export class RegistryProcess {
   readonly host: string;

@@ -16,7 +16,7 @@ export interface Scope {
 export interface Challenge {
   /** Lower case: "basic", "bearer". */
   readonly scheme: string;
-  readonly parameters: Readonly<Record<string, string>>;
+  readonly parameters: Readonly<Record<string, string | undefined>>;
 }
 
 interface Token {
@@ -135,7 +135,7 @@ export class Authorizer {
     }
     const realm = this.#realm(origin, challenge);
     const doing = `getting a token for ${this.#host} from ${redactUrl(realm)}`;
-    const service = challenge.parameters['service'];
+    const service = challenge.parameters.service;
     const wanted = `repository:${scope.repository}:${scope.action === 'push' ? 'pull,push' : 'pull'}`;
     const signal = AbortSignal.timeout(TOKEN_TIMEOUT_MS);
     let response: HttpResponse;
@@ -155,7 +155,7 @@ export class Authorizer {
       realm.searchParams.append('scope', wanted);
       const headers: Record<string, string> = {};
       if (credentials?.username !== undefined && credentials.password !== undefined) {
-        headers['authorization'] = basicHeader(credentials.username, credentials.password);
+        headers.authorization = basicHeader(credentials.username, credentials.password);
       }
       response = await this.#exchange.send({ method: 'GET', url: realm, headers, lane: 'control', signal });
     }
@@ -175,7 +175,7 @@ export class Authorizer {
   }
 
   #realm(origin: string, challenge: Challenge): URL {
-    const realm = URL.parse(challenge.parameters['realm'] ?? '');
+    const realm = URL.parse(challenge.parameters.realm ?? '');
     const http = realm?.protocol === 'http:';
     if (realm === null || !/^https?:$/.test(realm.protocol) || (http && origin.startsWith('https:'))) {
       throw new DedupError('REGISTRY_PROTOCOL', `${this.#host} names a token server that cannot be used`, {

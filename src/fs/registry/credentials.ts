@@ -47,7 +47,7 @@ export class CredentialFiles {
 
   /** `configured` must exist when credentials are looked up; Docker's own file may be missing. */
   constructor(configured?: string, env: Readonly<Record<string, string | undefined>> = process.env) {
-    const docker = join(env['DOCKER_CONFIG'] || join(env['HOME'] || homedir(), '.docker'), 'config.json');
+    const docker = join(env.DOCKER_CONFIG || join(env.HOME || homedir(), '.docker'), 'config.json');
     this.#files = [
       ...(configured === undefined ? [] : [{ path: configured, required: true }]),
       { path: docker, required: false },

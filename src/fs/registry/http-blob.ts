@@ -1,7 +1,7 @@
 // A Repository over HTTP: the OCI distribution protocol, every answer checked for status, range and length. Made by
 // pool.ts and wrapped by retrying.ts; it never retries on its own, apart from one renewal of a token or redirect.
 import { LRUCache } from 'lru-cache';
-import { type Digest, digestHex, digestOf, isDigest } from '../../digest.ts';
+import { type Digest, digestOf, isDigest } from '../../digest.ts';
 import { DedupError } from '../../errors.ts';
 import { type ByteRange, httpRange, MiB } from '../../units.ts';
 import type { Authorizer, Scope } from './auth.ts';
@@ -10,6 +10,7 @@ import { discard, drop, type ExchangeRequest, HttpExchange, header } from './htt
 import type { HttpResponse, HttpTransport } from './http-transport.ts';
 import { mediaTypeOf, type ReferrerDescriptor, referrersIn } from './manifest-json.ts';
 import { serverOf } from './reference.ts';
+import { referrerTag } from './referrer-tag.ts';
 import { checkRange, type StreamingRepository, verified } from './verified-stream.ts';
 
 /** More than any registry accepts for a manifest (the common limit is 4 MiB). */
@@ -33,6 +34,8 @@ export interface HttpRepositoryOptions {
   readonly authorizer?: Authorizer;
   /** Address of the server, e.g. "https://registry-1.docker.io"; default: https, or what a loopback or insecure host speaks. */
   readonly endpoint?: string;
+  /** The registry this server mirrors; sent along as `ns`, by which mirrors of several registries tell them apart. */
+  readonly mirrorOf?: string;
 }
 
 export class HttpRepository implements StreamingRepository {
@@ -41,6 +44,7 @@ export class HttpRepository implements StreamingRepository {
   readonly #transport: HttpTransport;
   readonly #exchange: HttpExchange;
   readonly #endpoint: string | undefined;
+  readonly #mirrorOf: string | undefined;
   readonly #redirects = new LRUCache<Digest, URL>({ max: 1024, ttl: REDIRECT_TTL_MS });
 
   constructor(options: HttpRepositoryOptions) {
@@ -49,6 +53,7 @@ export class HttpRepository implements StreamingRepository {
     this.#transport = options.transport;
     this.#exchange = new HttpExchange(options.transport, options.authorizer);
     this.#endpoint = options.endpoint;
+    this.#mirrorOf = options.mirrorOf;
   }
 
   get name(): string {
@@ -234,7 +239,7 @@ export class HttpRepository implements StreamingRepository {
   /** The tag `sha256-<hex>`, which stands in for the API on registries without it (OCI distribution spec 1.1). */
   async #referrersByTag(subject: Digest, artifactType: string, signal: AbortSignal): Promise<ReferrerDescriptor[]> {
     try {
-      const index = await this.getManifest(`sha256-${digestHex(subject)}`, signal);
+      const index = await this.getManifest(referrerTag(subject), signal);
       return referrersIn(index.bytes, artifactType, `listing referrers of ${subject} in ${this.name} by tag`);
     } catch (error) {
       if (error instanceof DedupError && error.code === 'REGISTRY_NOT_FOUND') return [];
@@ -249,7 +254,9 @@ export class HttpRepository implements StreamingRepository {
   async #url(below: string, signal: AbortSignal): Promise<URL> {
     const server = serverOf(this.host);
     const base = this.#endpoint ?? `${await this.#transport.schemeOf(server, signal)}://${server}`;
-    return new URL(`${base.replace(/\/+$/, '')}/v2/${this.path}/${below}`);
+    const url = new URL(`${base.replace(/\/+$/, '')}/v2/${this.path}/${below}`);
+    if (this.#mirrorOf !== undefined) url.searchParams.set('ns', this.#mirrorOf);
+    return url;
   }
 
   async #send(

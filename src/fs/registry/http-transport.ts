@@ -60,7 +60,7 @@ export class HttpTransport {
   readonly #dispatchers = new Map<string, Dispatcher>();
   #secureContext: Promise<SecureContext> | undefined;
   readonly #schemes = new Map<string, Promise<'http' | 'https'>>();
-  #closed = false;
+  #closed: boolean = false;
 
   constructor(options: TransportOptions = {}) {
     this.#options = options;

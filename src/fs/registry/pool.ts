@@ -5,7 +5,9 @@ import { Authorizer } from './auth.ts';
 import { CredentialFiles, type Credentials } from './credentials.ts';
 import { HttpRepository } from './http-blob.ts';
 import { HttpTransport, type TransportOptions } from './http-transport.ts';
+import { MirroredRepository } from './mirrored.ts';
 import type { ImageReference } from './reference.ts';
+import { type RegistryLog, RetryingRepository, type RetryOptions } from './retrying.ts';
 import type { StreamingRepository } from './verified-stream.ts';
 
 /** A repository by name; an ImageReference is one, too. */
@@ -18,7 +20,14 @@ export interface RegistryOptions extends TransportOptions {
   readonly credentialsFile?: string;
   /** Servers by host, e.g. {"docker.io": "https://registry-1.docker.io"}. */
   readonly endpoints?: Readonly<Record<string, string>>;
+  /** Asked in this order before the registry itself. `insecure` adds the host to `insecureHosts`. */
+  readonly mirrors?: readonly { readonly host: string; readonly insecure?: boolean }[];
+  readonly retry?: RetryOptions;
+  readonly log?: RegistryLog;
 }
+
+/** A mirror is a shortcut: where it does not answer soon, the next one is asked. */
+const MIRROR_RETRY: RetryOptions = { attempts: 2, deadlineMs: 15_000 };
 
 export class RegistryPool {
   readonly #options: RegistryOptions;
@@ -28,7 +37,11 @@ export class RegistryPool {
 
   constructor(options: RegistryOptions = {}) {
     this.#options = options;
-    this.#transport = new HttpTransport(options);
+    const insecureMirrors = (options.mirrors ?? []).flatMap(({ host, insecure }) => (insecure === true ? [host] : []));
+    this.#transport = new HttpTransport({
+      ...options,
+      insecureHosts: [...(options.insecureHosts ?? []), ...insecureMirrors],
+    });
     this.#files = new CredentialFiles(options.credentialsFile, options.env);
   }
 
@@ -55,14 +68,32 @@ export class RegistryPool {
   }
 
   #open(name: RepositoryName, given: Credentials | undefined): StreamingRepository {
+    const { endpoints, mirrors, retry, log } = this.#options;
+    const origin = new RetryingRepository(this.#http(name, given, endpoints?.[name.host]), retry, log);
+    const others = (mirrors ?? []).filter(({ host }) => host !== name.host);
+    if (others.length === 0) return origin;
+    const wrapped = others.map(({ host }) => {
+      // Credentials given for the origin are not the mirror's business: it gets those stored for it.
+      const mirror = this.#http({ host, path: name.path }, undefined, endpoints?.[host], name.host);
+      return new RetryingRepository(mirror, { ...retry, ...MIRROR_RETRY }, log);
+    });
+    return new MirroredRepository(wrapped, origin, log);
+  }
+
+  #http(
+    name: RepositoryName,
+    given: Credentials | undefined,
+    endpoint: string | undefined,
+    mirrorOf?: string,
+  ): HttpRepository {
     const find = async () => given ?? (await this.#files.find(name.host, name.path));
-    const endpoint = this.#options.endpoints?.[name.host];
     return new HttpRepository({
       host: name.host,
       path: name.path,
       transport: this.#transport,
       authorizer: new Authorizer(this.#transport, name.host, find),
       ...(endpoint === undefined ? {} : { endpoint }),
+      ...(mirrorOf === undefined ? {} : { mirrorOf }),
     });
   }
 }
