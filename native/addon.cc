@@ -5,8 +5,7 @@
 
 namespace dedup {
 
-// Until every folder exists: an undefined weak function is null.
-__attribute__((weak)) void register_fuse(Napi::Env env, Napi::Object exports);
+// Undefined weak functions are null.
 __attribute__((weak)) void register_inflate(Napi::Env env, Napi::Object exports);
 __attribute__((weak)) void register_store(Napi::Env env, Napi::Object exports);
 
@@ -18,7 +17,7 @@ Napi::Object init(Napi::Env env, Napi::Object exports) {
   register_loop(env, exports);
   register_fd(env, exports);
   register_presence(env, exports);
-  if (register_fuse != nullptr) register_fuse(env, exports);
+  register_fuse(env, exports);
   if (register_inflate != nullptr) register_inflate(env, exports);
   if (register_store != nullptr) register_store(env, exports);
   return exports;

@@ -51,14 +51,14 @@ void Pool::run() {
 }
 
 void AddonState::create(Napi::Env env) {
-  auto* state = new AddonState(env);
-  env.SetInstanceData<AddonState, &AddonState::destroy>(state);
+  auto* held = new std::shared_ptr<AddonState>(new AddonState(env));
+  env.SetInstanceData(held);
   // Hooks run last in, first out: this one before those of the thread-safe function and the instance data.
   napi_add_env_cleanup_hook(
-      env, [](void* data) { static_cast<AddonState*>(data)->close(); }, state);
+      env, [](void* data) { static_cast<AddonState*>(data)->close(); }, held->get());
 }
 
-AddonState& AddonState::of(Napi::Env env) { return *env.GetInstanceData<AddonState>(); }
+AddonState& AddonState::of(Napi::Env env) { return **env.GetInstanceData<std::shared_ptr<AddonState>>(); }
 
 AddonState::AddonState(Napi::Env env) : env_(env) {
   const auto name = Napi::String::New(env, "dedup_native");
@@ -66,12 +66,6 @@ AddonState::AddonState(Napi::Env env) : env_(env) {
       napi_create_threadsafe_function(env, nullptr, nullptr, name, 0, 1, nullptr, nullptr, this, call_js, &calls_);
   if (status != napi_ok) throw Error("INTERNAL", "cannot create the thread-safe function of the addon");
   napi_unref_threadsafe_function(env, calls_);
-}
-
-void AddonState::destroy(Napi::Env, AddonState* state) {
-  state->close();
-  // A thread that could not be joined still refers to it.
-  if (!state->abandoned_) delete state;
 }
 
 AddonState::~AddonState() = default;
@@ -120,7 +114,7 @@ void AddonState::start_thread(std::function<void()> body) {
   // The map node exists before the thread does; the thread finds it under the mutex we hold.
   Worker& worker = workers_[id];
   try {
-    worker.thread = std::thread([this, id, body = std::move(body)]() mutable {
+    worker.thread = std::thread([this, self = shared_from_this(), id, body = std::move(body)]() mutable {
       body();
       body = nullptr;  // Releases what it captured before teardown may go on.
       {
@@ -128,7 +122,7 @@ void AddonState::start_thread(std::function<void()> body) {
         workers_[id].done = true;
         worker_done_.notify_all();
       }
-      post([this, id](Napi::Env) {
+      post([this, id](Napi::Env) {  // Called only while this environment, and with it `this`, lives.
         std::thread finished;
         {
           std::lock_guard lock(mutex_);
@@ -168,19 +162,20 @@ void AddonState::close() {
   auto closers = std::exchange(closers_, {});
   for (auto& [token, closer] : closers) closer();
   pool_.reset();
+  // Destroyed after the lock is released: what they hold may post in its destructor.
+  std::deque<std::function<void(Napi::Env)>> dropped;
   {
     std::unique_lock lock(mutex_);
     closed_ = true;
-    jobs_.clear();
+    dropped.swap(jobs_);
     worker_done_.wait_for(lock, kJoinLimit, [this] {
       for (auto& [id, worker] : workers_)
         if (!worker.done) return false;
       return true;
     });
     for (auto& [id, worker] : workers_) {
-      if (worker.done) continue;
-      worker.thread.detach();
-      abandoned_ = true;
+      // It sits in a system call and keeps this object alive until it returns.
+      if (!worker.done) worker.thread.detach();
     }
   }
   for (auto& [id, worker] : workers_)
@@ -188,11 +183,11 @@ void AddonState::close() {
   napi_release_threadsafe_function(calls_, napi_tsfn_abort);
 }
 
-Settler::Settler(Napi::Env env, AddonState& state) : state_(state), deferred_(env) {}
+Settler::Settler(Napi::Env env, std::shared_ptr<AddonState> state) : state_(std::move(state)), deferred_(env) {}
 
 std::shared_ptr<Settler> Settler::create(Napi::Env env) {
   AddonState& state = AddonState::of(env);
-  std::shared_ptr<Settler> settler(new Settler(env, state));
+  std::shared_ptr<Settler> settler(new Settler(env, state.shared_from_this()));
   state.begin();
   return settler;
 }
@@ -204,8 +199,8 @@ bool Settler::take() {
 
 void Settler::resolve(std::function<Napi::Value(Napi::Env)> convert) {
   if (!take()) return;
-  state_.post([&state = state_, deferred = deferred_, convert = std::move(convert)](Napi::Env env) {
-    state.settled();
+  state_->post([state = state_.get(), deferred = deferred_, convert = std::move(convert)](Napi::Env env) {
+    state->settled();
     try {
       deferred.Resolve(convert(env));
     } catch (...) {
@@ -216,8 +211,8 @@ void Settler::resolve(std::function<Napi::Value(Napi::Env)> convert) {
 
 void Settler::reject(std::exception_ptr failure) {
   if (!take()) return;
-  state_.post([&state = state_, deferred = deferred_, failure = std::move(failure)](Napi::Env env) {
-    state.settled();
+  state_->post([state = state_.get(), deferred = deferred_, failure = std::move(failure)](Napi::Env env) {
+    state->settled();
     deferred.Reject(to_js(env, failure).Value());
   });
 }

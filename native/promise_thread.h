@@ -40,10 +40,11 @@ class Pool {
 };
 
 /** What one JavaScript environment owns of the addon. Closed by an environment cleanup hook. */
-class AddonState {
+class AddonState : public std::enable_shared_from_this<AddonState> {
  public:
   /** Creates the state of this environment; called once, by the addon's init. */
   static void create(Napi::Env env);
+  /** JS thread. What another thread keeps must be a shared_from_this() of it. */
   static AddonState& of(Napi::Env env);
 
   /** JS thread: one more Promise is open; the event loop stays alive until `settled`. */
@@ -65,7 +66,6 @@ class AddonState {
 
  private:
   explicit AddonState(Napi::Env env);
-  static void destroy(Napi::Env env, AddonState* state);
   static void call_js(napi_env env, napi_value, void* context, void*);
   void close();
   void drain(Napi::Env env);
@@ -87,7 +87,6 @@ class AddonState {
   std::deque<std::function<void(Napi::Env)>> jobs_;  // mutex_
   std::map<std::uint64_t, Worker> workers_;          // mutex_
   bool closed_ = false;                              // mutex_
-  bool abandoned_ = false;                           // close()
 };
 
 /**
@@ -105,9 +104,9 @@ class Settler {
   ~Settler();
 
  private:
-  Settler(Napi::Env env, AddonState& state);
+  Settler(Napi::Env env, std::shared_ptr<AddonState> state);
   bool take();
-  AddonState& state_;
+  const std::shared_ptr<AddonState> state_;
   const Napi::Promise::Deferred deferred_;
   std::mutex mutex_;
   bool settled_ = false;  // mutex_
