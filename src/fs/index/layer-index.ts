@@ -5,7 +5,15 @@ import type { Digest } from '../../digest.ts';
 export type Compression = 'none' | 'gzip' | 'zstd';
 
 /** Types of entries. Values are part of the format. */
-export const EntryType = { file: 0, hardLink: 1, symlink: 2, charDevice: 3, blockDevice: 4, directory: 5, fifo: 6 } as const;
+export const EntryType = {
+  file: 0,
+  hardLink: 1,
+  symlink: 2,
+  charDevice: 3,
+  blockDevice: 4,
+  directory: 5,
+  fifo: 6,
+} as const;
 export type EntryTypeValue = (typeof EntryType)[keyof typeof EntryType];
 
 /**

@@ -1,0 +1,146 @@
+// Decompresses a layer once, from front to back, and collects where decompression can be restarted. Called by
+// builder.ts only; random access is the LazyLoader's.
+import { DedupError } from '../../errors.ts';
+import { type GzipIndexer, native, type RestartPoint } from '../native.ts';
+import { MAX_SPAN_OUTPUT_BYTES } from './format-limits.ts';
+import type { Compression } from './layer-index.ts';
+import { ZstdFrames } from './zstd-frames.ts';
+
+/** Compressed bytes given to the inflater at a time; bounds its output, which may be 1032 times as much. */
+const SLICE_BYTES = 128 * 1024;
+
+/** Receives restart points in order. `window` is valid during the call. */
+export type OnPoint = (point: RestartPoint) => void;
+
+/** Compression by the first bytes, as containerd tells it whatever the media type says; needs 4 bytes if there are. */
+export function compressionOf(head: Buffer): Compression {
+  if (head.length >= 3 && head[0] === 0x1f && head[1] === 0x8b && head[2] === 8) return 'gzip';
+  if (head.length >= 4) {
+    const magic = head.readUInt32LE(0);
+    if (magic === 0xfd2fb528 || (magic & 0xfffffff0) >>> 0 === 0x184d2a50) return 'zstd';
+  }
+  return 'none';
+}
+
+/**
+ * The uncompressed bytes of `slices`. A consumer works on one buffer while the next is being inflated on a native
+ * thread. Errors: LAYER_INVALID; LAYER_NOT_LAZY when there is no place to restart for too long.
+ */
+export async function* decodeLayer(
+  slices: AsyncIterable<Buffer>,
+  compression: Compression,
+  spanBytes: number,
+  onPoint: OnPoint,
+): AsyncGenerator<Buffer> {
+  let lastPoint = 0;
+  let tarBytes = 0;
+  const point: OnPoint = (next) => {
+    lastPoint = next.outOffset;
+    onPoint(next);
+  };
+  for await (const output of decoderOf(compression)(slices, spanBytes, point)) {
+    tarBytes += output.length;
+    if (tarBytes - lastPoint > 2 * MAX_SPAN_OUTPUT_BYTES + output.length) throw tooFar(lastPoint);
+    yield output;
+  }
+}
+
+/** Errors: LAYER_NOT_LAZY naming the place after which there is none to restart. */
+export function tooFar(outOffset: number): DedupError {
+  return new DedupError(
+    'LAYER_NOT_LAZY',
+    `no place to restart decompression for more than ${MAX_SPAN_OUTPUT_BYTES} bytes after byte ${outOffset} of the tar`,
+  );
+}
+
+type Decoder = (slices: AsyncIterable<Buffer>, spanBytes: number, onPoint: OnPoint) => AsyncGenerator<Buffer>;
+
+function decoderOf(compression: Compression): Decoder {
+  switch (compression) {
+    case 'none':
+      return copied;
+    case 'gzip':
+      return inflated;
+    case 'zstd':
+      return unframed;
+  }
+}
+
+const NO_WINDOW = Buffer.alloc(0);
+
+async function* copied(slices: AsyncIterable<Buffer>, spanBytes: number, onPoint: OnPoint): AsyncGenerator<Buffer> {
+  let offset = 0;
+  let next = 0;
+  for await (const slice of slices) {
+    offset += slice.length;
+    for (; next < offset; next += spanBytes) {
+      onPoint({ outOffset: next, inOffset: next, bits: 0, window: NO_WINDOW, memberStart: false });
+    }
+    yield slice;
+  }
+}
+
+async function* unframed(slices: AsyncIterable<Buffer>, spanBytes: number, onPoint: OnPoint): AsyncGenerator<Buffer> {
+  const frames = new ZstdFrames();
+  let outOffset = 0;
+  let spanStart = -1;
+  for await (const slice of slices) {
+    for (const { inOffset, output } of frames.push(slice)) {
+      if (output.length === 0) continue;
+      // Neighbouring small frames make one span; a skippable frame belongs to the span before it.
+      if (spanStart < 0 || outOffset + output.length - spanStart > spanBytes) {
+        onPoint({ outOffset, inOffset: spanStart < 0 ? 0 : inOffset, bits: 0, window: NO_WINDOW, memberStart: true });
+        spanStart = outOffset;
+      }
+      outOffset += output.length;
+      yield output;
+    }
+  }
+  frames.finish();
+}
+
+async function* inflated(slices: AsyncIterable<Buffer>, spanBytes: number, onPoint: OnPoint): AsyncGenerator<Buffer> {
+  const indexer = native().gzipIndexer({ spanBytes });
+  let running: ReturnType<GzipIndexer['push']> | undefined;
+  try {
+    for await (const slice of coalesced(slices)) {
+      const done = await running;
+      running = indexer.push(slice);
+      // The rejection is seen at the next await; until then it must not count as unhandled.
+      running.catch(() => undefined);
+      if (done === undefined) continue;
+      for (const point of done.points) onPoint(point);
+      if (done.output.length > 0) yield done.output;
+    }
+    const done = await running;
+    running = undefined;
+    if (done !== undefined) {
+      for (const point of done.points) onPoint(point);
+      if (done.output.length > 0) yield done.output;
+    }
+    await indexer.finish();
+  } finally {
+    // A consumer that stops early must not free the indexer below a running push.
+    await running?.catch(() => undefined);
+    indexer.close();
+  }
+}
+
+/** Buffers of about SLICE_BYTES, never more: fewer hops to the native thread than the network's own sizes. */
+async function* coalesced(source: AsyncIterable<Buffer>): AsyncGenerator<Buffer> {
+  let parts: Buffer[] = [];
+  let length = 0;
+  for await (const buffer of source) {
+    for (let at = 0; at < buffer.length; ) {
+      const take = Math.min(SLICE_BYTES - length, buffer.length - at);
+      parts.push(buffer.subarray(at, at + take));
+      length += take;
+      at += take;
+      if (length < SLICE_BYTES) continue;
+      yield parts.length === 1 ? parts[0]! : Buffer.concat(parts, length);
+      parts = [];
+      length = 0;
+    }
+  }
+  if (length > 0) yield Buffer.concat(parts, length);
+}
