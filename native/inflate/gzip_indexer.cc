@@ -62,7 +62,7 @@ class GzipIndexer::Output {
   }
 
  private:
-  static constexpr std::size_t kMinGrowBytes = 256 * 1024;
+  static constexpr std::size_t kMinGrowBytes = 16 * 1024;
   MallocBytes memory_;
   std::size_t capacity_ = 0;
   std::size_t length_ = 0;
