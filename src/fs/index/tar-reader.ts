@@ -179,8 +179,14 @@ export class TarReader {
   }
 
   #block(block: Buffer, at: number): void {
-    if (this.#state === 'sparse-extension') return this.#sparseExtension(block, at);
-    if (this.#state === 'sparse-text') return this.#sparseTextBlock(block, at);
+    if (this.#state === 'sparse-extension') {
+      this.#sparseExtension(block, at);
+      return;
+    }
+    if (this.#state === 'sparse-text') {
+      this.#sparseTextBlock(block, at);
+      return;
+    }
     const headerOffset = this.#offset - TAR_BLOCK_BYTES;
     this.#headerOffset = headerOffset;
     const header = parseHeaderBlock(block, at, headerOffset);
