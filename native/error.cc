@@ -99,4 +99,10 @@ Napi::Error to_js(Napi::Env env, const std::exception_ptr& failure) {
   return result;
 }
 
+Napi::Promise rejected(Napi::Env env, const std::exception_ptr& failure) {
+  const auto deferred = Napi::Promise::Deferred::New(env);
+  deferred.Reject(to_js(env, failure).Value());
+  return deferred.Promise();
+}
+
 }  // namespace dedup

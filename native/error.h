@@ -34,6 +34,9 @@ Error sys_error(int err, const std::string& doing, std::string path = {});
 /** The JavaScript Error for any exception in flight. JS thread only. */
 Napi::Error to_js(Napi::Env env, const std::exception_ptr& failure);
 
+/** A Promise rejected with it. JS thread only. */
+Napi::Promise rejected(Napi::Env env, const std::exception_ptr& failure);
+
 /** Wraps a native function so that any exception leaves as a JavaScript one. */
 template <auto function>
 Napi::Value edge(const Napi::CallbackInfo& info) {
@@ -46,10 +49,26 @@ Napi::Value edge(const Napi::CallbackInfo& info) {
   }
 }
 
+/** The same for a function that returns a Promise: any exception becomes its rejection. */
+template <auto function>
+Napi::Value edge_async(const Napi::CallbackInfo& info) {
+  try {
+    return function(info);
+  } catch (...) {
+    return rejected(info.Env(), std::current_exception());
+  }
+}
+
 /** Adds a native function to the addon's exports. */
 template <auto function>
 void export_function(Napi::Env env, Napi::Object exports, const char* name) {
   exports.Set(name, Napi::Function::New<edge<function>>(env, name));
+}
+
+/** Adds a native function that returns a Promise. */
+template <auto function>
+void export_async(Napi::Env env, Napi::Object exports, const char* name) {
+  exports.Set(name, Napi::Function::New<edge_async<function>>(env, name));
 }
 
 }  // namespace dedup

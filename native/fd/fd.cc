@@ -54,7 +54,7 @@ Napi::Value punch_hole(const Napi::CallbackInfo& info) {
 void register_fd(Napi::Env env, Napi::Object exports) {
   export_function<lock_file>(env, exports, "flock");
   export_function<aligned_buffer>(env, exports, "alignedBuffer");
-  export_function<punch_hole>(env, exports, "punchHole");
+  export_async<punch_hole>(env, exports, "punchHole");
 }
 
 }  // namespace dedup

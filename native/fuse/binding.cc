@@ -66,11 +66,11 @@ class FuseSession : public Napi::ObjectWrap<FuseSession> {
     const Napi::Function constructor =
         DefineClass(env, "FuseSession",
                     {
-                        InstanceMethod("openFile", &FuseSession::guarded<&FuseSession::open_file>),
+                        InstanceMethod("openFile", &FuseSession::guarded_async<&FuseSession::open_file>),
                         InstanceMethod("reply", &FuseSession::guarded<&FuseSession::reply>),
                         InstanceMethod("replyError", &FuseSession::guarded<&FuseSession::reply_error>),
                         InstanceMethod("stats", &FuseSession::guarded<&FuseSession::stats>),
-                        InstanceMethod("close", &FuseSession::guarded<&FuseSession::close>),
+                        InstanceMethod("close", &FuseSession::guarded_async<&FuseSession::close>),
                     });
     Napi::Object object = constructor.New({});
     FuseSession* self = Unwrap(object);
@@ -91,6 +91,15 @@ class FuseSession : public Napi::ObjectWrap<FuseSession> {
       throw;
     } catch (...) {
       throw to_js(info.Env(), std::current_exception());
+    }
+  }
+
+  template <Napi::Value (FuseSession::*method)(const Napi::CallbackInfo&)>
+  Napi::Value guarded_async(const Napi::CallbackInfo& info) {
+    try {
+      return guarded<method>(info);
+    } catch (...) {
+      return rejected(info.Env(), std::current_exception());
     }
   }
 
@@ -208,6 +217,6 @@ Napi::Value start(const Napi::CallbackInfo& info) {
 
 }  // namespace
 
-void register_fuse(Napi::Env env, Napi::Object exports) { export_function<start>(env, exports, "fuseStart"); }
+void register_fuse(Napi::Env env, Napi::Object exports) { export_async<start>(env, exports, "fuseStart"); }
 
 }  // namespace dedup

@@ -216,6 +216,7 @@ void Session::close() {
   threads_.clear();
   if (!ended_.load()) abort_connection();
   channels_.clear();
+  stop_.reset();
   {
     std::lock_guard root_lock(root_mutex_);
     root_.reset();

@@ -51,9 +51,9 @@ Napi::Value change_fd(const Napi::CallbackInfo& info) {
 }  // namespace
 
 void register_loop(Napi::Env env, Napi::Object exports) {
-  export_function<attach>(env, exports, "loopAttach");
-  export_function<detach>(env, exports, "loopDetach");
-  export_function<change_fd>(env, exports, "loopChangeFd");
+  export_async<attach>(env, exports, "loopAttach");
+  export_async<detach>(env, exports, "loopDetach");
+  export_async<change_fd>(env, exports, "loopChangeFd");
 }
 
 }  // namespace dedup

@@ -41,8 +41,8 @@ Napi::Value umount_filesystem(const Napi::CallbackInfo& info) {
 }  // namespace
 
 void register_mount(Napi::Env env, Napi::Object exports) {
-  export_function<mount_filesystem>(env, exports, "mount");
-  export_function<umount_filesystem>(env, exports, "umount");
+  export_async<mount_filesystem>(env, exports, "mount");
+  export_async<umount_filesystem>(env, exports, "umount");
 }
 
 }  // namespace dedup

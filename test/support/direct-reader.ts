@@ -88,7 +88,11 @@ async function perform(read: DirectRead): Promise<DirectResult> {
     const ms = performance.now() - start;
     return { sha256: createHash('sha256').update(buffer.subarray(0, bytesRead)).digest('hex'), bytesRead, ms };
   } catch (error) {
-    return { bytesRead: -1, code: (error as NodeJS.ErrnoException).code ?? String(error), ms: performance.now() - start };
+    return {
+      bytesRead: -1,
+      code: (error as NodeJS.ErrnoException).code ?? String(error),
+      ms: performance.now() - start,
+    };
   } finally {
     await file.close();
   }
