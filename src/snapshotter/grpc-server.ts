@@ -8,7 +8,7 @@ import type { Logger } from 'pino';
 import { DedupError, wrapError } from '../errors.ts';
 import { MiB } from '../units.ts';
 import { isErrno } from './errno.ts';
-import { loadProto } from './protocol.ts';
+import { loadProto } from '../protocol.ts';
 import { snapshotsService } from './snapshots-service.ts';
 import type { Snapshotter } from './snapshotter.ts';
 

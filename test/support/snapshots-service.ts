@@ -3,14 +3,14 @@
 import { mkdir, mkdtemp, rm } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
-import { credentials, type ServiceClientConstructor } from '@grpc/grpc-js';
+import { credentials, Metadata, type ServiceClientConstructor } from '@grpc/grpc-js';
 import { type Logger, pino } from 'pino';
 import { RootPaths } from '../../src/paths.ts';
+import { loadProto } from '../../src/protocol.ts';
 import { startSnapshotsServer } from '../../src/snapshotter/grpc-server.ts';
 import { type ImageMounter, noImages } from '../../src/snapshotter/images.ts';
 import { type Metastore, openMetastore } from '../../src/snapshotter/metastore-client.ts';
 import type { Mount } from '../../src/snapshotter/mounts.ts';
-import { loadProto } from '../../src/snapshotter/protocol.ts';
 import { Snapshotter } from '../../src/snapshotter/snapshotter.ts';
 import { unmountBelow } from './containerd.ts';
 
@@ -24,11 +24,23 @@ export interface WireInfo {
   readonly labels: Readonly<Record<string, string>>;
 }
 
+/** What containerd's own socket needs to know beside a key; our socket takes no notice of it. */
+export interface ClientScope {
+  readonly snapshotter?: string;
+  readonly namespace?: string;
+  readonly lease?: string;
+}
+
 /** Calls over the socket; errors are grpc-js ServiceErrors with `code` and `details`. */
 export class SnapshotsClient {
   readonly #client: InstanceType<ServiceClientConstructor>;
+  readonly #metadata = new Metadata();
+  readonly #snapshotter: string;
 
-  constructor(address: string) {
+  constructor(address: string, scope: ClientScope = {}) {
+    this.#snapshotter = scope.snapshotter ?? '';
+    if (scope.namespace !== undefined) this.#metadata.set('containerd-namespace', scope.namespace);
+    if (scope.lease !== undefined) this.#metadata.set('containerd-lease', scope.lease);
     const packages = loadProto('snapshots.proto') as unknown as {
       containerd: { services: { snapshots: { v1: { Snapshots: ServiceClientConstructor } } } };
     };
@@ -40,8 +52,14 @@ export class SnapshotsClient {
 
   #call<T>(method: string, request: object): Promise<T> {
     return new Promise((resolve, reject) => {
-      const invoke = this.#client[method] as (request: object, done: (error: Error | null, value: T) => void) => void;
-      invoke.call(this.#client, request, (error, value) => (error === null ? resolve(value) : reject(error)));
+      const invoke = this.#client[method] as (
+        request: object,
+        metadata: Metadata,
+        done: (error: Error | null, value: T) => void,
+      ) => void;
+      invoke.call(this.#client, { snapshotter: this.#snapshotter, ...request }, this.#metadata, (error, value) =>
+        error === null ? resolve(value) : reject(error),
+      );
     });
   }
 
@@ -76,9 +94,13 @@ export class SnapshotsClient {
 
   /** The messages of a List; `eachBlock` runs while the stream is open. */
   async list(filters: string[] = [], eachBlock: (block: WireInfo[]) => Promise<void> = async () => {}) {
-    const invoke = this.#client.List as (request: object) => AsyncIterable<{ info: WireInfo[] }>;
+    const invoke = this.#client.List as (request: object, metadata: Metadata) => AsyncIterable<{ info: WireInfo[] }>;
     const blocks: WireInfo[][] = [];
-    for await (const { info } of invoke.call(this.#client, { filters })) {
+    for await (const { info } of invoke.call(
+      this.#client,
+      { snapshotter: this.#snapshotter, filters },
+      this.#metadata,
+    )) {
       blocks.push(info);
       await eachBlock(info);
     }

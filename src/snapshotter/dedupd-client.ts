@@ -1,0 +1,258 @@
+// The client side of proto/dedupd.proto: calls dedupd with a deadline each, compares versions before anything else and
+// turns statuses back into DedupErrors. Used by the snapshots service, the supervisor and the CLI; retries nothing.
+import {
+  type ClientReadableStream,
+  credentials,
+  Metadata,
+  type ServiceClientConstructor,
+  type ServiceError,
+} from '@grpc/grpc-js';
+import { DedupError, ERROR_CODES, type ErrorCode, GrpcStatus, wrapError } from '../errors.ts';
+import { DEDUPD_PROTOCOL, loadProto } from '../protocol.ts';
+import { MiB } from '../units.ts';
+import type { ImageMounter, LayerKey, PrepareLayerArgs, PrepareLayerResult } from './images.ts';
+
+export interface DedupdHello {
+  readonly protocol: number;
+  readonly version: string;
+  readonly root: string;
+  readonly pid: number;
+  readonly transport: string;
+}
+
+/** One merged image as dedupd lists it: proto/dedupd.proto, ImageInfo. */
+export interface DedupdImage {
+  readonly mount_id: number;
+  readonly path: string;
+  readonly layers: readonly string[];
+  readonly total_bytes: number;
+  readonly present_bytes: number;
+  readonly transport: string;
+  readonly reference: string;
+}
+
+/** proto/dedupd.proto, StatsResponse. */
+export type DedupdStats = Readonly<
+  Record<
+    | 'chunks'
+    | 'chunk_bytes'
+    | 'present_bytes'
+    | 'requests'
+    | 'wire_bytes'
+    | 'misses'
+    | 'hits'
+    | 'span_bytes'
+    | 'control_bytes'
+    | 'control_requests',
+    number
+  >
+>;
+
+export interface MountProgress {
+  readonly step: string;
+  readonly bytes_done: number;
+  readonly bytes_total: number;
+  readonly done: boolean;
+  readonly path: string;
+}
+
+export interface DedupdClientOptions {
+  /** Path of dedupd's unix socket. */
+  readonly address: string;
+  /** Root directory the daemon must serve; any when absent. */
+  readonly root?: string;
+}
+
+/** Deadlines, milliseconds. Release and retain are called with Prepare waiting behind them: short. */
+const DEADLINE_MS = {
+  Hello: 2_000,
+  MountImage: 20_000,
+  ReleaseImages: 3_000,
+  RetainLayers: 3_000,
+  LayerUsage: 10_000,
+  ListImages: 10_000,
+  Stats: 10_000,
+  UnmountReference: 30_000,
+  GiveCredentials: 2_000,
+  Shutdown: 10_000,
+} as const;
+/** Time kept back from a budget so that dedupd's own answer, with its reason, arrives before our deadline. */
+const ANSWER_MS = 200;
+
+export class DedupdClient implements ImageMounter {
+  readonly #client: InstanceType<ServiceClientConstructor>;
+  readonly #options: DedupdClientOptions;
+  #compared: Promise<unknown> | undefined;
+
+  /** Connects at the first call, and again whenever the daemon has gone. */
+  constructor(options: DedupdClientOptions) {
+    const packages = loadProto('dedupd.proto') as unknown as { dedup: { v1: { Dedupd: ServiceClientConstructor } } };
+    this.#options = options;
+    this.#client = new packages.dedup.v1.Dedupd(`unix:${options.address}`, credentials.createInsecure(), {
+      'grpc.max_receive_message_length': 16 * MiB,
+      'grpc.max_send_message_length': 16 * MiB,
+      // A daemon that comes back is found within a moment, not after gRPC's two minutes.
+      'grpc.initial_reconnect_backoff_ms': 50,
+      'grpc.min_reconnect_backoff_ms': 50,
+      'grpc.max_reconnect_backoff_ms': 500,
+    });
+  }
+
+  /** Errors: UNAVAILABLE when nobody listens, FAILED_PRECONDITION for another protocol version or root. */
+  async hello(): Promise<DedupdHello> {
+    const hello = await this.#invoke<DedupdHello>('Hello', { protocol: DEDUPD_PROTOCOL }, DEADLINE_MS.Hello);
+    if (hello.protocol !== DEDUPD_PROTOCOL) {
+      throw new DedupError(
+        'FAILED_PRECONDITION',
+        `dedupd ${hello.version} speaks protocol ${hello.protocol}, this program ${DEDUPD_PROTOCOL}`,
+        { hint: 'restart both with the same version' },
+      );
+    }
+    const { root } = this.#options;
+    if (root !== undefined && hello.root !== root) {
+      throw new DedupError(
+        'FAILED_PRECONDITION',
+        `the dedupd on ${this.#options.address} serves ${hello.root}, not ${root}`,
+        {
+          hint: 'stop it, or configure a run directory of its own for each root',
+        },
+      );
+    }
+    return hello;
+  }
+
+  async prepareLayer(args: PrepareLayerArgs): Promise<PrepareLayerResult> {
+    const { layer, sources, manifest, siblings, budgetMs } = args;
+    const budget_ms = Math.max(1, budgetMs - ANSWER_MS);
+    return await this.#call('PrepareLayer', { layer, sources, manifest, siblings, budget_ms, size: 0 }, budgetMs);
+  }
+
+  async mountImage(args: { layers: readonly LayerKey[]; bottom: boolean }): Promise<{ path: string; mountId: number }> {
+    const request = { layers: args.layers, bottom: args.bottom };
+    const { path, mount_id } = await this.#call<{ path: string; mount_id: number }>('MountImage', request);
+    return { path, mountId: mount_id };
+  }
+
+  async releaseImages(inUse: readonly number[]): Promise<void> {
+    await this.#call('ReleaseImages', { in_use: inUse });
+  }
+
+  async retainLayers(layers: readonly LayerKey[]): Promise<void> {
+    await this.#call('RetainLayers', { layers });
+  }
+
+  async layerUsage(layer: LayerKey): Promise<{ bytes: number; inodes: number }> {
+    const { bytes, inodes } = await this.#call<{ bytes: number; inodes: number }>('LayerUsage', { layer });
+    return { bytes, inodes };
+  }
+
+  async listImages(): Promise<readonly DedupdImage[]> {
+    return (await this.#call<{ images: DedupdImage[] }>('ListImages', {})).images;
+  }
+
+  async stats(): Promise<DedupdStats> {
+    return await this.#call('Stats', {});
+  }
+
+  /** Hands over `user:password` for a host; kept in the daemon's memory only. */
+  async giveCredentials(host: string, userAndPassword: string): Promise<void> {
+    await this.#call('GiveCredentials', { host, credentials: userAndPassword });
+  }
+
+  /** Mounts an image without containerd; the messages as they come, the last with `done`. Ends with the signal. */
+  async *mountReference(
+    request: { reference: string; directory: string; platform: string; credentials: string },
+    signal?: AbortSignal,
+  ): AsyncGenerator<MountProgress> {
+    await this.#compare();
+    const invoke = this.#client.MountReference as (request: object) => ClientReadableStream<MountProgress>;
+    const stream = invoke.call(this.#client, request);
+    const cancel = (): void => stream.cancel();
+    signal?.addEventListener('abort', cancel, { once: true });
+    try {
+      signal?.throwIfAborted();
+      for await (const message of stream) yield message as MountProgress;
+    } catch (error) {
+      throw this.#convert('MountReference', error);
+    } finally {
+      signal?.removeEventListener('abort', cancel);
+      stream.cancel();
+    }
+  }
+
+  async unmountReference(directory: string): Promise<void> {
+    await this.#call('UnmountReference', { directory });
+  }
+
+  async shutdown(): Promise<void> {
+    await this.#call('Shutdown', {});
+  }
+
+  /** Ends the connection. Idempotent. */
+  close(): void {
+    this.#client.close();
+  }
+
+  async #call<T>(method: keyof typeof DEADLINE_MS | 'PrepareLayer', request: object, deadlineMs?: number): Promise<T> {
+    const startedMs = performance.now();
+    await this.#compare();
+    const wholeMs = deadlineMs ?? (method === 'PrepareLayer' ? ANSWER_MS : DEADLINE_MS[method]);
+    return await this.#invoke<T>(method, request, wholeMs - (performance.now() - startedMs));
+  }
+
+  /** Hello, once for each time the daemon is reached anew. */
+  #compare(): Promise<unknown> {
+    this.#compared ??= this.hello().catch((error: unknown) => {
+      this.#compared = undefined;
+      throw error;
+    });
+    return this.#compared;
+  }
+
+  #invoke<T>(method: string, request: object, deadlineMs: number): Promise<T> {
+    const invoke = this.#client[method] as (
+      request: object,
+      metadata: Metadata,
+      options: { deadline: number },
+      done: (error: ServiceError | null, value: T) => void,
+    ) => void;
+    return new Promise((resolve, reject) => {
+      try {
+        invoke.call(this.#client, request, new Metadata(), { deadline: Date.now() + deadlineMs }, (error, value) => {
+          if (error === null) resolve(value);
+          else reject(this.#convert(method, error));
+        });
+      } catch (error) {
+        reject(wrapError(error, `calling dedupd (${method})`));
+      }
+    });
+  }
+
+  #convert(method: string, error: unknown): DedupError {
+    if (error instanceof DedupError) return error;
+    const { code, details, message } = error as Partial<ServiceError>;
+    const text = details ?? message ?? String(error);
+    const named = /^(.*) \[([A-Z_]+)\]$/su.exec(text);
+    const name = named?.[2];
+    // A status with the name of a code in it was sent by the daemon itself; all others come from the connection.
+    if (name !== undefined && Object.hasOwn(ERROR_CODES, name)) {
+      return new DedupError(name as ErrorCode, `dedupd: ${named?.[1] ?? text}`, { cause: error });
+    }
+    if (code === GrpcStatus.unavailable) {
+      this.#compared = undefined;
+      return new DedupError('UNAVAILABLE', `dedupd does not answer on ${this.#options.address}`, {
+        cause: error,
+        hint: 'start dedupd, or look into its log',
+      });
+    }
+    const doing = `calling dedupd (${method}): ${text}`;
+    return new DedupError(connectionCode(code), doing, { cause: error });
+  }
+}
+
+function connectionCode(status: number | undefined): ErrorCode {
+  if (status === GrpcStatus.deadlineExceeded) return 'DEADLINE';
+  if (status === GrpcStatus.cancelled) return 'CANCELLED';
+  if (status === GrpcStatus.unimplemented) return 'UNIMPLEMENTED';
+  return 'INTERNAL';
+}

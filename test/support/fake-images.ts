@@ -1,0 +1,75 @@
+// A stand-in for dedupd: layers are directories given by the test, a merged image is a copy of them one over the
+// other. Records every call. For tests of what the snapshots service asks, not of what dedupd does.
+import { existsSync } from 'node:fs';
+import { cp, mkdir, writeFile } from 'node:fs/promises';
+import { join } from 'node:path';
+import { DedupError } from '../../src/errors.ts';
+import type { ImageMounter, LayerKey, PrepareLayerArgs, PrepareLayerResult } from '../../src/snapshotter/images.ts';
+
+export class FakeImages implements ImageMounter {
+  readonly #dir: string;
+  readonly #layers = new Map<string, string>();
+  readonly #ids = new Map<string, number>();
+  readonly prepared: PrepareLayerArgs[] = [];
+  readonly mounted: { layers: string[]; bottom: boolean }[] = [];
+  readonly released: (readonly number[])[] = [];
+  readonly retained: string[][] = [];
+  /** Set: every call fails as when dedupd is down. */
+  down = false;
+  /** Awaited inside mountImage, after the mount was made. */
+  afterMount: () => Promise<void> = async () => {};
+
+  constructor(dir: string) {
+    this.#dir = dir;
+  }
+
+  /** Makes a layer lazily loadable; it holds one file of its name. */
+  async addLayer(digest: string, file: string): Promise<void> {
+    const dir = join(this.#dir, 'layers', digest);
+    await mkdir(dir, { recursive: true });
+    await writeFile(join(dir, file), `${file} of ${digest}\n`);
+    this.#layers.set(digest, dir);
+  }
+
+  #requireUp(): void {
+    if (this.down) throw new DedupError('UNAVAILABLE', 'the fake is down');
+  }
+
+  async prepareLayer(args: PrepareLayerArgs): Promise<PrepareLayerResult> {
+    this.#requireUp();
+    this.prepared.push(args);
+    const lazy = this.#layers.has(args.layer.digest);
+    return { lazy, reason: lazy ? '' : 'no index is known', layer: { ...args.layer, index: 'sha256:index' } };
+  }
+
+  async mountImage(args: { layers: readonly LayerKey[]; bottom: boolean }): Promise<{ path: string; mountId: number }> {
+    this.#requireUp();
+    const digests = args.layers.map(({ digest }) => digest);
+    this.mounted.push({ layers: digests, bottom: args.bottom });
+    const key = `${digests.join()} ${args.bottom}`;
+    const mountId = this.#ids.get(key) ?? this.#ids.size + 1;
+    this.#ids.set(key, mountId);
+    const path = join(this.#dir, 'mounts', String(mountId));
+    if (!existsSync(path)) {
+      await mkdir(path, { recursive: true });
+      for (const digest of digests) await cp(this.#layers.get(digest) ?? '', path, { recursive: true });
+    }
+    await this.afterMount();
+    return { path, mountId };
+  }
+
+  async releaseImages(inUse: readonly number[]): Promise<void> {
+    this.#requireUp();
+    this.released.push(inUse);
+  }
+
+  async retainLayers(layers: readonly LayerKey[]): Promise<void> {
+    this.#requireUp();
+    this.retained.push(layers.map(({ digest }) => digest).sort());
+  }
+
+  async layerUsage(): Promise<{ bytes: number; inodes: number }> {
+    this.#requireUp();
+    return { bytes: 12345, inodes: 6 };
+  }
+}
