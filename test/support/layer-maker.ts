@@ -2,9 +2,21 @@
 // files, so that the image builder can be tested without tar, registry or node store.
 import { createHash } from 'node:crypto';
 import { closeSync, ftruncateSync, openSync, writeSync } from 'node:fs';
-import type { ChunkTable, EntryTable } from '../../src/fs/index/layer-index.ts';
+import { digestOf } from '../../src/digest.ts';
+import type { ChunkTable, EntryTable, LayerIndex } from '../../src/fs/index/layer-index.ts';
 import { EntryType } from '../../src/fs/index/layer-index.ts';
 import { BLOCK_BYTES, MiB, roundUp } from '../../src/units.ts';
+
+const PIECE_BYTES = MiB;
+
+const sha256 = (bytes: Uint8Array): Buffer => createHash('sha256').update(bytes).digest();
+const zeroDigests = new Map<number, Buffer>();
+
+function zeroDigest(length: number): Buffer {
+  const known = zeroDigests.get(length) ?? sha256(Buffer.alloc(length));
+  zeroDigests.set(length, known);
+  return known;
+}
 
 export interface EntrySpec {
   /** Latin1 string: one character per byte. */
@@ -81,7 +93,7 @@ function columns(count: number) {
 export function makeLayer(
   specs: readonly EntrySpec[],
   store: FakeStore,
-  options: { chunkBytes?: number; zeroAddresses?: boolean } = {},
+  options: { chunkBytes?: number; zeroAddresses?: boolean; writeContent?: boolean } = {},
 ): MadeLayer {
   const chunkBytes = options.chunkBytes ?? 4 * MiB;
   const table = columns(specs.length);
@@ -89,6 +101,11 @@ export function makeLayer(
   const addresses: number[] = [];
   const lengths: number[] = [];
   const zeros: number[] = [];
+  const tarOffsets: number[] = [];
+  const pieceStart: number[] = [0];
+  const pieces: Buffer[] = [];
+  const names: Buffer[] = [];
+  let tarAt = 0;
   specs.forEach((spec, i) => {
     const type =
       spec.type ??
@@ -116,23 +133,36 @@ export function makeLayer(
     table.size[i] = size;
     table.firstChunk[i] = lengths.length;
     table.chunkCount[i] = Math.ceil(size / chunkBytes);
+    tarAt += 512;
     for (let offset = 0; offset < size; offset += chunkBytes) {
       const length = Math.min(chunkBytes, size - offset);
       const inside = extents.filter((e) => e.offset < offset + length && e.offset + e.data.length > offset);
       const zero = inside.length === 0;
-      const address = zero && !options.zeroAddresses ? -1 : store.assign(length);
+      const address = zero && options.zeroAddresses !== true ? -1 : store.assign(length);
+      const whole = zero ? undefined : Buffer.alloc(length);
       for (const extent of inside) {
         const from = Math.max(offset, extent.offset);
         const to = Math.min(offset + length, extent.offset + extent.data.length);
-        store.write(address + from - offset, extent.data.subarray(from - extent.offset, to - extent.offset));
+        const part = extent.data.subarray(from - extent.offset, to - extent.offset);
+        whole?.set(part, from - offset);
+        if (options.writeContent !== false) store.write(address + from - offset, part);
       }
+      const own: Buffer[] = [];
+      for (let at = 0; at < length; at += PIECE_BYTES) {
+        const bytes = Math.min(PIECE_BYTES, length - at);
+        own.push(whole === undefined ? zeroDigest(bytes) : sha256(whole.subarray(at, at + bytes)));
+      }
+      names.push(own.length === 1 ? own[0]! : sha256(Buffer.concat(own)));
+      pieces.push(...own);
+      pieceStart.push(pieces.length);
+      tarOffsets.push(tarAt + offset);
       lengths.push(length);
       addresses.push(address);
       zeros.push(zero ? 1 : 0);
     }
+    tarAt += roundUp(size, 512);
   });
   const count = lengths.length;
-  const digest = createHash('sha256').update('unused').digest();
   const entries: EntryTable = {
     count: specs.length,
     ...table,
@@ -142,11 +172,11 @@ export function makeLayer(
   };
   const chunks: ChunkTable = {
     count,
-    digest: new Uint8Array(Buffer.concat(Array.from({ length: count }, () => digest))),
+    digest: new Uint8Array(Buffer.concat(names)),
     length: Uint32Array.from(lengths),
-    tarOffset: new Float64Array(count),
-    pieceStart: Uint32Array.from({ length: count + 1 }, (_, i) => i),
-    pieceDigest: new Uint8Array(32 * count),
+    tarOffset: Float64Array.from(tarOffsets),
+    pieceStart: Uint32Array.from(pieceStart),
+    pieceDigest: new Uint8Array(Buffer.concat(pieces)),
     fragmentStart: new Uint32Array(count + 1),
     fragmentChunkOffset: new Uint32Array(0),
     fragmentTarOffset: new Float64Array(0),
@@ -154,4 +184,36 @@ export function makeLayer(
     zero: Uint8Array.from(zeros),
   };
   return { entries, chunks, chunkBytes, addresses: Float64Array.from(addresses) };
+}
+
+/** A whole layer index around a made layer, with invented identity and framing. */
+export function layerIndexOf(layer: MadeLayer): LayerIndex {
+  const digest = digestOf('a layer that was never a tar');
+  let tarBytes = 1024;
+  for (let i = 0; i < layer.chunks.count; i++) {
+    tarBytes = Math.max(tarBytes, layer.chunks.tarOffset[i]! + roundUp(layer.chunks.length[i]!, 512));
+  }
+  const starts = Float64Array.from({ length: Math.ceil(tarBytes / MiB) }, (_, i) => i * MiB);
+  return {
+    layerDigest: digest,
+    layerBytes: tarBytes,
+    diffId: digest,
+    tarBytes: tarBytes,
+    compression: 'none',
+    spanBytes: MiB,
+    chunkBytes: layer.chunkBytes,
+    pieceBytes: PIECE_BYTES,
+    restart: { digest, size: 0, framingLength: 0 },
+    entries: layer.entries,
+    chunks: layer.chunks,
+    spans: {
+      count: starts.length,
+      outOffset: starts,
+      inOffset: starts,
+      bits: new Uint8Array(starts.length),
+      memberStart: new Uint8Array(starts.length),
+      windowOffset: new Float64Array(starts.length),
+      windowLength: new Uint32Array(starts.length),
+    },
+  };
 }

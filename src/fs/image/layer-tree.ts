@@ -159,7 +159,8 @@ export function buildLayerTree(tree: ImageTree, entries: EntryTable, options: La
       if (lowest) {
         removeImplicit(tree, parent);
         parents.clear();
-      } else {
+      } else if (parent !== root) {
+        // overlayfs stacks the roots of its layers whether they are marked or not.
         tree.opaque[parent] = 1;
         hides = true;
       }

@@ -170,8 +170,6 @@ export function mergeLayers(layers: readonly EntryTable[], options: MergeOptions
     stack.push(buildLayerTree(tree, entries, { layer, lowest, findBelow: (path) => stack.find(path) }));
   });
   tree.root = stack.root!;
-  // The snapshot's own directory: no layer can mark it, and nothing lies outside it to inherit from.
-  if (options.bottom) tree.opaque[tree.root] = 0;
   if (!options.bottom && options.attributesBelow !== undefined) {
     inheritFromBelow(tree, tree.root, '', options.attributesBelow);
   }

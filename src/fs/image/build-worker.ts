@@ -1,0 +1,46 @@
+// Entry point of the process that builds one image: receives a request over IPC, answers once, ends. Started only by
+// build-image.ts; must not outlive its parent.
+import { readFileSync } from 'node:fs';
+import { DedupError, wrapError } from '../../errors.ts';
+import { KiB } from '../../units.ts';
+import { decodeLayerIndex } from '../index/format.ts';
+import { writeFileAtomically } from './atomic-file.ts';
+import { attributesBelow } from './below.ts';
+import type { ImageBuildAnswer, ImageBuildRequest, ImageBuildResult } from './build-protocol.ts';
+import { writeImage } from './erofs/writer.ts';
+import { mergeLayers } from './merge.ts';
+
+function build(request: ImageBuildRequest): ImageBuildResult {
+  const layers = request.layers.map(({ index, addresses }) => {
+    const { entries, chunks, chunkBytes } = decodeLayerIndex(readFileSync(index));
+    if (addresses.length !== chunks.count) {
+      throw new DedupError(
+        'INTERNAL',
+        `${addresses.length} addresses given for the ${chunks.count} chunks of ${index}`,
+      );
+    }
+    return { entries, chunks, chunkBytes, addresses };
+  });
+  const tree = mergeLayers(
+    layers.map(({ entries }) => entries),
+    {
+      bottom: request.bottom,
+      ...(request.below === undefined ? {} : { attributesBelow: attributesBelow(request.below) }),
+    },
+  );
+  const summary = writeFileAtomically(request.output, (fd) => writeImage(fd, tree, layers, request.layout));
+  return { ...summary, peakBytes: process.resourceUsage().maxRSS * KiB };
+}
+
+function answer(request: ImageBuildRequest): ImageBuildAnswer {
+  try {
+    return { result: build(request) };
+  } catch (error) {
+    const wrapped = wrapError(error, `building the image ${request.output}`);
+    return { code: wrapped.code, message: wrapped.message, details: wrapped.details };
+  }
+}
+
+process.once('message', (message) => {
+  process.send?.(answer(message as ImageBuildRequest), () => process.disconnect());
+});
