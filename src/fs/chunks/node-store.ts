@@ -351,15 +351,16 @@ export class NodeStore {
       digests.set(piece.digest, i * 32);
     }
     const failures = this.#durability.failures;
-    const stored = await this.#native.storePieces({
-      fd: this.#file.direct.fd,
-      source,
-      offsets,
-      lengths,
-      digests,
-      addresses,
-      presence: this.presence,
-    });
+    const { presence } = this;
+    const fd = this.#file.direct.fd;
+    let stored: Uint8Array;
+    try {
+      stored = await this.#native.storePieces({ fd, source, offsets, lengths, digests, addresses, presence });
+    } catch (error) {
+      // Which of them were written is not known; none may stay present without waiting for a flush.
+      for (const { address, length } of pieces) this.#forget(address, length);
+      throw error;
+    }
     const fresh: FreshPiece[] = [];
     let bytes = 0;
     for (const [i, piece] of pieces.entries()) {
@@ -385,6 +386,10 @@ export class NodeStore {
     this.#storedBytes += bytes;
     this.#durability.add(fresh, bytes);
     return stored;
+  }
+
+  #forget(address: number, length: number): void {
+    this.#native.presenceSet(this.presence, address / BLOCK_BYTES, Math.ceil(length / BLOCK_BYTES), false);
   }
 
   #maskOf(piece: PieceToStore): number {

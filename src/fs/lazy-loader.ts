@@ -1,0 +1,473 @@
+// Store addresses wanted → bytes here: the one place where on-demand reads and prefetch meet. Transports call read(),
+// prefetch calls ensure(). Answers with verified bytes or an error, never with anything in between.
+import { LRUCache } from 'lru-cache';
+import { DedupError, errorCode, wrapError } from '../errors.ts';
+import type { Logger } from '../log.ts';
+import { BLOCK_BYTES, type ByteRange, MiB } from '../units.ts';
+import { LayerMap, type LayerProvider, type PieceRef } from './loadable-layer.ts';
+import { copyTar } from './span-edges.ts';
+import {
+  DEFAULT_FETCH_LIMITS,
+  type FetchLimits,
+  type FetchStats,
+  type LoaderNative,
+  type LoaderStore,
+  type RunOutput,
+  SpanFetcher,
+  toStore,
+} from './span-fetcher.ts';
+
+/** What the loader needs of the node store: look-ups, reads, verified writes. */
+export interface ReadableStore extends LoaderStore {
+  readonly storeBytes: number;
+  find(address: number): { address: number; chunkId: number; size: number; pieceBytes: number } | undefined;
+  layersOf(chunkId: number): { layerId: number; seq: number }[];
+  read(target: Buffer, at: number, length: number, address: number): Promise<void>;
+}
+
+export const Priority = { onDemand: 100, prefetch: 10, background: 0 } as const;
+
+export interface LazyLoaderOptions {
+  readonly store: ReadableStore;
+  readonly layers: LayerProvider;
+  readonly native: LoaderNative;
+  readonly log: Logger;
+  readonly limits?: Partial<FetchLimits>;
+  /** An on-demand read fails with DEADLINE after this time; below 100 s, the kernel's patience. */
+  readonly deadlineMs?: number;
+  /** A failed piece fails again at once for this long. */
+  readonly failureMs?: number;
+  /** Memory for opened layers, bytes. */
+  readonly layerBytes?: number;
+}
+
+export interface ReadOptions {
+  /** Numbers of the layers of the image that reads: they are preferred as the place to fetch from. */
+  readonly layers: readonly number[];
+  readonly signal?: AbortSignal;
+}
+
+export interface LoaderStats extends FetchStats {
+  /** On-demand reads, and those of them that had to wait for a fetch. */
+  readonly reads: number;
+  readonly misses: number;
+  readonly failedReads: number;
+  /** Time that reads with a miss took, milliseconds. */
+  readonly waitMs: number;
+  readonly maxWaitMs: number;
+  readonly edgeBytes: number;
+}
+
+/** A piece that a read needs, by where it lies. */
+interface Slot {
+  readonly address: number;
+  readonly length: number;
+  readonly chunkId: number | undefined;
+  readonly ref: PieceRef | undefined;
+}
+
+/** Verified bytes of a piece; undefined when they must be read from the store. */
+type PieceBytes = Uint8Array | undefined;
+
+const ZEROS = Buffer.alloc(BLOCK_BYTES);
+
+export class LazyLoader {
+  readonly #store: ReadableStore;
+  readonly #provider: LayerProvider;
+  readonly #log: Logger;
+  readonly #fetcher: SpanFetcher;
+  readonly #deadlineMs: number;
+  readonly #maps: LRUCache<number, LayerMap>;
+  readonly #opening = new Map<number, Promise<LayerMap>>();
+  readonly #pieces = new Map<number, Promise<PieceBytes>>();
+  readonly #failed: LRUCache<number, DedupError>;
+  readonly #abort = new AbortController();
+  #reads = 0;
+  #misses = 0;
+  #failedReads = 0;
+  #waitMs = 0;
+  #maxWaitMs = 0;
+
+  constructor(options: LazyLoaderOptions) {
+    this.#store = options.store;
+    this.#provider = options.layers;
+    this.#log = options.log;
+    this.#deadlineMs = options.deadlineMs ?? 60_000;
+    this.#fetcher = new SpanFetcher(
+      options.store,
+      options.native,
+      { ...DEFAULT_FETCH_LIMITS, ...options.limits },
+      options.log,
+    );
+    const layerBytes = options.layerBytes ?? 32 * MiB;
+    // A layer larger than the limit is kept too, alone.
+    this.#maps = new LRUCache({ maxSize: layerBytes, sizeCalculation: (map) => Math.min(map.bytes, layerBytes) });
+    this.#failed = new LRUCache({ max: 4096, ttl: options.failureMs ?? 1000 });
+  }
+
+  stats(): LoaderStats {
+    return {
+      ...this.#fetcher.stats(),
+      reads: this.#reads,
+      misses: this.#misses,
+      failedReads: this.#failedReads,
+      waitMs: this.#waitMs,
+      maxWaitMs: this.#maxWaitMs,
+      edgeBytes: this.#fetcher.edges.bytes,
+    };
+  }
+
+  /**
+   * Exactly the bytes of a range of the store, as parts one after the other. `range` is in whole blocks.
+   * Errors: STORE_IO for an address that is not assigned; REGISTRY_*, DIGEST_MISMATCH, LAYER_INVALID, STORE_FULL,
+   * DEADLINE, CANCELLED, CLOSED.
+   */
+  async read(range: ByteRange, options: ReadOptions): Promise<Buffer[]> {
+    this.#mustBeOpen();
+    this.#reads++;
+    try {
+      if (this.#store.isPresent(range.offset, range.length)) return [await this.#readStore(range.offset, range.length)];
+      const started = performance.now();
+      this.#misses++;
+      const slots = this.#locate(range, options.layers);
+      const bytes = await this.#withDeadline(this.#obtainAll(slots, options.layers, Priority.onDemand), options.signal);
+      const parts = await this.#compose(range, slots, bytes);
+      const waited = performance.now() - started;
+      this.#waitMs += waited;
+      this.#maxWaitMs = Math.max(this.#maxWaitMs, waited);
+      return parts;
+    } catch (error) {
+      this.#failedReads++;
+      throw error;
+    }
+  }
+
+  /** Brings ranges of the store here without reading them. Errors as read(); the first one ends it. */
+  async ensure(ranges: readonly ByteRange[], options: ReadOptions & { readonly priority: number }): Promise<void> {
+    this.#mustBeOpen();
+    for (const range of ranges) {
+      options.signal?.throwIfAborted();
+      const slots = this.#locate(range, options.layers);
+      await this.#obtainAll(slots, options.layers, options.priority);
+    }
+  }
+
+  #mustBeOpen(): void {
+    if (this.#abort.signal.aborted) throw new DedupError('CLOSED', 'the loader is closed');
+  }
+
+  async #withDeadline<T>(work: Promise<T>, signal: AbortSignal | undefined): Promise<T> {
+    const { promise, reject } = Promise.withResolvers<never>();
+    const late = (): void => reject(new DedupError('DEADLINE', `a read waited for ${this.#deadlineMs} ms`));
+    const cancelled = (): void => reject(new DedupError('CANCELLED', 'the read was given up'));
+    const closed = (): void => reject(new DedupError('CLOSED', 'the loader is closed'));
+    const timer = setTimeout(late, this.#deadlineMs);
+    signal?.addEventListener('abort', cancelled, { once: true });
+    this.#abort.signal.addEventListener('abort', closed, { once: true });
+    try {
+      return await Promise.race([work, promise]);
+    } finally {
+      clearTimeout(timer);
+      signal?.removeEventListener('abort', cancelled);
+      this.#abort.signal.removeEventListener('abort', closed);
+    }
+  }
+
+  /** The pieces that cover a range, ascending. Errors: STORE_IO when a block belongs to none. */
+  #locate(range: ByteRange, layers: readonly number[]): Slot[] {
+    if (range.offset % BLOCK_BYTES !== 0 || range.length % BLOCK_BYTES !== 0 || range.length <= 0) {
+      throw new DedupError('INVALID_ARGUMENT', `a read of ${range.length} bytes at ${range.offset} is not in blocks`);
+    }
+    const open: LayerMap[] = [];
+    for (const layerId of layers) {
+      const map = this.#maps.get(layerId);
+      if (map !== undefined) open.push(map);
+    }
+    const slots: Slot[] = [];
+    const end = range.offset + range.length;
+    let recent: LayerMap | undefined;
+    for (let at = range.offset; at < end; ) {
+      let slot: Slot | undefined;
+      if (recent !== undefined) slot = slotIn(recent, at);
+      for (let i = 0; slot === undefined && i < open.length; i++) {
+        slot = slotIn(open[i]!, at);
+        if (slot !== undefined) recent = open[i];
+      }
+      slot ??= this.#slotInStore(at);
+      if (slot === undefined) throw new DedupError('STORE_IO', `nothing is assigned to address ${at} of the store`);
+      slots.push(slot);
+      at = slot.address + Math.ceil(slot.length / BLOCK_BYTES) * BLOCK_BYTES;
+    }
+    return slots;
+  }
+
+  #slotInStore(at: number): Slot | undefined {
+    const placed = this.#store.find(at);
+    if (placed === undefined) return undefined;
+    const piece = Math.floor((at - placed.address) / placed.pieceBytes);
+    return {
+      address: placed.address + piece * placed.pieceBytes,
+      length: Math.min(placed.pieceBytes, placed.size - piece * placed.pieceBytes),
+      chunkId: placed.chunkId,
+      ref: undefined,
+    };
+  }
+
+  #obtainAll(slots: readonly Slot[], layers: readonly number[], priority: number): Promise<PieceBytes[]> {
+    return Promise.all(slots.map((slot) => this.#obtain(slot, layers, priority)));
+  }
+
+  /** One flight per piece. */
+  #obtain(slot: Slot, layers: readonly number[], priority: number): Promise<PieceBytes> | undefined {
+    const { address } = slot;
+    if (this.#store.isPresent(address, slot.length)) return undefined;
+    const failed = this.#failed.get(address);
+    if (failed !== undefined) return Promise.reject(failed);
+    const known = this.#pieces.get(address);
+    if (known !== undefined) {
+      if (priority >= Priority.onDemand) this.#promote(slot);
+      return known;
+    }
+    const work = this.#load(slot, layers, priority);
+    this.#pieces.set(address, work);
+    work.then(
+      () => this.#pieces.delete(address),
+      (error: unknown) => {
+        this.#pieces.delete(address);
+        if (errorCode(error) === 'CLOSED') return;
+        this.#failed.set(address, error instanceof DedupError ? error : wrapError(error, `loading ${address}`));
+      },
+    );
+    return work;
+  }
+
+  /** Moves the spans of a piece that prefetch already waits for to the front. */
+  #promote(slot: Slot): void {
+    if (slot.ref === undefined) return;
+    for (const span of spansOf(slot.ref)) this.#fetcher.promote(slot.ref.map, span, Priority.onDemand);
+  }
+
+  /** Brings one piece here, from whichever layer can deliver it: those of the image first. */
+  async #load(slot: Slot, layers: readonly number[], priority: number): Promise<PieceBytes> {
+    if (slot.ref !== undefined) {
+      try {
+        return await this.#loadFrom(slot.ref, priority);
+      } catch (error) {
+        if (!worthAnotherLayer(error)) throw error;
+        return await this.#loadFromOthers(slot, layers, priority, slot.ref.map.layerId, error);
+      }
+    }
+    return await this.#loadFromOthers(slot, layers, priority, undefined, undefined);
+  }
+
+  async #loadFromOthers(
+    slot: Slot,
+    layers: readonly number[],
+    priority: number,
+    tried: number | undefined,
+    cause: unknown,
+  ): Promise<PieceBytes> {
+    const chunkId = slot.chunkId ?? this.#store.find(slot.address)?.chunkId;
+    const all = chunkId === undefined ? [] : this.#store.layersOf(chunkId).map(({ layerId }) => layerId);
+    const ids = [...new Set([...all.filter((id) => layers.includes(id)), ...all])].filter((id) => id !== tried);
+    let failure = cause;
+    for (const layerId of ids.slice(0, 4)) {
+      try {
+        const map = await this.#open(layerId);
+        const ref = slotIn(map, slot.address)?.ref;
+        // The layer may hold the chunk at another of its placements only.
+        if (ref !== undefined) return await this.#loadFrom(ref, priority);
+      } catch (error) {
+        failure ??= error;
+        if (!worthAnotherLayer(error)) break;
+      }
+    }
+    throw failure ?? new DedupError('STORE_CORRUPT', `no layer delivers address ${slot.address} of the store`);
+  }
+
+  #open(layerId: number): Promise<LayerMap> {
+    const known = this.#maps.get(layerId);
+    if (known !== undefined) return Promise.resolve(known);
+    const running = this.#opening.get(layerId);
+    if (running !== undefined) return running;
+    const work = this.#provider.openLayer(layerId).then((layer) => {
+      const map = new LayerMap(layerId, layer);
+      this.#maps.set(layerId, map);
+      return map;
+    });
+    this.#opening.set(layerId, work);
+    const settled = (): void => void this.#opening.delete(layerId);
+    work.then(settled, settled);
+    return work;
+  }
+
+  /** Brings a piece here from its layer. A wrong piece is asked of one other source, then given up. */
+  async #loadFrom(ref: PieceRef, priority: number): Promise<PieceBytes> {
+    if (await this.#copyFromOtherPlacement(ref)) return undefined;
+    const bad = new Set<string>();
+    let mismatch = false;
+    for (let round = 0; round < 4; round++) {
+      const outputs = await this.#fetchMissing(ref, priority);
+      const inPlace = outputs.find((output) => output.stored.has(ref.address));
+      if (inPlace !== undefined) return bytesIn(ref, inPlace);
+      if (this.#store.isPresent(ref.address, ref.length)) return undefined;
+      const rejected = outputs.find((output) => output.bad.has(ref.address));
+      let host = rejected?.host;
+      if (rejected === undefined) {
+        const assembled = this.#assemble(ref, outputs);
+        // Bytes that were kept have gone from memory since: once more.
+        if (assembled === undefined) continue;
+        const [stored] = await this.#store.store(assembled, [toStore(ref, 0)]);
+        if (stored === 1) return assembled;
+        host = outputs.at(-1)?.host;
+      }
+      mismatch = true;
+      for (const span of spansOf(ref)) this.#fetcher.edges.drop(ref.map.layerId, span);
+      if (host === undefined) break;
+      this.#fetcher.distrust(ref.map, host);
+      const others = ref.map.layer.sources().some((source) => source.host !== host && !bad.has(source.host));
+      if (bad.size > 0 || !others) break;
+      bad.add(host);
+    }
+    if (!mismatch)
+      throw new DedupError('STORE_IO', `what was fetched for address ${ref.address} did not stay in memory`);
+    throw new DedupError(
+      'DIGEST_MISMATCH',
+      `piece ${ref.piece} of chunk ${ref.chunk} of layer ${ref.map.blob.digest} is not what its index says`,
+    );
+  }
+
+  /** Fetches those spans of a piece whose bytes are not kept from an earlier fetch. */
+  #fetchMissing(ref: PieceRef, priority: number): Promise<RunOutput[]> {
+    const { map } = ref;
+    const wanted = new Set<number>();
+    for (const part of map.partsOf(ref)) {
+      const last = map.spanAt(part.tarOffset + part.length - 1);
+      for (let span = map.spanAt(part.tarOffset); span <= last; span++) {
+        const from = Math.max(part.tarOffset, map.spanStart(span));
+        const to = Math.min(part.tarOffset + part.length, map.spanEnd(span));
+        if (!this.#kept(map, span, from, to)) wanted.add(span);
+      }
+    }
+    return Promise.all([...wanted].map((span) => this.#fetcher.fetch(map, span, priority)));
+  }
+
+  #kept(map: LayerMap, span: number, from: number, to: number): boolean {
+    const covers = (edge: { start: number; bytes: Uint8Array } | undefined): boolean =>
+      edge !== undefined && edge.start <= from && edge.start + edge.bytes.length >= to;
+    return covers(this.#fetcher.edges.tail(map.layerId, span)) || covers(this.#fetcher.edges.head(map.layerId, span));
+  }
+
+  /** The bytes of a piece out of what was fetched and kept; undefined when some are missing. Not verified. */
+  #assemble(ref: PieceRef, outputs: readonly RunOutput[]): Buffer | undefined {
+    const { map } = ref;
+    const target = Buffer.alloc(ref.length);
+    for (const part of map.partsOf(ref)) {
+      const end = part.tarOffset + part.length;
+      const last = map.spanAt(end - 1);
+      for (let span = map.spanAt(part.tarOffset); span <= last; span++) {
+        const from = Math.max(part.tarOffset, map.spanStart(span));
+        const to = Math.min(end, map.spanEnd(span));
+        const candidates = [
+          ...outputs,
+          this.#fetcher.edges.tail(map.layerId, span),
+          this.#fetcher.edges.head(map.layerId, span),
+        ];
+        const at = part.at + from - part.tarOffset;
+        if (!candidates.some((bytes) => bytes !== undefined && copyTar(bytes, from, to, target, at))) return undefined;
+      }
+    }
+    return target;
+  }
+
+  /** A chunk may lie at several addresses; what is at the first one is copied, verified again, instead of fetched. */
+  async #copyFromOtherPlacement(ref: PieceRef): Promise<boolean> {
+    const placed = this.#store.find(ref.address);
+    if (placed === undefined)
+      throw new DedupError('STORE_IO', `address ${ref.address} of the store is not assigned any more`);
+    const first = placed.chunkId * BLOCK_BYTES;
+    if (first === placed.address) return false;
+    const address = first + (ref.address - placed.address);
+    if (!this.#store.isPresent(address, ref.length)) return false;
+    const bytes = Buffer.allocUnsafeSlow(ref.length);
+    await this.#store.read(bytes, 0, ref.length, address);
+    const [stored] = await this.#store.store(bytes, [toStore(ref, 0)]);
+    if (stored !== 1) this.#log.error({ address }, 'a present piece does not have its digest');
+    return stored === 1;
+  }
+
+  async #readStore(address: number, length: number): Promise<Buffer> {
+    const target = Buffer.allocUnsafeSlow(length);
+    await this.#store.read(target, 0, length, address);
+    return target;
+  }
+
+  /** Cuts the range out of the pieces: from memory where a piece was just verified, else from the store. */
+  async #compose(range: ByteRange, slots: readonly Slot[], bytes: readonly PieceBytes[]): Promise<Buffer[]> {
+    const end = range.offset + range.length;
+    const work: (Buffer | Promise<Buffer>)[] = [];
+    let readFrom = -1;
+    const readUpTo = (address: number): void => {
+      if (readFrom >= 0) work.push(this.#readStore(readFrom, address - readFrom));
+      readFrom = -1;
+    };
+    for (const [i, slot] of slots.entries()) {
+      const from = Math.max(range.offset, slot.address);
+      const to = Math.min(end, slot.address + Math.ceil(slot.length / BLOCK_BYTES) * BLOCK_BYTES);
+      const piece = bytes[i];
+      if (piece === undefined) {
+        if (!this.#store.isPresent(from, to - from))
+          throw new DedupError('STORE_IO', `the store lost address ${from} while it was read`);
+        if (readFrom < 0) readFrom = from;
+        continue;
+      }
+      readUpTo(from);
+      const dataEnd = Math.min(to, slot.address + slot.length);
+      work.push(Buffer.from(piece.buffer, piece.byteOffset + from - slot.address, dataEnd - from));
+      if (dataEnd < to) work.push(ZEROS.subarray(0, to - dataEnd));
+    }
+    readUpTo(end);
+    const parts = await Promise.all(work);
+    let total = 0;
+    for (const part of parts) total += part.length;
+    if (total !== range.length)
+      throw new DedupError('INTERNAL', `a read of ${range.length} bytes was composed of ${total}`);
+    return parts;
+  }
+
+  /** Every read that waits fails with CLOSED; nothing is fetched any more. Idempotent. */
+  close(): void {
+    this.#abort.abort();
+    this.#fetcher.close();
+    this.#maps.clear();
+  }
+}
+
+function slotIn(map: LayerMap, address: number): Slot | undefined {
+  const chunk = map.chunkAt(address);
+  if (chunk === undefined) return undefined;
+  const ref = map.piece(chunk, Math.floor((address - map.layer.addresses[chunk]!) / map.layer.index.pieceBytes));
+  return { address: ref.address, length: ref.length, chunkId: undefined, ref };
+}
+
+function spansOf(ref: PieceRef): Set<number> {
+  const spans = new Set<number>();
+  for (const part of ref.map.partsOf(ref)) {
+    const last = ref.map.spanAt(part.tarOffset + part.length - 1);
+    for (let span = ref.map.spanAt(part.tarOffset); span <= last; span++) spans.add(span);
+  }
+  return spans;
+}
+
+function bytesIn(ref: PieceRef, output: RunOutput): Uint8Array | undefined {
+  const [part] = ref.map.partsOf(ref);
+  if (part === undefined || part.length !== ref.length) return undefined;
+  const at = part.tarOffset - output.start;
+  return output.bytes.subarray(at, at + part.length);
+}
+
+/** True when another layer with the same chunk may succeed. */
+function worthAnotherLayer(error: unknown): boolean {
+  const code = errorCode(error);
+  return code !== 'CLOSED' && code !== 'STORE_FULL' && code !== 'STORE_IO' && code !== 'INTERNAL';
+}
