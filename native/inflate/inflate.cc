@@ -121,14 +121,13 @@ class JsGzipIndexer : public Napi::ObjectWrap<JsGzipIndexer> {
         info.Env(), [turn]() mutable { std::exchange(turn, nullptr)->indexer().finish(); }, to_undefined);
   }
 
+  /** As edge_async, for a method. */
   template <auto method>
   Napi::Value guarded(const Napi::CallbackInfo& info) {
     try {
       return (this->*method)(info);
-    } catch (const Napi::Error&) {
-      throw;
     } catch (...) {
-      throw to_js(info.Env(), std::current_exception());
+      return rejected(info.Env(), std::current_exception());
     }
   }
   Napi::Value push(const Napi::CallbackInfo& info) { return guarded<&JsGzipIndexer::push_checked>(info); }
@@ -275,7 +274,7 @@ void register_inflate(Napi::Env env, Napi::Object exports) {
   auto* constructor = new Napi::FunctionReference(Napi::Persistent(JsGzipIndexer::define(env)));
   env.AddCleanupHook([constructor] { delete constructor; });
   exports.Set("gzipIndexer", Napi::Function::New<edge<gzip_indexer>>(env, "gzipIndexer", constructor));
-  export_function<decode_spans>(env, exports, "decodeSpans");
+  export_async<decode_spans>(env, exports, "decodeSpans");
 }
 
 }  // namespace dedup

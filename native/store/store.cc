@@ -87,8 +87,8 @@ Napi::Value sha256(const Napi::CallbackInfo& info) {
 }  // namespace
 
 void register_store(Napi::Env env, Napi::Object exports) {
-  export_function<store_pieces>(env, exports, "storePieces");
-  export_function<sha256>(env, exports, "sha256");
+  export_async<store_pieces>(env, exports, "storePieces");
+  export_async<sha256>(env, exports, "sha256");
 }
 
 }  // namespace dedup
