@@ -10,7 +10,7 @@ import {
 import { DedupError, ERROR_CODES, type ErrorCode, GrpcStatus, wrapError } from '../errors.ts';
 import { DEDUPD_PROTOCOL, loadProto } from '../protocol.ts';
 import { MiB } from '../units.ts';
-import type { ImageMounter, LayerKey, PrepareLayerArgs, PrepareLayerResult } from './images.ts';
+import type { ImageMounter, LayerKey, MountedImage, PrepareLayerArgs, PrepareLayerResult } from './images.ts';
 
 export interface DedupdHello {
   readonly protocol: number;
@@ -54,6 +54,13 @@ export interface MountProgress {
   readonly bytes_total: number;
   readonly done: boolean;
   readonly path: string;
+}
+
+interface MountImageMessage {
+  readonly path: string;
+  readonly mount_id: number;
+  readonly root_uid: number;
+  readonly root_gid: number;
 }
 
 export interface DedupdClientOptions {
@@ -127,10 +134,10 @@ export class DedupdClient implements ImageMounter {
     return await this.#call('PrepareLayer', { layer, sources, manifest, siblings, budget_ms, size: 0 }, budgetMs);
   }
 
-  async mountImage(args: { layers: readonly LayerKey[]; bottom: boolean }): Promise<{ path: string; mountId: number }> {
+  async mountImage(args: { layers: readonly LayerKey[]; bottom: boolean }): Promise<MountedImage> {
     const request = { layers: args.layers, bottom: args.bottom };
-    const { path, mount_id } = await this.#call<{ path: string; mount_id: number }>('MountImage', request);
-    return { path, mountId: mount_id };
+    const { path, mount_id, root_uid, root_gid } = await this.#call<MountImageMessage>('MountImage', request);
+    return { path, mountId: mount_id, rootUid: root_uid, rootGid: root_gid };
   }
 
   async releaseImages(inUse: readonly number[]): Promise<void> {

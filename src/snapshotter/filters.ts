@@ -18,10 +18,14 @@ function fieldOf(snapshot: SnapshotRecord, path: readonly string[]): string | un
     case 'kind':
       return snapshot.kind;
     case 'labels':
-      return snapshot.labels[path.slice(1).join('.')];
+      return labelOf(snapshot, path.slice(1).join('.'));
     default:
       return undefined;
   }
+}
+
+function labelOf(snapshot: SnapshotRecord, name: string): string | undefined {
+  return Object.hasOwn(snapshot.labels, name) ? snapshot.labels[name] : undefined;
 }
 
 class Parser {

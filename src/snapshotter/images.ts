@@ -34,6 +34,15 @@ export interface PrepareLayerResult {
   readonly layer: LayerKey;
 }
 
+export interface MountedImage {
+  /** Mount point; stable for the same layers. */
+  readonly path: string;
+  readonly mountId: number;
+  /** Owner of the image's root directory; root when absent. */
+  readonly rootUid?: number;
+  readonly rootGid?: number;
+}
+
 export interface ImageMounter {
   /** Errors: UNAVAILABLE, DEADLINE and those of the registry. A layer that is not lazily loadable is not an error. */
   prepareLayer(args: PrepareLayerArgs): Promise<PrepareLayerResult>;
@@ -41,7 +50,7 @@ export interface ImageMounter {
    * Mounts the merged image of `layers`, bottom to top; the same layers give the same mount. `bottom`: nothing lies
    * below, whiteouts are resolved away. Errors: UNAVAILABLE, DEADLINE, IMAGE_INVALID.
    */
-  mountImage(args: { layers: readonly LayerKey[]; bottom: boolean }): Promise<{ path: string; mountId: number }>;
+  mountImage(args: { layers: readonly LayerKey[]; bottom: boolean }): Promise<MountedImage>;
   /** Unmounts every merged image but these. */
   releaseImages(inUse: readonly number[]): Promise<void>;
   /** Drops every layer but these. */

@@ -26,7 +26,9 @@ class Thread {
   constructor(file: string) {
     // Compiled files end in .js; URLs in strings are not rewritten by the compiler.
     const extension = import.meta.url.endsWith('.ts') ? 'ts' : 'js';
-    this.#worker = new Worker(new URL(`./metastore-worker.${extension}`, import.meta.url), { workerData: { file } });
+    const worker = new URL(`./metastore-worker.${extension}`, import.meta.url);
+    // Flags of this process (--input-type, --test) are not the thread's.
+    this.#worker = new Worker(worker, { workerData: { file }, execArgv: [] });
     this.#worker.on('message', (reply: MetastoreReply) => this.#settle(reply));
     this.#worker.on('error', (error) =>
       this.#end(new DedupError('STORE_IO', 'the metadata thread died', { cause: error })),
@@ -82,6 +84,8 @@ const METHODS: Record<keyof SqliteMetastore, true> = {
   inUse: true,
   ids: true,
   removedIds: true,
+  protectedUpTo: true,
+  protect: true,
   markRemoved: true,
   forgetRemoved: true,
   addSource: true,

@@ -76,6 +76,7 @@ CREATE TABLE snapshots (
 CREATE INDEX snapshots_parent ON snapshots(parent);
 CREATE INDEX snapshots_ref ON snapshots(ref) WHERE ref IS NOT NULL;
 CREATE TABLE removed (id INTEGER PRIMARY KEY);
+CREATE TABLE protected_ids (up_to INTEGER NOT NULL);
 CREATE TABLE sources (
   digest TEXT NOT NULL,
   host TEXT NOT NULL,
@@ -107,7 +108,7 @@ function record(row: Row): SnapshotRecord {
 
 /**
  * Snapshots in SQLite. WAL with synchronous=NORMAL: what was answered survives the death of the process; after a power
- * cut the last commits may be missing, the file is never torn (docs/decisions/metadata-db.md).
+ * cut the last commits may be missing, the file is never torn (docs/decisions/0005-metadata-db.md).
  */
 export class SqliteMetastore {
   readonly #db: Database.Database;
@@ -329,6 +330,16 @@ export class SqliteMetastore {
        FROM snapshots WHERE layer_digest IS NOT NULL`,
     ).all() as LayerKey[];
     return { mountIds: [...mountIds], layers };
+  }
+
+  /** Directories with a number up to this one that belong to no snapshot are left alone; 0 when there are none. */
+  protectedUpTo(): number {
+    return (this.#sql('SELECT ifnull(max(up_to), 0) FROM protected_ids').pluck().get() as number | undefined) ?? 0;
+  }
+
+  /** Leaves directories up to this number alone from now on: this database replaces one that was lost. */
+  protect(upTo: number): void {
+    this.#sql('INSERT INTO protected_ids (up_to) VALUES (?)').run(upTo);
   }
 
   ids(): number[] {

@@ -11,8 +11,8 @@ import type { Metastore } from './metastore-client.ts';
 
 /**
  * Marks directories of half-made snapshots for deletion and reports snapshots whose directory is gone. The highest
- * number in use comes back. With an empty database beside described snapshots nothing is deleted: the database was
- * lost and can be rebuilt from them. Errors: STORE_IO.
+ * number in use comes back. A new database beside described snapshots means that the old one was lost; it can be rebuilt
+ * from them, so they are not deleted, now or at a later start. Errors: STORE_IO.
  */
 export async function restore(paths: RootPaths, metastore: Metastore, log: Logger): Promise<number> {
   const found = new Set<number>();
@@ -24,21 +24,23 @@ export async function restore(paths: RootPaths, metastore: Metastore, log: Logge
     throw wrapError(error, `reading ${paths.snapshots}`, 'STORE_IO');
   }
   const known = new Set(await metastore.ids());
-  const lastId = Math.max(await metastore.lastId(), 0, ...found);
+  const highest = Math.max(0, ...found);
   const orphans = [...found].filter((id) => !known.has(id));
-  if ((await metastore.lastId()) === 0 && (await anyDescribed(paths, orphans))) {
+  if ((await metastore.lastId()) === 0 && (await anyDescribed(paths, orphans))) await metastore.protect(highest);
+  const protectedUpTo = await metastore.protectedUpTo();
+  const spared = orphans.filter((id) => id <= protectedUpTo);
+  if (spared.length > 0) {
     log.error(
-      { snapshots: orphans.length, database: paths.metadataDb },
-      'metadata.db is empty but described snapshots exist: they are left alone; restore the database or reset the root directory',
+      { snapshots: spared.length, database: paths.metadataDb },
+      'snapshots of a lost metadata.db are left alone; restore the database or reset the root directory',
     );
-    return lastId;
   }
-  for (const id of orphans) await metastore.markRemoved(id);
+  for (const id of orphans) if (id > protectedUpTo) await metastore.markRemoved(id);
   for (const id of known) {
     if (!found.has(id))
       log.error({ id }, 'the directory of a snapshot is gone; containers that need it will not start');
   }
-  return lastId;
+  return Math.max(await metastore.lastId(), highest);
 }
 
 async function anyDescribed(paths: RootPaths, ids: readonly number[]): Promise<boolean> {

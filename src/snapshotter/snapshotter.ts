@@ -30,6 +30,11 @@ export interface SnapshotterOptions {
   readonly cleanupDelayMs?: number;
 }
 
+interface Owner {
+  readonly uid: number;
+  readonly gid: number;
+}
+
 const NETWORK_BUDGET_MS = 2000;
 const CLEANUP_DELAY_MS = 30_000;
 /** Snapshots in one message of List; containerd's own server uses the same. */
@@ -227,13 +232,19 @@ export class Snapshotter {
     const kind = wanted.kind === 'view' ? 'view' : 'active';
     const id = ++this.#lastId;
     const lowers: Lower[] = [];
+    let owner: Owner | undefined;
     for (const segment of segments(chain)) {
-      lowers.push(
-        segment.kind === 'normal' ? segment : { ...segment, ...(await this.#options.images.mountImage(segment)) },
-      );
+      if (segment.kind === 'normal') {
+        lowers.push(segment);
+        continue;
+      }
+      const { path, mountId, rootUid, rootGid } = await this.#options.images.mountImage(segment);
+      lowers.push({ ...segment, path, mountId });
+      // The owner comes with the mount: this process touches no path below a lazy one.
+      if (lowers.length === 1) owner = { uid: rootUid ?? 0, gid: rootGid ?? 0 };
     }
     const snapshot = { ...wanted, id, lowers };
-    await this.#insert(snapshot, () => this.#makeDirectories(snapshot, chain[0]));
+    await this.#insert(snapshot, () => this.#makeDirectories(snapshot, owner));
     return mountsOf({ id, kind }, lowers, this.#paths, this.#overlayOptions());
   }
 
@@ -251,27 +262,20 @@ export class Snapshotter {
     }
   }
 
-  async #makeDirectories(snapshot: NewSnapshot, parent: SnapshotRecord | undefined): Promise<void> {
-    const { id, kind } = snapshot;
+  async #makeDirectories(snapshot: NewSnapshot, lazyOwner: Owner | undefined): Promise<void> {
+    const { id, kind, lowers } = snapshot;
     await mkdir(this.#paths.snapshot(id), { mode: 0o700 });
-    if (kind === 'active') {
-      await mkdir(this.#paths.snapshotWork(id), { mode: 0o711 });
-    }
-    if (kind === 'active' || (kind === 'view' && parent === undefined)) {
+    if (kind === 'active') await mkdir(this.#paths.snapshotWork(id), { mode: 0o711 });
+    if (kind === 'active' || (kind === 'view' && lowers.length === 0)) {
       const fs = this.#paths.snapshotFs(id);
       await mkdir(fs);
-      // The upper directory's attributes are those of the mounted root: independent of our umask, owner as below.
+      // The upper directory's attributes are those of the mounted root: mode whatever our umask, owner as below it.
       await chmod(fs, 0o755);
-      await this.#copyOwner(fs, parent);
+      const below = lowers[0];
+      const owner = below?.kind === 'normal' ? await lstat(this.#paths.snapshotFs(below.id)) : lazyOwner;
+      if (owner !== undefined) await lchown(fs, owner.uid, owner.gid);
     }
     await writeInfoFile(this.#paths, snapshot);
-  }
-
-  async #copyOwner(fs: string, parent: SnapshotRecord | undefined): Promise<void> {
-    // A lazy parent is not looked at: this process touches no path below a lazy mount.
-    if (parent === undefined || parent.layer !== undefined) return;
-    const { uid, gid } = await lstat(this.#paths.snapshotFs(parent.id));
-    if (uid !== process.geteuid?.() || gid !== process.getegid?.()) await lchown(fs, uid, gid);
   }
 
   async #mountAgain(snapshot: SnapshotRecord): Promise<readonly Lower[]> {

@@ -4,7 +4,13 @@ import { existsSync } from 'node:fs';
 import { cp, mkdir, writeFile } from 'node:fs/promises';
 import { join } from 'node:path';
 import { DedupError } from '../../src/errors.ts';
-import type { ImageMounter, LayerKey, PrepareLayerArgs, PrepareLayerResult } from '../../src/snapshotter/images.ts';
+import type {
+  ImageMounter,
+  LayerKey,
+  MountedImage,
+  PrepareLayerArgs,
+  PrepareLayerResult,
+} from '../../src/snapshotter/images.ts';
 
 export class FakeImages implements ImageMounter {
   readonly #dir: string;
@@ -16,6 +22,7 @@ export class FakeImages implements ImageMounter {
   readonly retained: string[][] = [];
   /** Set: every call fails as when dedupd is down. */
   down = false;
+  rootOwner: { rootUid?: number; rootGid?: number } = {};
   /** Awaited inside mountImage, after the mount was made. */
   afterMount: () => Promise<void> = async () => {};
 
@@ -42,7 +49,7 @@ export class FakeImages implements ImageMounter {
     return { lazy, reason: lazy ? '' : 'no index is known', layer: { ...args.layer, index: 'sha256:index' } };
   }
 
-  async mountImage(args: { layers: readonly LayerKey[]; bottom: boolean }): Promise<{ path: string; mountId: number }> {
+  async mountImage(args: { layers: readonly LayerKey[]; bottom: boolean }): Promise<MountedImage> {
     this.#requireUp();
     const digests = args.layers.map(({ digest }) => digest);
     this.mounted.push({ layers: digests, bottom: args.bottom });
@@ -55,7 +62,7 @@ export class FakeImages implements ImageMounter {
       for (const digest of digests) await cp(this.#layers.get(digest) ?? '', path, { recursive: true });
     }
     await this.afterMount();
-    return { path, mountId };
+    return { path, mountId, ...this.rootOwner };
   }
 
   async releaseImages(inUse: readonly number[]): Promise<void> {

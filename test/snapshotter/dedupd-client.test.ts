@@ -1,0 +1,120 @@
+// The client of dedupd against dedupd's own control server with a stand-in for the data plane.
+import assert from 'node:assert/strict';
+import { mkdtemp, rm } from 'node:fs/promises';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { after, afterEach, before, describe, test } from 'node:test';
+import { setTimeout as sleep } from 'node:timers/promises';
+import { pino } from 'pino';
+import { DedupError, type ErrorCode } from '../../src/errors.ts';
+import { type ControlledPlane, startControlServer } from '../../src/fs/control-server.ts';
+import { DedupdClient } from '../../src/snapshotter/dedupd-client.ts';
+
+const layer = { digest: 'sha256:d', index: 'sha256:i', scope: '' };
+
+describe('the client of dedupd', () => {
+  let dir: string;
+  let address: string;
+  let server: { close(): Promise<void> } | undefined;
+  let client: DedupdClient | undefined;
+  before(async () => {
+    dir = await mkdtemp(join(tmpdir(), 'dedupd-client-'));
+    address = join(dir, 'dedupd.sock');
+  });
+  after(() => rm(dir, { recursive: true }));
+  afterEach(async () => {
+    client?.close();
+    await server?.close();
+    server = undefined;
+  });
+
+  async function serve(calls: Partial<ControlledPlane>): Promise<void> {
+    const log = pino({ level: 'silent' });
+    const plane = { root: '/r', transportName: 'fake', ...calls } as ControlledPlane;
+    server = await startControlServer({ address, plane, version: '0', log, onShutdown: () => {} });
+  }
+
+  function connect(root?: string): DedupdClient {
+    client = new DedupdClient(root === undefined ? { address } : { address, root });
+    return client;
+  }
+
+  function code(name: ErrorCode, text = /./) {
+    return (error: unknown) => error instanceof DedupError && error.code === name && text.test(error.message);
+  }
+
+  test('calls arrive with their values and answers come back', async () => {
+    const seen: unknown[] = [];
+    await serve({
+      prepareLayer: async (request) => {
+        seen.push(request.budget_ms, request.sources, request.manifest, request.siblings);
+        return { lazy: true, reason: '', layer: { ...request.layer, scope: 'host' } };
+      },
+      mountImage: async (layers, bottom) => {
+        seen.push(layers, bottom);
+        return { path: '/r/mounts/7', mountId: 7 };
+      },
+      releaseImages: async (inUse) => seen.push(inUse),
+      retainLayers: async (layers) => seen.push(layers),
+      layerUsage: async () => ({ bytes: 2 ** 40, inodes: 3 }),
+    });
+    const dedupd = connect('/r');
+    assert.equal((await dedupd.hello()).pid, process.pid);
+    const sources = [{ host: 'h', repository: 'r' }];
+    const prepared = await dedupd.prepareLayer({ layer, sources, manifest: 'm', siblings: [layer], budgetMs: 2000 });
+    assert.deepEqual(prepared, { lazy: true, reason: '', layer: { ...layer, scope: 'host' } });
+    const mounted = await dedupd.mountImage({ layers: [layer], bottom: true });
+    assert.deepEqual([mounted.path, mounted.mountId], ['/r/mounts/7', 7]);
+    await dedupd.releaseImages([7, 8]);
+    await dedupd.retainLayers([layer]);
+    assert.deepEqual(seen, [1800, sources, 'm', [layer], [layer], true, [7, 8], [layer]]);
+    assert.deepEqual(await dedupd.layerUsage(layer), { bytes: 2 ** 40, inodes: 3 });
+  });
+
+  test('an error of the daemon keeps its code, a missing daemon is UNAVAILABLE', async () => {
+    const dedupd = connect();
+    await assert.rejects(dedupd.stats(), code('UNAVAILABLE', /does not answer/));
+    await serve({
+      mountImage: async () => {
+        throw new DedupError('IMAGE_INVALID', 'no such\nlayer', { hint: 'look' });
+      },
+    });
+    await sleep(600);
+    const call = () => dedupd.mountImage({ layers: [layer], bottom: true });
+    await assert.rejects(call(), code('IMAGE_INVALID', /^dedupd: no such\nlayer \(look\)$/));
+    await server?.close();
+    await assert.rejects(call(), code('UNAVAILABLE'));
+    await serve({ mountImage: async () => ({ path: '/again', mountId: 1 }) });
+    await sleep(600);
+    assert.equal((await call()).path, '/again');
+  });
+
+  test('a Prepare that takes longer than its budget ends with DEADLINE in time', async () => {
+    await serve({ prepareLayer: () => sleep(3000).then(() => Promise.reject(new Error('late'))) });
+    const startedMs = performance.now();
+    const call = connect().prepareLayer({ layer, sources: [], manifest: '', siblings: [], budgetMs: 300 });
+    await assert.rejects(call, code('DEADLINE'));
+    assert.ok(performance.now() - startedMs < 600);
+  });
+
+  test('a daemon of another root is refused before anything is asked of it', async () => {
+    let asked = 0;
+    await serve({ retainLayers: async () => ++asked });
+    await assert.rejects(connect('/other').retainLayers([]), code('FAILED_PRECONDITION', /serves \/r, not \/other/));
+    assert.equal(asked, 0);
+  });
+
+  test('progress of a standalone mount is a stream that ends with the path', async () => {
+    await serve({
+      mountReference: async (_request, progress) => {
+        progress({ step: 'index', bytes_done: 1, bytes_total: 2 });
+        return '/there';
+      },
+    });
+    const steps: string[] = [];
+    const request = { reference: 'a/b:c', directory: '/there', platform: '', credentials: '' };
+    for await (const message of connect().mountReference(request))
+      steps.push(`${message.step} ${message.done} ${message.path}`);
+    assert.deepEqual(steps, ['index false ', 'mounted true /there']);
+  });
+});

@@ -1,0 +1,123 @@
+// metadata.db by itself: what was answered is there after a kill; trees of odd names are measured and deleted.
+import assert from 'node:assert/strict';
+import { execFileSync, spawn } from 'node:child_process';
+import { existsSync } from 'node:fs';
+import { link, lstat, mkdir, mkdtemp, rm, symlink, writeFile } from 'node:fs/promises';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { after, before, describe, test } from 'node:test';
+import Database from 'better-sqlite3';
+import { deleteTree, diskUsage } from '../../src/snapshotter/disk-tree.ts';
+import { Gate } from '../../src/snapshotter/gate.ts';
+import { openMetastore } from '../../src/snapshotter/metastore-client.ts';
+
+const CLIENT = new URL('../../src/snapshotter/metastore-client.ts', import.meta.url).href;
+/** Prepares and commits for ever, telling each name once it was answered. */
+const WRITER = `
+const { openMetastore } = await import(${JSON.stringify(CLIENT)});
+const store = await openMetastore(process.argv[1]);
+for (let id = (await store.lastId()) + 1; ; id++) {
+  await store.insert({ id, name: 'key-' + id, kind: 'active', parent: '', labels: { n: String(id) }, lowers: [] });
+  await store.commit('key-' + id, 'name-' + id, { n: String(id) });
+  process.stdout.write('name-' + id + '\\n');
+}`;
+
+describe('metadata.db', () => {
+  let dir: string;
+  before(async () => {
+    dir = await mkdtemp(join(tmpdir(), 'metastore-'));
+  });
+  after(() => rm(dir, { recursive: true, force: true }));
+
+  test('every commit that was answered is there after SIGKILL', async () => {
+    const file = join(dir, 'killed.db');
+    for (let round = 0; round < 3; round++) {
+      const writer = spawn(process.execPath, ['--input-type=module', '-e', WRITER, file], {
+        stdio: ['ignore', 'pipe', 'inherit'],
+      });
+      let said = '';
+      await new Promise<void>((resolve) => {
+        writer.stdout.on('data', (part: Buffer) => {
+          said += part.toString();
+          if (said.split('\n').length > 200) writer.kill('SIGKILL');
+        });
+        writer.on('close', () => resolve());
+      });
+      const names = said.split('\n').slice(0, -1);
+      assert.ok(names.length >= 200);
+      const store = await openMetastore(file);
+      for (const name of names) assert.equal((await store.get(name)).kind, 'committed');
+      await store.close();
+    }
+    const db = new Database(file, { readonly: true });
+    assert.equal(db.pragma('integrity_check', { simple: true }), 'ok');
+    db.close();
+  });
+
+  test('numbers are never given twice', async () => {
+    const store = await openMetastore(join(dir, 'numbers.db'));
+    await store.insert({ id: 5, name: 'a', kind: 'active', parent: '', labels: {}, lowers: [] });
+    await store.remove('a');
+    assert.equal(await store.lastId(), 5);
+    assert.deepEqual(await store.removedIds(), [5]);
+    await store.close();
+    await assert.rejects(store.ids(), { code: 'CLOSED' });
+  });
+
+  test('a database of a newer schema, or a file that is none, is refused with the reason', async () => {
+    const newer = join(dir, 'newer.db');
+    const db = new Database(newer);
+    db.pragma('user_version = 99');
+    db.close();
+    await assert.rejects(openMetastore(newer), { code: 'STORE_CORRUPT', message: /schema 99/ });
+    const garbage = join(dir, 'garbage.db');
+    await writeFile(garbage, 'this is no database'.repeat(100));
+    await assert.rejects(openMetastore(garbage), { code: 'STORE_IO', message: /metadata\.db/ });
+  });
+
+  test('a tree is measured as du does and deleted, whatever its names', async () => {
+    const root = join(dir, 'tree');
+    await mkdir(join(root, 'sub/deep'), { recursive: true });
+    await writeFile(join(root, 'file'), Buffer.alloc(100_000, 1));
+    await link(join(root, 'file'), join(root, 'sub/again'));
+    await symlink('/', join(root, 'sub/deep/out'));
+    const odd = Buffer.concat([Buffer.from(`${root}/sub/`), Buffer.from([0xff, 0x0a, 0xfe])]);
+    await mkdir(odd);
+    await writeFile(Buffer.concat([odd, Buffer.from([0x2f, 0x80])]), 'x');
+    const du = (flag: string) => Number(execFileSync('du', ['-s', flag, root]).toString().split('\t')[0]);
+    assert.deepEqual(await diskUsage(root), { bytes: du('-B1'), inodes: du('--inodes') });
+    await deleteTree(root);
+    assert.ok(!existsSync(root));
+    assert.ok((await lstat('/')).isDirectory());
+    await deleteTree(root);
+  });
+
+  test('a gate lets many share and one be alone, in the order they came', async () => {
+    const gate = new Gate();
+    const events: string[] = [];
+    const { promise, resolve } = Promise.withResolvers<void>();
+    const work =
+      (name: string, until: Promise<void> = Promise.resolve()) =>
+      async () => {
+        events.push(`+${name}`);
+        await until;
+        events.push(`-${name}`);
+      };
+    const all = [
+      gate.shared(work('a', promise)),
+      gate.shared(work('b', promise)),
+      gate.exclusive(work('X')),
+      gate.shared(work('c')),
+    ];
+    await new Promise((tick) => setImmediate(tick));
+    assert.deepEqual(events, ['+a', '+b']);
+    resolve();
+    await Promise.all(all);
+    assert.deepEqual(events, ['+a', '+b', '-a', '-b', '+X', '-X', '+c', '-c']);
+    await assert.rejects(
+      gate.exclusive(() => Promise.reject(new Error('x'))),
+      /x/,
+    );
+    await gate.shared(async () => {});
+  });
+});
