@@ -108,7 +108,7 @@ function record(row: Row): SnapshotRecord {
 
 /**
  * Snapshots in SQLite. WAL with synchronous=NORMAL: what was answered survives the death of the process; after a power
- * cut the last commits may be missing, the file is never torn (docs/decisions/0005-metadata-db.md).
+ * cut the last commits may be missing, the file is never torn (docs/decisions/0006-metadata-db.md).
  */
 export class SqliteMetastore {
   readonly #db: Database.Database;
