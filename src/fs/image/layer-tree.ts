@@ -17,6 +17,8 @@ export interface LayerTreeResult {
   readonly root: number;
   /** True when the layer has a whiteout or an opaque directory: without any, nothing needs to be searched for them. */
   readonly hides: boolean;
+  /** Directories that were made because an entry needed them, with their paths; some may have got an entry later. */
+  readonly made: readonly { readonly inode: number; readonly path: readonly string[] }[];
 }
 
 export interface LayerTreeOptions {
@@ -111,6 +113,7 @@ export function buildLayerTree(tree: ImageTree, entries: EntryTable, options: La
   const root = tree.addImplicitDirectory();
   const xattrSets = usableXattrs(entries);
   let hides = false;
+  const made: { inode: number; path: readonly string[] }[] = [];
   /** Directory rows by the path as entries spell it; forgotten whenever a name is replaced. */
   const parents = new Map<string, number>();
 
@@ -125,6 +128,7 @@ export function buildLayerTree(tree: ImageTree, entries: EntryTable, options: La
       if (!tree.isDirectory(inode)) break;
       const child = tree.addImplicitDirectory();
       tree.childrenOf(inode).set(resolved.names[i]!, child);
+      made.push({ inode: child, path: resolved.names.slice(0, i + 1) });
       inode = child;
     }
     if (!tree.isDirectory(inode)) throw invalid(layer, entry, 'a part of its path is not a directory');
@@ -245,5 +249,5 @@ export function buildLayerTree(tree: ImageTree, entries: EntryTable, options: La
     }
     put(parent, base, inode);
   }
-  return { root, hides };
+  return { root, hides, made };
 }

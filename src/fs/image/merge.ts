@@ -2,7 +2,6 @@
 // builder in its own process; pure computation, no I/O. The rules are listed in docs/formats/erofs-image.md.
 import { DedupError } from '../../errors.ts';
 import type { EntryTable } from '../index/layer-index.ts';
-import { EntryType } from '../index/layer-index.ts';
 import type { LayerTreeResult } from './layer-tree.ts';
 import { buildLayerTree, resolveInside } from './layer-tree.ts';
 import type { DirectoryAttributes } from './tree.ts';
@@ -54,7 +53,22 @@ class Stack {
       if (this.#bottom && layer.hides) seal(this.#tree, layer.root);
       return;
     }
+    this.#inherit(this.#root, layer.made);
     this.#mergeDirectory(this.#root, layer.root, this.#bottom);
+  }
+
+  /**
+   * Directories without an entry take the attributes of what lies below at their path. containerd follows symlinks in
+   * its lower directories there, though the new directory then replaces the link.
+   */
+  #inherit(root: number, made: LayerTreeResult['made']): void {
+    const tree = this.#tree;
+    for (const { inode, path } of made) {
+      if (tree.implicit[inode] === 0) continue;
+      const below = resolveInside(tree, root, path);
+      if (below === undefined || below.found < below.names.length || !tree.isDirectory(below.inode)) continue;
+      tree.copyDirectoryAttributes(inode, below.inode);
+    }
   }
 
   /** The row at `path` in the layers stacked so far, symlinks in its parents followed. */
@@ -101,38 +115,10 @@ class Stack {
   /** Prepares a directory that has no directory below it in this segment; `below` is what it replaces, if anything. */
   #adopt(directory: number, below: number | undefined, closed: boolean): void {
     const tree = this.#tree;
-    if (below !== undefined && tree.implicit[directory] === 1 && tree.kind[below] === EntryType.symlink) {
-      this.#inheritThroughLink(directory, below);
-    }
     if (closed || below !== undefined) {
       if (this.#hides) seal(tree, directory);
       tree.opaque[directory] = closed ? 0 : 1;
     }
-  }
-
-  /**
-   * A directory that replaces a symlink without an entry of its own takes the attributes of the directory that the
-   * link leads to: containerd looks its lower directories up with links followed.
-   */
-  #inheritThroughLink(directory: number, link: number): void {
-    const path = this.#pathOf(link);
-    const resolved = path === undefined ? undefined : resolveInside(this.#tree, this.#root!, path);
-    if (resolved === undefined || resolved.found < resolved.names.length) return;
-    if (this.#tree.isDirectory(resolved.inode)) this.#tree.copyDirectoryAttributes(directory, resolved.inode);
-  }
-
-  /** Path of a row, searched from the root: only for the rare directory over a symlink. */
-  #pathOf(wanted: number): string[] | undefined {
-    const search = (directory: number): string[] | undefined => {
-      for (const [name, child] of this.#tree.childrenOf(directory)) {
-        if (child === wanted) return [name];
-        if (!this.#tree.isDirectory(child)) continue;
-        const rest = search(child);
-        if (rest !== undefined) return [name, ...rest];
-      }
-      return undefined;
-    };
-    return search(this.#root!);
   }
 }
 
