@@ -30,6 +30,8 @@ export interface ImageOptions {
   readonly into?: string;
   /** Tag in the layout. Default "latest". */
   readonly tag?: string;
+  /** What the configuration says the layers unpack to; default: the truth. */
+  readonly diffIds?: readonly string[];
   /** Docker schema2 media types instead of OCI ones. */
   readonly docker?: boolean;
 }
@@ -145,7 +147,7 @@ export async function makeImage(options: ImageOptions): Promise<TestImage> {
       created: '2024-01-01T00:00:00Z',
       ...platform,
       config: options.config ?? { Cmd: ['/bin/sh'], Env: ['PATH=/bin:/usr/bin'] },
-      rootfs: { type: 'layers', diff_ids: layers.map((layer) => layer.diffId) },
+      rootfs: { type: 'layers', diff_ids: options.diffIds ?? layers.map((layer) => layer.diffId) },
       history: layers.map(() => ({ created: '2024-01-01T00:00:00Z', created_by: 'test' })),
     }),
   );
@@ -210,6 +212,28 @@ export async function pushLayout(
     { timeoutMs: 120_000 },
   );
   return reference;
+}
+
+/** Pushes an image as it is, with media types that skopeo does not take from an OCI layout. Answers its reference. */
+export async function pushImage(image: TestImage, registry: string, repository: string): Promise<string> {
+  const base = `http://${registry}/v2/${repository}`;
+  const send = async (method: string, url: string, mediaType: string, body?: Buffer<ArrayBuffer>) => {
+    const response = await fetch(url, { method, headers: { 'content-type': mediaType }, ...(body ? { body } : {}) });
+    if (!response.ok) throw new Error(`${method} ${url}: ${response.status} ${await response.text()}`);
+    return response;
+  };
+  const blob = (digest: string) => readFile(join(image.dir, 'blobs', 'sha256', digest.slice(7)));
+  for (const { digest } of [image.config, ...image.layers]) {
+    const upload = new URL(
+      (await send('POST', `${base}/blobs/uploads/`, 'text/plain')).headers.get('location') ?? '',
+      base,
+    );
+    upload.searchParams.set('digest', digest);
+    await send('PUT', upload.href, 'application/octet-stream', await blob(digest));
+  }
+  const { digest, mediaType } = image.manifest;
+  await send('PUT', `${base}/manifests/${image.tag}`, mediaType, await blob(digest));
+  return `${registry}/${repository}:${image.tag}`;
 }
 
 async function tarBytes(source: LayerSource): Promise<Buffer> {

@@ -1,10 +1,9 @@
 // containerd's own API over its unix socket: content, images, leases, snapshots and diff, as typed calls of one
 // namespace. Called by the CLI verbs that put images into containerd; knows nothing of registries or of pulling.
-import { fileURLToPath } from 'node:url';
 import * as grpc from '@grpc/grpc-js';
-import * as protoLoader from '@grpc/proto-loader';
 import { type Digest, parseDigest } from '../../digest.ts';
 import { DedupError, type ErrorCode, GrpcStatus } from '../../errors.ts';
+import { loadProto } from '../../protocol.ts';
 
 export type Labels = Readonly<Record<string, string>>;
 
@@ -56,7 +55,6 @@ export interface ContainerdClientOptions {
   readonly namespace: string;
 }
 
-const PROTO_DIR = new URL('../../../proto/', import.meta.url);
 const DEFAULT_TIMEOUT_MS = 60_000;
 /** Bytes of content in one message; containerd takes 16 MiB. */
 export const WRITE_PIECE_BYTES = 1024 * 1024;
@@ -64,12 +62,15 @@ export const WRITE_PIECE_BYTES = 1024 * 1024;
 type ServiceName = 'content' | 'images' | 'leases' | 'snapshots' | 'diff';
 
 const SERVICES: Readonly<Record<ServiceName, { file: string; service: string }>> = {
-  content: { file: 'containerd/content.proto', service: 'containerd.services.content.v1.Content' },
-  images: { file: 'containerd/images.proto', service: 'containerd.services.images.v1.Images' },
-  leases: { file: 'containerd/leases.proto', service: 'containerd.services.leases.v1.Leases' },
-  snapshots: { file: 'snapshots.proto', service: 'containerd.services.snapshots.v1.Snapshots' },
-  diff: { file: 'containerd/diff.proto', service: 'containerd.services.diff.v1.Diff' },
+  content: { file: 'containerd/content.proto', service: 'Content' },
+  images: { file: 'containerd/images.proto', service: 'Images' },
+  leases: { file: 'containerd/leases.proto', service: 'Leases' },
+  snapshots: { file: 'snapshots.proto', service: 'Snapshots' },
+  diff: { file: 'containerd/diff.proto', service: 'Diff' },
 };
+
+/** WriteAction of content.proto. */
+const WRITE_ACTIONS = { STAT: 0, WRITE: 1, COMMIT: 2 } as const;
 
 const CODES: Readonly<Record<number, ErrorCode>> = {
   [GrpcStatus.cancelled]: 'CANCELLED',
@@ -126,7 +127,7 @@ export class ContainerdClient {
   /** Sets the labels named and leaves the others. Errors: NOT_FOUND. */
   async setContentLabels(digest: Digest, labels: Labels, scope: CallScope = {}): Promise<void> {
     const paths = Object.keys(labels).map((name) => `labels.${name}`);
-    const request = { info: { digest, labels }, updateMask: { paths } };
+    const request = { info: { digest, labels }, update_mask: { paths } };
     await this.#unary('content', 'Update', request, `labelling content ${digest}`, scope);
   }
 
@@ -195,19 +196,22 @@ export class ContainerdClient {
 
   // --- images ----------------------------------------------------------------------------------------------------
 
-  async getImage(name: string, scope: CallScope = {}): Promise<ImageRecord | undefined> {
-    const response = await this.#maybe<{ image: ImageRecord }>('images', 'Get', { name }, `image ${name}`, scope);
-    return response?.image;
+  /** Name and digest of an image record; undefined when there is none. */
+  async getImage(name: string, scope: CallScope = {}): Promise<{ name: string; digest: string } | undefined> {
+    type Response = { image: { name: string; target: { digest: string } } };
+    const response = await this.#maybe<Response>('images', 'Get', { name }, `image ${name}`, scope);
+    return response === undefined ? undefined : { name: response.image.name, digest: response.image.target.digest };
   }
 
   /** Creates the record, or points an existing one at another target; labels of an existing one stay. */
   async putImage(image: ImageRecord, scope: CallScope = {}): Promise<void> {
     const doing = `recording image ${image.name}`;
+    const wire = { ...image, target: wireDescriptor(image.target) };
     try {
-      await this.#unary('images', 'Create', { image }, doing, scope);
+      await this.#unary('images', 'Create', { image: wire }, doing, scope);
     } catch (error) {
       if (!hasCode(error, 'ALREADY_EXISTS')) throw error;
-      await this.#unary('images', 'Update', { image, updateMask: { paths: ['target'] } }, doing, scope);
+      await this.#unary('images', 'Update', { image: wire, update_mask: { paths: ['target'] } }, doing, scope);
     }
   }
 
@@ -252,7 +256,7 @@ export class ContainerdClient {
 
   /** Unpacks a layer of the content store onto mounts and answers the digest of its uncompressed tar. */
   async applyDiff(diff: Descriptor, mounts: readonly Mount[], scope: CallScope): Promise<Digest> {
-    const request = { diff, mounts };
+    const request = { diff: wireDescriptor(diff), mounts };
     const doing = `unpacking layer ${diff.digest}`;
     const response = await this.#unary<{ applied: { digest: string } }>('diff', 'Apply', request, doing, {
       timeoutMs: 0,
@@ -380,8 +384,12 @@ export class ContainerdClient {
   }
 }
 
+function wireDescriptor({ mediaType, digest, size, annotations }: Descriptor): object {
+  return { media_type: mediaType, digest, size, annotations };
+}
+
 interface WriteResponse {
-  readonly action: string;
+  readonly action: number;
   readonly offset: number;
   readonly total: number;
   readonly digest: string;
@@ -414,7 +422,7 @@ export class ContentWriter {
   /** Sends one message and waits for its answer. */
   async send(request: WriteRequest): Promise<void> {
     try {
-      this.#call.write(request);
+      this.#call.write({ ...request, action: WRITE_ACTIONS[request.action] });
       const response = await this.#responses.next();
       if (response.done === true) throw new DedupError('UNAVAILABLE', 'containerd ended the write without an answer');
       this.offset = response.value.offset;
@@ -454,19 +462,18 @@ export class ContentWriter {
 
 const methods = new Map<string, grpc.MethodDefinition<object, object>>();
 
-function methodOf(service: ServiceName, method: string): grpc.MethodDefinition<object, object> {
-  const key = `${service}.${method}`;
+function methodOf(name: ServiceName, method: string): grpc.MethodDefinition<object, object> {
+  const key = `${name}.${method}`;
   let definition = methods.get(key);
   if (definition === undefined) {
-    const { file, service: name } = SERVICES[service];
-    const loaded = protoLoader.loadSync(fileURLToPath(new URL(file, PROTO_DIR)), {
-      longs: Number,
-      enums: String,
-      defaults: true,
-    });
-    const all = loaded[name] as grpc.ServiceDefinition | undefined;
-    definition = all?.[method] as grpc.MethodDefinition<object, object> | undefined;
-    if (definition === undefined) throw new DedupError('INTERNAL', `${file} does not define ${name}.${method}`);
+    const { file, service } = SERVICES[name];
+    const packages = loadProto(file) as unknown as {
+      containerd: {
+        services: Readonly<Record<string, { v1: Readonly<Record<string, grpc.ServiceClientConstructor>> }>>;
+      };
+    };
+    definition = packages.containerd.services[name]?.v1[service]?.service[method] as typeof definition;
+    if (definition === undefined) throw new DedupError('INTERNAL', `${file} does not define ${service}.${method}`);
     methods.set(key, definition);
   }
   return definition;

@@ -52,14 +52,14 @@ export class PullLease {
 
   /**
    * The lease to name in the next call: at least half of its time is left.
-   * Errors: FAILED_PRECONDITION when it could not be renewed in time.
+   * Errors: FAILED_PRECONDITION when it ran out, or why it could not be renewed.
    */
   get current(): string {
     this.check();
     return this.#ids.at(-1) as string;
   }
 
-  /** Throws FAILED_PRECONDITION when what is held may have been collected. */
+  /** Throws when what is held may have been collected. Errors: as `current`. */
   check(): void {
     if (this.#lost !== undefined) throw this.#lost;
     if (Date.now() >= this.#expiresAtMs) {
@@ -118,7 +118,7 @@ export class PullLease {
       this.#schedule();
       return;
     }
-    this.#lost = wrapError(error, 'renewing the lease on what was pulled so far', 'FAILED_PRECONDITION');
+    this.#lost = wrapError(error, 'renewing the lease on what was pulled so far');
     this.#options.onLost(this.#lost);
   }
 

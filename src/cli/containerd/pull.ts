@@ -30,7 +30,7 @@ import {
   MAX_JSON_BYTES,
   type Platform,
   parseManifest,
-} from './image-manifest.ts';
+} from '../../fs/registry/image-manifest.ts';
 import { PullLease } from './pull-lease.ts';
 
 /** How a layer came to be there. */
