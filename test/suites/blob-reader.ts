@@ -143,6 +143,11 @@ export function blobReaderSuite(name: string, factory: () => Promise<RepositoryU
       assert.equal(await repository.hasBlob(blob.digest, soon()), true);
     });
 
+    test('the size of a blob can be asked for', async () => {
+      assert.equal(await repository.statBlob(blob.digest, soon()), blob.size);
+      await assert.rejects(repository.statBlob(digestOf('nobody has this'), soon()), withCode('REGISTRY_NOT_FOUND'));
+    });
+
     test('an aborted call is CANCELLED, an expired one DEADLINE', async () => {
       const range = { offset: 0, length: 5 };
       await assert.rejects(repository.readRange(blob, range, AbortSignal.abort()), withCode('CANCELLED'));

@@ -255,7 +255,7 @@ export class FaultProxy {
       upstream.once('error', reject);
     });
     // A client that leaves must not keep the upstream connection.
-    response.once('close', () => upstream.destroy());
+    const closed = once(response, 'close').then(() => upstream.destroy());
     seen.status = answer.statusCode ?? 0;
     const head = { ...answer.headers, ...(fault?.kind === 'headers' ? fault.headers : {}) };
     delete head.connection;
@@ -273,7 +273,7 @@ export class FaultProxy {
         return;
       }
       seen.bytes += chunk.length;
-      if (!response.write(chunk)) await Promise.race([once(response, 'drain'), once(response, 'close')]);
+      if (!response.write(chunk)) await Promise.race([once(response, 'drain'), closed]);
       if (response.destroyed) return;
     }
     if (fault?.kind === 'short' && fault.chunked !== true) request.socket.destroy();

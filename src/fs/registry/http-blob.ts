@@ -168,6 +168,18 @@ export class HttpRepository implements StreamingRepository {
     return true;
   }
 
+  async statBlob(blob: Digest, signal: AbortSignal): Promise<number> {
+    const doing = `asking for the size of blob ${blob} in ${this.name}`;
+    const response = await this.#send('HEAD', `blobs/${blob}`, 'pull', signal);
+    if (response.status !== 200) throw await this.#exchange.failure(response, doing, signal);
+    drop(response);
+    const length = header(response, 'content-length') ?? '';
+    if (!/^\d{1,15}$/.test(length)) {
+      throw new DedupError('REGISTRY_PROTOCOL', `${doing}: the answer has no usable Content-Length`);
+    }
+    return Number(length);
+  }
+
   async putBlob(digest: Digest, bytes: Uint8Array, signal: AbortSignal): Promise<void> {
     const doing = `pushing blob ${digest} to ${this.name}`;
     if (digestOf(bytes) !== digest) throw new DedupError('DIGEST_MISMATCH', `${doing}: the bytes have another digest`);

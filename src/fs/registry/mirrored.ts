@@ -85,6 +85,10 @@ export class MirroredRepository implements StreamingRepository {
     return this.#origin.hasBlob(blob, signal);
   }
 
+  statBlob(blob: Digest, signal: AbortSignal): Promise<number> {
+    return this.#firstOf(blob, signal, (repository) => repository.statBlob(blob, signal));
+  }
+
   putBlob(digest: Digest, bytes: Uint8Array, signal: AbortSignal): Promise<void> {
     return this.#origin.putBlob(digest, bytes, signal);
   }

@@ -125,6 +125,11 @@ export class OciLayout implements StreamingRepository {
     }
   }
 
+  async statBlob(blob: Digest, signal: AbortSignal): Promise<number> {
+    await using file = await this.#openBlob(blob, signal);
+    return (await file.stat()).size;
+  }
+
   async putBlob(digest: Digest, bytes: Uint8Array, signal: AbortSignal): Promise<void> {
     if (digestOf(bytes) !== digest) {
       throw new DedupError('DIGEST_MISMATCH', `writing blob ${digest} to ${this.name}: the bytes have another digest`);

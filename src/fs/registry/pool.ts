@@ -57,6 +57,16 @@ export class RegistryPool {
     return repository;
   }
 
+  /** Requests and bytes of all repositories since the pool was made. */
+  get traffic(): { readonly requests: number; readonly bytes: number } {
+    let [requests, bytes] = [0, 0];
+    for (const repository of this.#repositories.values()) {
+      requests += repository.traffic.requests;
+      bytes += repository.traffic.bytes;
+    }
+    return { requests, bytes };
+  }
+
   /** Ends all connections. Idempotent. */
   async close(): Promise<void> {
     this.#repositories.clear();

@@ -124,6 +124,10 @@ export class RetryingRepository implements StreamingRepository {
     return this.#retry('looking for a blob', signal, (bounded) => this.#inner.hasBlob(blob, bounded));
   }
 
+  statBlob(blob: Digest, signal: AbortSignal): Promise<number> {
+    return this.#retry('asking for the size of a blob', signal, (bounded) => this.#inner.statBlob(blob, bounded));
+  }
+
   putBlob(digest: Digest, bytes: Uint8Array, signal: AbortSignal): Promise<void> {
     return this.#retry('pushing a blob', signal, (bounded) => this.#inner.putBlob(digest, bytes, bounded));
   }
