@@ -35,6 +35,17 @@ export class CliContext {
     return this.config().containerd_address;
   }
 
+  /** Hands credentials of a verb to a running dedupd: lazy reads need them after the verb has ended. */
+  async onCredentials(host: string, username: string, password: string): Promise<void> {
+    const { connectDaemon } = await import('./daemon-client.ts');
+    const daemon = await connectDaemon(this, { start: false });
+    try {
+      await daemon.giveCredentials(host, `${username}:${password}`);
+    } finally {
+      daemon.close();
+    }
+  }
+
   /** Warnings and errors of a verb, to stderr; more with log_level "debug". */
   get log(): Logger {
     const { log_level: level, verbose } = this.config();

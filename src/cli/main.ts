@@ -1,12 +1,8 @@
 // The command line: without a verb it is the service, with one it does a job and ends. One file per verb; this one only
 // puts them together.
-import { readFileSync } from 'node:fs';
 import { Command } from 'commander';
+import { VERSION } from '../version.ts';
 import { CliContext, printError } from './context.ts';
-
-export const VERSION = (
-  JSON.parse(readFileSync(new URL('../../package.json', import.meta.url), 'utf8')) as { version: string }
-).version;
 
 const EXAMPLES = `
 Examples:
@@ -49,11 +45,12 @@ const VERBS: Readonly<Record<string, (program: Command, context: CliContext) => 
   mount: async (program, context) => (await import('./mount-command.ts')).registerMountCommand(program, context),
   umount: async (program, context) => (await import('./mount-command.ts')).registerUmountCommand(program, context),
   images: async (program, context) => (await import('./images-command.ts')).registerImagesCommand(program, context),
+  config: async (program, context) => (await import('./config-command.ts')).registerConfigCommand(program, context),
   doctor: async (program, context) => (await import('./doctor-command.ts')).registerDoctorCommand(program, context),
 };
 
 async function registerVerb(program: Command, context: CliContext, argv: readonly string[]): Promise<void> {
-  const words = argv.slice(2).filter((word, at, all) => all[at - 1] !== '--config');
+  const words = argv.slice(2).filter((_word, at, all) => all[at - 1] !== '--config');
   const named = words.find((word) => VERBS[word] !== undefined);
   const service = words.every((word) => word.startsWith('--config'));
   for (const [verb, register] of Object.entries(VERBS)) {

@@ -8,7 +8,7 @@ import { type RegistryOptions, RegistryPool } from '../fs/registry/pool.ts';
 import { type ImageReference, parseReference } from '../fs/registry/reference.ts';
 import { formatBytes } from '../units.ts';
 import { ContainerdClient } from './containerd/client.ts';
-import { hostPlatform, parsePlatform } from './containerd/image-manifest.ts';
+import { hostPlatform, parsePlatform } from '../fs/registry/image-manifest.ts';
 import { DEFAULT_LEASE_LIFETIME_MS, type PullEvent, type PullResult, pullImage } from './containerd/pull.ts';
 
 /** What the verb needs of the command line around it. */

@@ -69,7 +69,10 @@ export interface ControlledPlane {
   readonly root: string;
   readonly transportName: string;
   prepareLayer(request: PrepareLayerMessage): Promise<{ lazy: boolean; reason: string; layer: LayerKeyMessage }>;
-  mountImage(layers: readonly LayerKeyMessage[], bottom: boolean): Promise<{ path: string; mountId: number }>;
+  mountImage(
+    layers: readonly LayerKeyMessage[],
+    bottom: boolean,
+  ): Promise<{ path: string; mountId: number; rootUid: number; rootGid: number }>;
   releaseImages(inUse: readonly number[]): Promise<number>;
   retainLayers(layers: readonly LayerKeyMessage[]): Promise<number>;
   layerUsage(layer: LayerKeyMessage): Promise<{ bytes: number; inodes: number }>;
@@ -141,8 +144,8 @@ export async function startControlServer(options: ControlServerOptions): Promise
     })),
     PrepareLayer: unary('PrepareLayer', log, (request: PrepareLayerMessage) => plane.prepareLayer(request)),
     MountImage: unary('MountImage', log, async (request: { layers: LayerKeyMessage[]; bottom: boolean }) => {
-      const { path, mountId } = await plane.mountImage(request.layers, request.bottom);
-      return { path, mount_id: mountId };
+      const { path, mountId, rootUid, rootGid } = await plane.mountImage(request.layers, request.bottom);
+      return { path, mount_id: mountId, root_uid: rootUid, root_gid: rootGid };
     }),
     ReleaseImages: unary('ReleaseImages', log, async (request: { in_use: number[] }) => ({
       unmounted: await plane.releaseImages(request.in_use),

@@ -2,12 +2,12 @@
 // transport, and takes it away when nobody refers to it. The same layers always give the same path.
 import { createHash } from 'node:crypto';
 import { existsSync } from 'node:fs';
-import { mkdir, readdir, readFile, rmdir } from 'node:fs/promises';
+import { mkdir, open, readdir, readFile, rmdir } from 'node:fs/promises';
 import { join } from 'node:path';
 import { DedupError, wrapError } from '../errors.ts';
 import type { Logger } from '../log.ts';
 import type { RootPaths } from '../paths.ts';
-import { BLOCK_BYTES } from '../units.ts';
+import { BLOCK_BYTES, MiB } from '../units.ts';
 import type { ImageBuildRequest, ImageBuildResult } from './image/build-image.ts';
 import { unmountErofs } from './transport/erofs-mount.ts';
 import type { ErofsLayoutKind, MountSpec, Transport } from './transport/transport.ts';
@@ -26,9 +26,17 @@ export interface ImageRegistry {
   /** Number of the image with this key; the same key gives the same number as long as the database lives. */
   imageFor(key: string, layerIds: readonly number[]): Promise<number>;
   layerAddresses(layerId: number): Promise<Float64Array>;
-  /** Copies the metadata of a flat image into the store's reserved region; its offset, bytes. */
-  placeMetadata(imageId: number, file: string): Promise<number>;
+  /** Copies the metadata of a flat image into the store's reserved region at `address`. */
+  placeMetadata(address: number, file: string): Promise<void>;
+  /** Keeps the chunks of these layers until unpin. */
+  pin(imageId: number, layerIds: readonly number[]): Promise<void>;
+  unpin(imageId: number): Promise<void>;
 }
+
+/** Where the metadata of flat images lies in the reserved part of the store: behind the first MiB, which stays zero. */
+const FLAT_FIRST = MiB;
+const FLAT_REGION_BYTES = 256 * MiB;
+const FLAT_REGIONS = 255;
 
 export interface MountTableOptions {
   readonly paths: RootPaths;
@@ -43,8 +51,13 @@ export interface MountedImage {
   readonly id: number;
   readonly path: string;
   readonly layers: readonly MountableLayer[];
+  /** Owner of the root directory. */
+  readonly rootUid: number;
+  readonly rootGid: number;
   /** Directories of the CLI that show this image, and the reference each was asked for. */
   readonly holders: Map<string, string>;
+  /** True once a snapshot was given this mount: release() decides then. */
+  used: boolean;
 }
 
 export class MountTable {
@@ -52,6 +65,9 @@ export class MountTable {
   readonly #mounted = new Map<number, MountedImage>();
   /** Work in flight by image key: two calls for one image share it, and removal waits for it. */
   readonly #mounting = new Map<string, Promise<MountedImage>>();
+  readonly #layers = new Map<number, readonly number[]>();
+  /** Regions of the store that hold metadata of flat images, by image. */
+  readonly #regions = new Map<number, number>();
   #closed = false;
 
   constructor(options: MountTableOptions) {
@@ -85,25 +101,55 @@ export class MountTable {
     if (known !== undefined) return known;
     const startedMs = performance.now();
     const metadata = paths.imageMetadata(id);
-    // Metadata is renamed into place complete and synced; a key stands for addresses that never change.
-    if (!existsSync(metadata)) await this.#build(metadata, layers, bottom);
-    const builtMs = performance.now();
+    const flatOffset = layout === 'flat' ? this.#takeRegion(id) : undefined;
+    const layerIds = layers.map((layer) => layer.layerId);
+    await images.pin(id, layerIds);
+    this.#layers.set(id, layerIds);
+    try {
+      // Metadata is renamed into place complete and synced; a key stands for addresses that never change. That of the
+      // flat layout counts from where it lies, which may be elsewhere each time.
+      if (flatOffset !== undefined || !existsSync(metadata)) await this.#build(metadata, layers, bottom, flatOffset);
+      if (flatOffset !== undefined) await images.placeMetadata(flatOffset, metadata);
+      const builtMs = performance.now();
+      const path = paths.mountPoint(id);
+      await mkdir(path, { recursive: true, mode: 0o700 });
+      const spec: MountSpec = { imageId: id, metadata, layout, flatOffset, target: path };
+      await transport.mount(spec);
+      const mountMs = performance.now() - builtMs;
+      log.debug({ image: id, layers: layers.length, buildMs: builtMs - startedMs, mountMs }, 'image mounted');
+    } catch (error) {
+      this.#regions.delete(id);
+      this.#layers.delete(id);
+      await images.unpin(id);
+      throw error;
+    }
     const path = paths.mountPoint(id);
-    await mkdir(path, { recursive: true, mode: 0o700 });
-    const flatOffset = layout === 'flat' ? await images.placeMetadata(id, metadata) : undefined;
-    const spec: MountSpec = { imageId: id, metadata, layout, flatOffset, target: path };
-    await transport.mount(spec);
-    const image: MountedImage = { id, path, layers, holders: new Map() };
+    const image: MountedImage = { id, path, layers, ...(await rootOwner(metadata)), holders: new Map(), used: false };
     this.#mounted.set(id, image);
-    log.debug(
-      { image: id, layers: layers.length, buildMs: builtMs - startedMs, mountMs: performance.now() - builtMs },
-      'image mounted',
-    );
     return image;
   }
 
-  async #build(output: string, layers: readonly MountableLayer[], bottom: boolean): Promise<void> {
-    const { images, layout } = this.#options;
+  /** A free region of the store's reserved part for the metadata of a flat image. Errors: STORE_FULL. */
+  #takeRegion(id: number): number {
+    const taken = new Set(this.#regions.values());
+    for (let slot = 0; slot < FLAT_REGIONS; slot++) {
+      const offset = FLAT_FIRST + slot * FLAT_REGION_BYTES;
+      if (taken.has(offset)) continue;
+      this.#regions.set(id, offset);
+      return offset;
+    }
+    throw new DedupError('STORE_FULL', `more than ${FLAT_REGIONS} images are mounted at once`, {
+      hint: 'kernels from 5.16 on have no such limit',
+    });
+  }
+
+  async #build(
+    output: string,
+    layers: readonly MountableLayer[],
+    bottom: boolean,
+    flatOffset: number | undefined,
+  ): Promise<void> {
+    const { images } = this.#options;
     const sources: { index: string; addresses: Float64Array }[] = [];
     for (const layer of layers) {
       sources.push({ index: layer.indexPath, addresses: await images.layerAddresses(layer.layerId) });
@@ -113,8 +159,8 @@ export class MountTable {
         layers: sources,
         bottom,
         layout:
-          layout === 'flat'
-            ? { kind: 'flat', baseAddress: 0 }
+          flatOffset !== undefined
+            ? { kind: 'flat', baseAddress: flatOffset }
             : { kind: 'device', deviceBlocks: images.storeBytes / BLOCK_BYTES },
         output,
       });
@@ -125,10 +171,6 @@ export class MountTable {
 
   list(): MountedImage[] {
     return [...this.#mounted.values()];
-  }
-
-  get(id: number): MountedImage | undefined {
-    return this.#mounted.get(id);
   }
 
   /** Unmounts every image that is neither in `inUse` nor held by a directory of the CLI; the number unmounted. */
@@ -145,9 +187,23 @@ export class MountTable {
 
   async #unmount(image: MountedImage): Promise<void> {
     this.#mounted.delete(image.id);
+    this.#regions.delete(image.id);
+    this.#layers.delete(image.id);
     await this.#options.transport.unmount(image.path);
     await rmdir(image.path);
+    await this.#options.images.unpin(image.id);
     this.#options.log.debug({ image: image.id }, 'image unmounted');
+  }
+
+  /** Unmounts one image that nobody holds. */
+  async drop(id: number): Promise<void> {
+    const image = this.#mounted.get(id);
+    if (image !== undefined && image.holders.size === 0) await this.#unmount(image);
+  }
+
+  /** Layers of an image that is mounted or being mounted (mount(2) itself reads through us). */
+  layerIds(id: number): readonly number[] {
+    return this.#layers.get(id) ?? [];
   }
 
   /** Detaches what a previous daemon left mounted: its session is gone, so those mounts can only answer EIO. */
@@ -170,5 +226,22 @@ export class MountTable {
     this.#closed = true;
     await Promise.allSettled(this.#mounting.values());
     for (const image of this.list()) await this.#unmount(image);
+  }
+}
+
+/** Owner of the root directory, from the metadata file itself: no path below a lazy mount is touched. */
+async function rootOwner(metadata: string): Promise<{ rootUid: number; rootGid: number }> {
+  const file = await open(metadata, 'r');
+  try {
+    // struct erofs_super_block at 1024: root_nid at 14, meta_blkaddr at 40; struct erofs_inode_extended: i_uid at 24,
+    // i_gid at 28 (fs/erofs/erofs_fs.h). An inode number counts slots of 32 bytes.
+    const superblock = Buffer.alloc(128);
+    await file.read(superblock, 0, superblock.length, 1024);
+    const inode = Buffer.alloc(64);
+    const at = superblock.readUInt32LE(40) * BLOCK_BYTES + superblock.readUInt16LE(14) * 32;
+    await file.read(inode, 0, inode.length, at);
+    return { rootUid: inode.readUInt32LE(24), rootGid: inode.readUInt32LE(28) };
+  } finally {
+    await file.close();
   }
 }

@@ -75,11 +75,19 @@ export class PullLease {
     return id === this.#ids.at(-1);
   }
 
-  /** Holds things, which need not exist yet. */
-  async hold(...resources: LeaseResource[]): Promise<void> {
+  /**
+   * Announces things that the next calls make: every lease to come holds them. The present one gets them by the calls
+   * themselves, which name `current`.
+   */
+  async expect(...resources: LeaseResource[]): Promise<void> {
     for (const resource of resources) this.#held.set(keyOf(resource), resource);
     // A renewal under way may have passed these by; one that starts from now on takes them along.
     await this.#renewing;
+  }
+
+  /** Holds things that somebody else may have made. They need not exist: hold first, look afterwards. */
+  async hold(...resources: LeaseResource[]): Promise<void> {
+    await this.expect(...resources);
     const id = this.current;
     for (const resource of resources) await this.#client.addToLease(id, resource);
   }

@@ -5,6 +5,16 @@ import { randomBytes } from 'node:crypto';
 import type { Digest } from '../../digest.ts';
 import { DedupError, wrapError } from '../../errors.ts';
 import type { ManifestBytes, Repository } from '../../fs/registry/blob-reader.ts';
+import {
+  chooseManifest,
+  type ImageLayer,
+  INDEX_TYPES,
+  imageLayers,
+  MANIFEST_TYPES,
+  MAX_JSON_BYTES,
+  type Platform,
+  parseManifest,
+} from '../../fs/registry/image-manifest.ts';
 import { formatReference, type ImageReference, tagOrDigest } from '../../fs/registry/reference.ts';
 import {
   LABEL_IMAGE_LAYERS,
@@ -21,16 +31,6 @@ import {
   type LeaseResource,
   type Mount,
 } from './client.ts';
-import {
-  chooseManifest,
-  type ImageLayer,
-  INDEX_TYPES,
-  imageLayers,
-  MANIFEST_TYPES,
-  MAX_JSON_BYTES,
-  type Platform,
-  parseManifest,
-} from '../../fs/registry/image-manifest.ts';
 import { PullLease } from './pull-lease.ts';
 
 /** How a layer came to be there. */
@@ -174,79 +174,83 @@ class Pull {
     if (config.size > MAX_JSON_BYTES) {
       throw new DedupError('REGISTRY_PROTOCOL', `the configuration of ${this.#name} has ${config.size} bytes`);
     }
-    await this.#lease.hold({ id: config.digest, type: 'content' });
-    const scope = this.#scope();
-    let bytes: Buffer;
-    if ((await this.#client.contentInfo(config.digest, scope)) !== undefined) {
-      bytes = await this.#client.readContent(config.digest, MAX_JSON_BYTES, scope);
-    } else {
-      bytes = await collect(this.#options.repository.readAll(config, this.#options.signal));
-    }
-    await this.#store({ digest: config.digest, mediaType: config.mediaType, bytes }, {});
-    return bytes;
+    await this.#write(config, {}, () => this.#options.repository.readAll(config, this.#options.signal));
+    return await this.#client.readContent(config.digest, MAX_JSON_BYTES, this.#scope());
   }
 
-  /** Puts a small blob into the content store, and labels and source on it. */
-  async #store(blob: ManifestBytes, labels: Labels): Promise<void> {
-    const { digest, bytes } = blob;
-    await this.#lease.hold({ id: digest, type: 'content' });
-    const size = bytes.length;
-    if ((await this.#client.contentInfo(digest, this.#scope())) === undefined) {
-      await this.#write({ digest, size }, labels, async function* () {
-        yield bytes;
-      });
-    }
-    await this.#label(digest, labels);
-  }
-
-  /** Adds labels, and this repository to those the blob can be had from. */
-  async #label(digest: Digest, labels: Labels): Promise<void> {
-    const info = await this.#client.contentInfo(digest, this.#scope());
-    const { host, path } = this.#options.reference;
-    // containerd names the host without its port (containerd remotes/docker/handler.go).
-    const label = `containerd.io/distribution.source.${host.replace(/:\d+$/, '')}`;
-    const known = (info?.labels[label] ?? '').split(',').filter((repository) => repository !== '');
-    const sources = [...new Set([...known, path])].sort().join(',');
-    const source = fitsLabel(label, sources) ? { [label]: sources } : {};
-    await this.#client.setContentLabels(digest, { ...labels, ...source }, this.#scope());
+  /** Puts a manifest or index into the content store. */
+  async #store({ digest, bytes }: ManifestBytes, labels: Labels): Promise<void> {
+    await this.#write({ digest, size: bytes.length }, labels, async function* () {
+      yield bytes;
+    });
   }
 
   /**
-   * Writes a blob of any size; `bytes` is called anew after an interruption. Returns when the namespace has it.
-   * A blob that another namespace has already is taken over without being sent.
+   * Puts a blob of any size into the content store, with these labels and its source; asks for its bytes only when the
+   * namespace lacks it. When this returns, the blob is there and held.
    */
   async #write(
     blob: { digest: Digest; size: number },
     labels: Labels,
     bytes: () => AsyncIterable<Buffer>,
   ): Promise<void> {
+    const content: LeaseResource = { id: blob.digest, type: 'content' };
     const ref = `${this.#lease.name}-${blob.digest}`;
     const ingest: LeaseResource = { id: ref, type: 'ingests' };
-    await this.#lease.hold(ingest);
+    await this.#lease.expect(content, ingest);
     try {
-      const lease = this.#lease.current;
-      let writer = await this.#client.openWriter(ref, blob, { lease, signal: this.#options.signal });
-      try {
-        if (writer.offset !== blob.size) for await (const part of bytes()) await writer.write(part);
-        if (!this.#lease.mayEndUnder(lease)) {
-          // The commit belongs to the lease that the stream was opened under, which may have run out by now.
-          await writer.close();
-          writer = await this.#client.openWriter(ref, blob, this.#scope());
-        }
-        await writer.commit(blob, labels);
-      } catch (error) {
-        writer.cancel();
-        throw error;
-      }
+      await this.#ingest(ref, blob, { ...labels, ...this.#sourceLabel('') }, bytes);
     } catch (error) {
-      // Somebody else had the same blob ready first: what was wanted, and it is held by its digest.
       if (!hasCode(error, 'ALREADY_EXISTS')) {
         await this.#client.abortIngest(ref).catch(() => undefined); // the lease takes care of what stays
         throw error;
       }
+      // It was there before, or somebody else was faster: hold it, then add to its labels what is ours.
+      await this.#lease.hold(content);
+      const known = (await this.#client.contentInfo(blob.digest, this.#scope()))?.labels ?? {};
+      await this.#client.setContentLabels(
+        blob.digest,
+        { ...labels, ...this.#sourceLabel(known[this.#sourceName] ?? '') },
+        this.#scope(),
+      );
     } finally {
       this.#lease.forget(ingest);
     }
+  }
+
+  /** Errors: ALREADY_EXISTS. A blob that another namespace has is taken over without being sent. */
+  async #ingest(
+    ref: string,
+    blob: { digest: Digest; size: number },
+    labels: Labels,
+    bytes: () => AsyncIterable<Buffer>,
+  ): Promise<void> {
+    const lease = this.#lease.current;
+    let writer = await this.#client.openWriter(ref, blob, { lease, signal: this.#options.signal });
+    try {
+      if (writer.offset !== blob.size) for await (const part of bytes()) await writer.write(part);
+      if (!this.#lease.mayEndUnder(lease)) {
+        // The commit belongs to the lease that the stream was opened under, which may have run out by now.
+        await writer.close();
+        writer = await this.#client.openWriter(ref, blob, this.#scope());
+      }
+      await writer.commit(blob, labels);
+    } catch (error) {
+      writer.cancel();
+      throw error;
+    }
+  }
+
+  /** containerd names the host without its port (containerd remotes/docker/handler.go). */
+  get #sourceName(): string {
+    return `containerd.io/distribution.source.${this.#options.reference.host.replace(/:\d+$/, '')}`;
+  }
+
+  /** This repository added to those that a blob is known to come from. */
+  #sourceLabel(known: string): Labels {
+    const repositories = known.split(',').filter((repository) => repository !== '');
+    const value = [...new Set([...repositories, this.#options.reference.path])].sort().join(',');
+    return fitsLabel(this.#sourceName, value) ? { [this.#sourceName]: value } : {};
   }
 
   // --- layers ----------------------------------------------------------------------------------------------------
@@ -261,8 +265,7 @@ class Pull {
       const below = layers[next - 1];
       const doing = `layer ${next + 1} of ${layers.length} (${layer.digest})`;
       try {
-        // Held before it exists: no collection can come between its making and its being held.
-        await this.#lease.hold(this.#snapshot(layer.chainId));
+        await this.#lease.expect(this.#snapshot(layer.chainId));
         outcomes[next] = await this.#layer(layers, next, manifest);
       } catch (error) {
         throw wrapError(error, doing);
@@ -293,7 +296,7 @@ class Pull {
     for (let attempt = 1; ; attempt++) {
       // The form of the key is containerd's own: it tells people what the snapshot is for.
       const key = `extract-${Date.now()}-${randomBytes(3).toString('hex')} ${layer.chainId}`;
-      await this.#lease.hold(this.#snapshot(key));
+      await this.#lease.expect(this.#snapshot(key));
       try {
         const mounts = await this.#client.prepareSnapshot(snapshotter, key, parent, labels, this.#scope());
         await this.#unpack(layer, position, key, mounts, labels);
@@ -303,6 +306,8 @@ class Pull {
           await this.#client.removeSnapshot(snapshotter, key).catch(() => undefined); // the lease takes care of it
           throw error;
         }
+        // Another pull may have made it, and containerd does not say: held first, then looked for.
+        await this.#lease.hold(this.#snapshot(layer.chainId));
         if (await this.#client.hasSnapshot(snapshotter, layer.chainId, this.#scope())) return 'lazy';
         // containerd itself tries again here: the snapshot was removed between the two calls, or the key was taken.
         if (attempt === PREPARE_ATTEMPTS) throw error;
@@ -321,20 +326,15 @@ class Pull {
     labels: Labels,
   ): Promise<void> {
     const { repository, snapshotter, signal } = this.#options;
-    const blob: LeaseResource = { id: layer.digest, type: 'content' };
-    await this.#lease.hold(blob);
-    if ((await this.#client.contentInfo(layer.digest, this.#scope())) === undefined) {
-      const emit = (bytes: number) => this.#emit({ kind: 'fetching', layer: position, bytes, totalBytes: layer.size });
-      await this.#write(layer, {}, async function* () {
-        let bytes = 0;
-        emit(bytes);
-        for await (const part of repository.readAll(layer, signal)) {
-          yield part;
-          emit((bytes += part.length));
-        }
-      });
-      await this.#label(layer.digest, {});
-    }
+    const emit = (bytes: number) => this.#emit({ kind: 'fetching', layer: position, bytes, totalBytes: layer.size });
+    await this.#write(layer, {}, async function* () {
+      let bytes = 0;
+      emit(bytes);
+      for await (const part of repository.readAll(layer, signal)) {
+        yield part;
+        emit((bytes += part.length));
+      }
+    });
     this.#emit({ kind: 'unpacking', layer: position });
     const { mediaType, digest, size } = layer;
     const diffId = await this.#client.applyDiff({ mediaType, digest, size }, mounts, { signal });
@@ -350,9 +350,10 @@ class Pull {
     } catch (error) {
       if (!hasCode(error, 'ALREADY_EXISTS')) throw error;
       await this.#client.removeSnapshot(snapshotter, key); // somebody else was faster with the same layer
+      await this.#lease.hold(this.#snapshot(layer.chainId));
     }
     // The blob has served its purpose: nothing refers to it, so it goes with the lease.
-    this.#lease.forget(blob);
+    this.#lease.forget({ id: layer.digest, type: 'content' });
   }
 
   /** What the snapshotter is told of a layer: the same as by containerd's CRI plugin with annotations on. */
@@ -379,10 +380,4 @@ class Pull {
 
 function fitsLabel(name: string, value: string): boolean {
   return Buffer.byteLength(name) + Buffer.byteLength(value) <= MAX_LABEL_BYTES;
-}
-
-async function collect(parts: AsyncIterable<Buffer>): Promise<Buffer> {
-  const all: Buffer[] = [];
-  for await (const part of parts) all.push(part);
-  return Buffer.concat(all);
 }

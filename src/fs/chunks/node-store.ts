@@ -1,6 +1,7 @@
 // The node store: one sparse file that holds each distinct chunk once, and the database that says what lies where.
 // Owned by dedupd; used by image building (addresses) and the LazyLoader (presence, reads, writes). Knows no registry.
-import { mkdir } from 'node:fs/promises';
+import { createHash } from 'node:crypto';
+import { mkdir, readFile } from 'node:fs/promises';
 import { DedupError } from '../../errors.ts';
 import type { Logger } from '../../log.ts';
 import type { RootPaths } from '../../paths.ts';
@@ -96,6 +97,8 @@ export interface NodeStoreStats extends ChunkTotals {
   readonly storedBytes: number;
   /** Pieces that did not have their digest. */
   readonly mismatches: number;
+  /** Bytes of chunks that may be served, in whole blocks. */
+  readonly presentBytes: number;
   readonly nextAddress: number;
   readonly generation: number;
 }
@@ -397,6 +400,28 @@ export class NodeStore {
     return this.isPresent(piece.chunkAddress, piece.chunkBytes) ? -1 : 0;
   }
 
+  /**
+   * Copies a file into the reserved region of the store, where the metadata of flat images lies, and makes it present.
+   * `address` is a multiple of 4 KiB below the first chunk. Errors: STORE_IO, STORE_FULL, INVALID_ARGUMENT.
+   */
+  async placeMetadata(address: number, file: string): Promise<void> {
+    this.#mustBeOpen();
+    const bytes = await readFile(file);
+    if (address % BLOCK_BYTES !== 0 || address < MiB || address + bytes.length > FIRST_CHUNK_ADDRESS) {
+      throw new DedupError('INVALID_ARGUMENT', `metadata cannot lie at address ${address} of the store`);
+    }
+    const stored = await this.#native.storePieces({
+      fd: this.#file.direct.fd,
+      source: bytes,
+      offsets: Float64Array.of(0),
+      lengths: Uint32Array.of(bytes.length),
+      digests: createHash('sha256').update(bytes).digest(),
+      addresses: Float64Array.of(address),
+      presence: this.presence,
+    });
+    if (stored[0] !== 1) throw new DedupError('STORE_IO', `metadata ${file} changed while it was stored`);
+  }
+
   /** Makes everything that is present now durable. Errors: STORE_IO, STORE_FULL. */
   flush(): Promise<void> {
     this.#mustBeOpen();
@@ -440,9 +465,20 @@ export class NodeStore {
       ...(await this.#db.call('totals', {})),
       storedBytes: this.#storedBytes,
       mismatches: this.#mismatches,
+      presentBytes: this.#presentBytes(),
       nextAddress: this.#nextAddress,
       generation: this.#generation,
     };
+  }
+
+  #presentBytes(): number {
+    const from = FIRST_CHUNK_ADDRESS / BLOCK_BYTES / 8;
+    const to = Math.ceil(this.#nextAddress / BLOCK_BYTES / 8);
+    let blocks = 0;
+    for (let at = from; at < to; at++) {
+      for (let bits = this.presence[at]!; bits !== 0; bits &= bits - 1) blocks++;
+    }
+    return blocks * BLOCK_BYTES;
   }
 
   /** Flushes and closes file and database. Idempotent. */

@@ -1,0 +1,84 @@
+// Composition root of dedupd: takes the root's lock, wires store, loader, transport and control server, and stops in
+// order. One per root.
+import { closeSync, openSync, rmSync } from 'node:fs';
+import { mkdir } from 'node:fs/promises';
+import { Command } from 'commander';
+import { type Config, lazyDisabledReason, loadConfig } from '../config.ts';
+import { DedupError, errorCode } from '../errors.ts';
+import { createLogger, type Logger } from '../log.ts';
+import { DEFAULT_CONFIG_FILE, RootPaths, RunPaths } from '../paths.ts';
+import { isRoot } from '../runtime.ts';
+import { VERSION } from '../version.ts';
+import { startControlServer } from './control-server.ts';
+import { DataPlane } from './data-plane.ts';
+import { native } from './native.ts';
+
+/** Exit status when another dedupd holds the root; dedupd-supervisor.ts relies on it. */
+const EXIT_LOCKED = 3;
+
+/** Runs until a signal or Shutdown. Sets the exit status; never rejects. */
+export async function runDaemon(argv: readonly string[]): Promise<void> {
+  const program = new Command('dedupd')
+    .description('Data daemon of dedup-snapshotter: fetches, verifies and stores what containers read.')
+    .version(VERSION)
+    .option('--config <file>', 'configuration file (default: /etc/dedup-snapshotter/config.json)')
+    .addHelpText('after', '\nExample:\n  dedupd --config /etc/dedup-snapshotter/config.json\n');
+  program.parse(argv as string[]);
+  const configFile = program.opts<{ config?: string }>().config;
+  try {
+    const config = loadConfig(configFile ?? DEFAULT_CONFIG_FILE, configFile !== undefined);
+    const log = createLogger('dedupd', { level: config.verbose ? 'debug' : config.log_level });
+    try {
+      await serve(config, log);
+    } catch (error) {
+      log.fatal({ err: error }, 'dedupd ends');
+      process.exitCode = errorCode(error) === 'LOCKED' ? EXIT_LOCKED : 1;
+    }
+  } catch (error) {
+    // No configuration, no log: say it to whoever started us.
+    process.stderr.write(`dedupd: ${error instanceof Error ? error.message : String(error)}\n`);
+    process.exitCode = 1;
+  }
+}
+
+/** Locks the root for the life of the process. Errors: LOCKED. */
+async function lockRoot(paths: RootPaths): Promise<number> {
+  await mkdir(paths.root, { recursive: true, mode: 0o700 });
+  const fd = openSync(paths.lock, 'a', 0o600);
+  if (native().flock(fd)) return fd;
+  closeSync(fd);
+  throw new DedupError('LOCKED', `another dedupd serves ${paths.root}`, { hint: 'one dedupd per root' });
+}
+
+async function serve(config: Config, log: Logger): Promise<void> {
+  if (!isRoot())
+    throw new DedupError('NOT_ROOT', 'dedupd mounts file systems, which only root may do', { hint: 'use sudo' });
+  const disabled = lazyDisabledReason(config);
+  if (disabled !== undefined) throw new DedupError('FAILED_PRECONDITION', `dedupd has nothing to do: ${disabled}`);
+  let requestShutdown = (): void => {};
+  const stopped = new Promise<string>((resolve) => {
+    for (const signal of ['SIGTERM', 'SIGINT', 'SIGHUP'] as const) process.once(signal, () => resolve(signal));
+    requestShutdown = () => resolve('Shutdown');
+  });
+  const paths = new RootPaths(config.root);
+  const run = new RunPaths(config.run_dir);
+  const lock = await lockRoot(paths);
+  try {
+    await mkdir(run.dir, { recursive: true, mode: 0o700 });
+    await using plane = await DataPlane.open({ config, paths, run, log });
+    const server = await startControlServer({
+      address: run.dedupdSocket,
+      plane,
+      version: VERSION,
+      log,
+      onShutdown: () => requestShutdown(),
+    });
+    log.info({ root: config.root, transport: plane.transportName }, 'dedupd is ready');
+    log.info({ reason: await stopped }, 'stopping');
+    await server.close();
+    rmSync(run.dedupdSocket, { force: true });
+  } finally {
+    closeSync(lock);
+  }
+  log.info('stopped');
+}

@@ -1,0 +1,174 @@
+// Standalone mounts: an image reference shown on a directory without containerd. Layers without an index are read once,
+// indexed here, and their chunks kept. Used by the control server for the CLI's mount and umount.
+import { DedupError, wrapError } from '../errors.ts';
+import type { LayerRecord, LayerSourceName } from './chunks/index-protocol.ts';
+import type { MountProgressMessage } from './control-server.ts';
+import type { WantedLayer } from './data-plane.ts';
+import { INDEX_ANNOTATION } from './index/layer-index.ts';
+import type { MountableLayer, MountedImage, MountTable } from './mount-table.ts';
+import { MNT_DETACH, MS_RDONLY, native } from './native.ts';
+import type { BlobId, Repository } from './registry/blob-reader.ts';
+import {
+  chooseManifest,
+  hostPlatform,
+  INDEX_TYPES,
+  imageLayers,
+  MAX_JSON_BYTES,
+  parseManifest,
+  parsePlatform,
+} from './registry/image-manifest.ts';
+import { formatReference, type ImageReference, parseReference, tagOrDigest } from './registry/reference.ts';
+
+/** mount(2): MS_BIND. */
+const MS_BIND = 4096;
+const MS_REMOUNT = 32;
+
+export interface ReferenceMountsOptions {
+  readonly repository: (reference: ImageReference, credentials: string) => Repository;
+  readonly scopeOf: (source: LayerSourceName) => string;
+  /** A layer that has an index somewhere. Errors: LAYER_NOT_LAZY when it has none. */
+  readonly known: (wanted: WantedLayer, signal: AbortSignal) => Promise<LayerRecord>;
+  /** Reads a whole layer, indexes it and keeps its chunks. Errors: LAYER_NOT_LAZY, LAYER_INVALID, registry. */
+  readonly indexHere: (
+    wanted: WantedLayer,
+    blob: BlobId,
+    repository: Repository,
+    progress: (bytesDone: number) => void,
+    signal: AbortSignal,
+  ) => Promise<LayerRecord>;
+  readonly mountable: (row: LayerRecord) => Promise<MountableLayer>;
+  readonly mounts: MountTable;
+}
+
+interface Request {
+  readonly reference: string;
+  readonly directory: string;
+  readonly platform: string;
+  readonly credentials: string;
+}
+
+export class ReferenceMounts {
+  readonly #options: ReferenceMountsOptions;
+  readonly #byDirectory = new Map<string, MountedImage>();
+
+  constructor(options: ReferenceMountsOptions) {
+    this.#options = options;
+  }
+
+  /** Mounts and returns the directory. Errors: INVALID_REFERENCE, ALREADY_EXISTS, LAYER_NOT_LAZY, registry, KERNEL. */
+  async mount(
+    request: Request,
+    progress: (message: MountProgressMessage) => void,
+    signal: AbortSignal,
+  ): Promise<string> {
+    const { directory } = request;
+    if (this.#byDirectory.has(directory)) {
+      throw new DedupError('ALREADY_EXISTS', `an image is mounted on ${directory} already`, {
+        hint: `dedup-snapshotter umount ${directory}`,
+      });
+    }
+    const reference = parseReference(request.reference);
+    const repository = this.#options.repository(reference, request.credentials);
+    progress({ step: `resolving ${formatReference(reference)}`, bytes_done: 0, bytes_total: 0 });
+    const layers = await this.#resolve(reference, repository, request.platform, signal);
+    const mountable: MountableLayer[] = [];
+    for (const [position, layer] of layers.entries()) {
+      const row = await this.#layer(layer, `layer ${position + 1} of ${layers.length}`, repository, progress, signal);
+      mountable.push(await this.#options.mountable(row));
+    }
+    progress({ step: 'mounting', bytes_done: 0, bytes_total: 0 });
+    const image = await this.#options.mounts.mount(mountable, true);
+    image.holders.set(directory, formatReference(reference));
+    try {
+      await native().mount({ source: image.path, target: directory, fstype: '', flags: MS_BIND, data: '' });
+      const flags = MS_BIND | MS_REMOUNT | MS_RDONLY;
+      await native().mount({ source: '', target: directory, fstype: '', flags, data: '' });
+    } catch (error) {
+      image.holders.delete(directory);
+      throw wrapError(error, `showing ${formatReference(reference)} on ${directory}`);
+    }
+    this.#byDirectory.set(directory, image);
+    return directory;
+  }
+
+  async #resolve(
+    reference: ImageReference,
+    repository: Repository,
+    platformText: string,
+    signal: AbortSignal,
+  ): Promise<{ wanted: WantedLayer; blob: BlobId; mediaType: string }[]> {
+    const what = formatReference(reference);
+    const platform = platformText === '' ? hostPlatform() : parsePlatform(platformText);
+    let manifest = await repository.getManifest(tagOrDigest(reference), signal);
+    if (INDEX_TYPES.has(manifest.mediaType)) {
+      const chosen = chooseManifest(manifest.bytes, platform, what);
+      manifest = await repository.getManifest(chosen.descriptor.digest, signal);
+    }
+    const parsed = parseManifest(manifest.bytes, what);
+    if (parsed.config.size > MAX_JSON_BYTES) {
+      throw new DedupError('REGISTRY_PROTOCOL', `${what}: a configuration of ${parsed.config.size} bytes is too large`);
+    }
+    const configParts: Buffer[] = [];
+    for await (const part of repository.readAll(parsed.config, signal)) configParts.push(part);
+    const source: LayerSourceName = { host: reference.host, repository: reference.path };
+    return imageLayers(Buffer.concat(configParts), parsed.layers, platform, what).map((layer) => ({
+      wanted: {
+        key: {
+          digest: layer.digest,
+          index: layer.annotations[INDEX_ANNOTATION] ?? '',
+          scope: this.#options.scopeOf(source),
+        },
+        sources: [source],
+        manifest: manifest.digest,
+        reference: what,
+      },
+      blob: { digest: layer.digest, size: layer.size },
+      mediaType: layer.mediaType,
+    }));
+  }
+
+  async #layer(
+    { wanted, blob }: { wanted: WantedLayer; blob: BlobId },
+    name: string,
+    repository: Repository,
+    progress: (message: MountProgressMessage) => void,
+    signal: AbortSignal,
+  ): Promise<LayerRecord> {
+    try {
+      return await this.#options.known(wanted, signal);
+    } catch (error) {
+      if (!(error instanceof DedupError) || error.code !== 'LAYER_NOT_LAZY') throw error;
+      const step = `indexing ${name} (${error.message})`;
+      const report = (done: number): void => progress({ step, bytes_done: done, bytes_total: blob.size });
+      report(0);
+      return await this.#options.indexHere(wanted, blob, repository, report, signal);
+    }
+  }
+
+  /** Takes a standalone mount away. Errors: NOT_FOUND, KERNEL (EBUSY) when it is in use. */
+  async unmount(directory: string): Promise<void> {
+    const image = this.#byDirectory.get(directory);
+    if (image === undefined) {
+      throw new DedupError('NOT_FOUND', `no image of ours is mounted on ${directory}`, {
+        hint: '`dedup-snapshotter images` lists them',
+      });
+    }
+    try {
+      await native().umount(directory, 0);
+    } catch (error) {
+      throw wrapError(error, `unmounting ${directory}`);
+    }
+    this.#byDirectory.delete(directory);
+    image.holders.delete(directory);
+    if (image.holders.size === 0 && !image.used) await this.#options.mounts.drop(image.id);
+  }
+
+  /** Takes every standalone mount away, used or not. Idempotent. */
+  async close(): Promise<void> {
+    for (const [directory, image] of this.#byDirectory) {
+      await native().umount(directory, MNT_DETACH);
+      image.holders.delete(directory);
+    }
+    this.#byDirectory.clear();
+  }
+}
