@@ -138,7 +138,7 @@ class Placer {
     this.#extra = db.prepare('INSERT INTO placements (block, chunk_id) VALUES (?, ?)');
     this.#extrasOf = db.prepare('SELECT block FROM placements WHERE chunk_id = ?').pluck();
     this.#chunkAt = db
-      .prepare('SELECT id FROM chunks WHERE id = ?1 UNION ALL SELECT chunk_id FROM placements WHERE block = ?1')
+      .prepare('SELECT id FROM chunks WHERE id = ? UNION ALL SELECT chunk_id FROM placements WHERE block = ?')
       .pluck();
   }
 
@@ -231,6 +231,6 @@ class Placer {
     }
     const step = blocksOf(this.#layer.chunkBytes);
     const starts = [ids[0]!, ...(this.#extrasOf.all(ids[0]) as number[])];
-    return starts.find((start) => ids.every((id, i) => this.#chunkAt.get(start + i * step) === id));
+    return starts.find((start) => ids.every((id, i) => this.#chunkAt.get(start + i * step, start + i * step) === id));
   }
 }
