@@ -7,7 +7,6 @@
 #include <sys/ioctl.h>
 #include <sys/mount.h>
 #include <sys/stat.h>
-#include <sys/sysmacros.h>
 #include <unistd.h>
 
 #include <cerrno>
@@ -101,9 +100,11 @@ void Session::hide_mount() {
   const char* directory = args_.mount_dir.c_str();
   auto root = std::make_shared<const OwnedFd>(::open(directory, O_PATH | O_DIRECTORY | O_CLOEXEC));
   if (!root->valid()) throw sys_error(errno, "open(2) " + args_.mount_dir, args_.mount_dir);
-  struct stat status {};
-  if (::fstat(root->get(), &status) != 0) throw sys_error(errno, "fstat(2) " + args_.mount_dir, args_.mount_dir);
-  connection_ = ::minor(status.st_dev);
+  // statx: fstat(2) of glibc 2.33 and later is a symbol that older ones lack.
+  struct statx status {};
+  if (::statx(root->get(), "", AT_EMPTY_PATH, STATX_TYPE, &status) != 0)
+    throw sys_error(errno, "statx(2) " + args_.mount_dir, args_.mount_dir);
+  connection_ = status.stx_dev_minor;
   if (::umount2(directory, MNT_DETACH) != 0) throw sys_error(errno, "umount2(2) " + args_.mount_dir, args_.mount_dir);
   std::lock_guard lock(root_mutex_);
   root_ = std::move(root);

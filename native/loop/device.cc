@@ -3,6 +3,7 @@
 #include <fcntl.h>
 #include <sys/ioctl.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/sysmacros.h>
 #include <unistd.h>
 
@@ -57,7 +58,9 @@ OwnedFd open_new(std::uint32_t number, const std::string& path, int mode) {
   OwnedFd device(::open(path.c_str(), mode | O_CLOEXEC));
   if (device.valid()) return device;
   if (errno != ENOENT) throw sys_error(errno, "open(2) " + path, path);
-  if (::mknod(path.c_str(), S_IFBLK | 0600, ::makedev(loop_abi::kMajor, number)) != 0 && errno != EEXIST)
+  // mknod(3) of glibc 2.33 and later is a symbol that older ones lack.
+  const unsigned long device_number = ::makedev(loop_abi::kMajor, number);
+  if (::syscall(SYS_mknodat, AT_FDCWD, path.c_str(), S_IFBLK | 0600, device_number) != 0 && errno != EEXIST)
     throw sys_error(errno, "mknod(2) " + path, path);
   return open_device(path, mode);
 }
