@@ -131,9 +131,9 @@ void GzipIndexer::on_output(std::uint64_t produced, std::vector<RestartPoint>& p
 // stop at every block boundary. One byte before, not at it: with its output full zlib may or may not pass a boundary,
 // depending on how much input it had, and the points must not depend on that.
 void GzipIndexer::inflate(Output& output, std::vector<RestartPoint>& points) {
-  // With its output full zlib may hold back more, although it has taken all input.
-  bool filled = false;
-  while (stream_.avail_in > 0 || (in_member_ && filled)) {
+  // Output that zlib holds back for lack of room comes with the next push: a member never ends with it, because its
+  // trailer is still to be read.
+  while (stream_.avail_in > 0) {
     if (!in_member_) on_member_start(points);
     const std::uint64_t due = last_point_out_ + span_bytes_;
     const bool free_run = out_offset_ + 1 < due;
@@ -146,7 +146,6 @@ void GzipIndexer::inflate(Output& output, std::vector<RestartPoint>& points) {
     stream_.avail_out = static_cast<uInt>(room);
     const int status = ::inflate(&stream_, free_run ? Z_NO_FLUSH : Z_BLOCK);
     const std::size_t produced = room - stream_.avail_out;
-    filled = stream_.avail_out == 0;
     in_offset_ += in_before - stream_.avail_in;
     output.advance(produced);
     on_output(produced, points);

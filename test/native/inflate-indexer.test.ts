@@ -99,6 +99,18 @@ describe('gzip indexer', () => {
     assert.ok(points.length >= 8, 'boundaries every 7,001 bytes give a point every 21,003');
   });
 
+  it('uses a boundary that lies exactly one span after the last point', async () => {
+    const flushes = all.find((stream) => stream.name === 'sync flushes')!;
+    const expected = Array.from({ length: Math.ceil(flushes.plain.length / 7_001) }, (_, i) => i * 7_001);
+    for (const cuts of [[], every(1_000, flushes.gzip.length)]) {
+      const { points } = await index(flushes.gzip, 7_001, cuts);
+      assert.deepEqual(
+        points.map(({ outOffset }) => outOffset),
+        expected,
+      );
+    }
+  });
+
   it('gives points from which an inflater that is not ours reads on, where they are byte-aligned', async () => {
     let aligned = 0;
     for (const stream of all) {
