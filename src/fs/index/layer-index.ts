@@ -105,3 +105,5 @@ export const INDEX_ANNOTATION = 'containerd.io/snapshot/dedup.index';
 export const INDEX_ARTIFACT_TYPE = 'application/vnd.dedup-snapshotter.index.v1';
 export const INDEX_LAYER_MEDIA_TYPE = 'application/vnd.dedup-snapshotter.layer-index.v1';
 export const RESTART_LAYER_MEDIA_TYPE = 'application/vnd.dedup-snapshotter.layer-restart.v1';
+/** Annotation on a blob of that manifest: the digest of the layer that the index or restart blob belongs to. */
+export const INDEXED_LAYER_ANNOTATION = 'containerd.io/snapshot/dedup.layer';

@@ -1,0 +1,107 @@
+// The manifest that holds the index blobs of one image, and the reports that `index` gives. Shared by publish.ts, which
+// indexes, and annotate.ts, which pushes re-annotated copies.
+import { type Digest, digestOf } from '../../digest.ts';
+import type { Repository } from '../registry/blob-reader.ts';
+import {
+  INDEX_ARTIFACT_TYPE,
+  INDEX_LAYER_MEDIA_TYPE,
+  INDEXED_LAYER_ANNOTATION,
+  RESTART_LAYER_MEDIA_TYPE,
+} from './layer-index.ts';
+import { type Json, type ManifestDescriptor, type ParsedManifest, toBytes } from './manifests.ts';
+import { OCI_EMPTY, OCI_MANIFEST } from './media-types.ts';
+
+const EMPTY_JSON = Buffer.from('{}');
+
+export interface ImageLocation {
+  readonly repository: Repository;
+  /** Tag, or digest of a source. */
+  readonly reference: string;
+}
+
+/** What became of one layer. */
+export interface LayerReport {
+  readonly digest: Digest;
+  readonly size: number;
+  /** Why it cannot be loaded lazily; absent when it can. */
+  readonly reason?: string;
+  readonly tarBytes?: number;
+  readonly index?: { readonly digest: Digest; readonly size: number };
+  readonly restart?: { readonly digest: Digest; readonly size: number };
+}
+
+export interface ImageReport {
+  readonly platform: string;
+  /** Manifest that was indexed. */
+  readonly manifest: Digest;
+  /** Artifact that holds its indexes; absent when no layer can be loaded lazily. */
+  readonly artifact?: Digest;
+  /** Its re-annotated copy, with `annotate`. */
+  readonly annotated?: Digest;
+  readonly layers: readonly LayerReport[];
+}
+
+export interface IndexReport {
+  readonly images: readonly ImageReport[];
+  /** The image index pushed with `annotate`. */
+  readonly pushed?: Digest;
+}
+
+export type IndexEvent =
+  | { readonly kind: 'layer-start'; readonly digest: Digest; readonly size: number }
+  | { readonly kind: 'layer-progress'; readonly digest: Digest; readonly layerBytes: number }
+  | { readonly kind: 'layer-end'; readonly report: LayerReport }
+  | { readonly kind: 'copy'; readonly digest: Digest; readonly size: number };
+
+/** One image manifest of the source. */
+export interface SourceImage {
+  readonly descriptor: ManifestDescriptor;
+  readonly bytes: Buffer;
+  readonly manifest: ParsedManifest;
+  readonly platform: Json;
+  readonly diffIds: readonly string[];
+}
+
+/** What was pushed for one image. */
+export interface Artifact {
+  readonly bytes: Buffer;
+  readonly digest: Digest;
+  /** True when the registry lists it as a referrer by itself. */
+  readonly subjectKnown: boolean;
+}
+
+export function layerReports(image: SourceImage, layers: ReadonlyMap<Digest, LayerReport>): LayerReport[] {
+  return image.manifest.layers.map((layer) => layers.get(layer.digest)!);
+}
+
+/** Pushes the manifest that holds the index blobs of one image; undefined when no layer has an index. */
+export async function pushArtifact(
+  repository: Repository,
+  subject: Pick<ManifestDescriptor, 'mediaType' | 'digest' | 'size'>,
+  layers: readonly LayerReport[],
+  signal: AbortSignal,
+): Promise<Artifact | undefined> {
+  const blobs: Json[] = [];
+  const seen = new Set<Digest>();
+  for (const { digest, index, restart } of layers) {
+    if (index === undefined || restart === undefined || seen.has(digest)) continue;
+    seen.add(digest);
+    const annotations = { [INDEXED_LAYER_ANNOTATION]: digest };
+    blobs.push({ mediaType: INDEX_LAYER_MEDIA_TYPE, digest: index.digest, size: index.size, annotations });
+    blobs.push({ mediaType: RESTART_LAYER_MEDIA_TYPE, digest: restart.digest, size: restart.size, annotations });
+  }
+  if (blobs.length === 0) return undefined;
+  const config = digestOf(EMPTY_JSON);
+  await repository.putBlob(config, EMPTY_JSON, signal);
+  const bytes = toBytes({
+    schemaVersion: 2,
+    mediaType: OCI_MANIFEST,
+    artifactType: INDEX_ARTIFACT_TYPE,
+    config: { mediaType: OCI_EMPTY, digest: config, size: EMPTY_JSON.length },
+    layers: blobs,
+    subject: { mediaType: subject.mediaType, digest: subject.digest, size: subject.size },
+  });
+  const digest = digestOf(bytes);
+  const { subjectKnown } = await repository.putManifest(digest, OCI_MANIFEST, bytes, signal);
+  return { bytes, digest, subjectKnown };
+}

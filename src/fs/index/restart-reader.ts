@@ -1,0 +1,135 @@
+// Windows of one layer's restart points: from the local restart file where there is one, else by range from a registry,
+// kept in an LRU cache that layers share. Used by the LazyLoader (its WindowReader). A wrong window cannot do harm:
+// pieces are verified; `forget` drops one that turned out wrong.
+import { type FileHandle, open } from 'node:fs/promises';
+import { zstdDecompressSync } from 'node:zlib';
+import { LRUCache } from 'lru-cache';
+import { wrapError } from '../../errors.ts';
+import { type ByteRange, KiB } from '../../units.ts';
+import type { BlobReader } from '../registry/blob-reader.ts';
+import type { LayerIndex } from './layer-index.ts';
+import { indexError } from './wire.ts';
+
+const WINDOW_BYTES = 32 * KiB;
+const EMPTY = new Uint8Array(0);
+
+/** Decompressed windows of all layers, bounded by bytes. Its keys name the restart blob, so layers can share one. */
+export class WindowCache {
+  readonly #cache: LRUCache<string, Uint8Array>;
+
+  constructor(maxBytes: number) {
+    this.#cache = new LRUCache({ maxSize: maxBytes, sizeCalculation: (window) => window.length + 128 });
+  }
+
+  get(restart: string, span: number): Uint8Array | undefined {
+    return this.#cache.get(`${restart}:${span}`);
+  }
+
+  set(restart: string, span: number, window: Uint8Array): void {
+    this.#cache.set(`${restart}:${span}`, window);
+  }
+
+  delete(restart: string, span: number): void {
+    this.#cache.delete(`${restart}:${span}`);
+  }
+}
+
+export class RestartReader {
+  readonly #index: Pick<LayerIndex, 'restart' | 'spans'>;
+  readonly #cache: WindowCache;
+  readonly #localFile: string;
+
+  /** `localFile` is where the restart blob is if it is on this node; it need not exist. */
+  constructor(index: Pick<LayerIndex, 'restart' | 'spans'>, localFile: string, cache: WindowCache) {
+    this.#index = index;
+    this.#localFile = localFile;
+    this.#cache = cache;
+  }
+
+  /**
+   * Windows of spans [first, first + count), empty where a span needs none. Neighbouring windows that are not here are
+   * read as one range. Errors: those of BlobReader.readRange; INDEX_INVALID for a window that does not decompress.
+   */
+  async readWindows(
+    first: number,
+    count: number,
+    reader: BlobReader,
+    signal: AbortSignal,
+  ): Promise<readonly Uint8Array[]> {
+    const { spans, restart } = this.#index;
+    const windows: Uint8Array[] = new Array<Uint8Array>(count).fill(EMPTY);
+    const missing: number[] = [];
+    for (let i = 0; i < count; i++) {
+      if (spans.windowLength[first + i] === 0) continue;
+      const cached = this.#cache.get(restart.digest, first + i);
+      if (cached === undefined) missing.push(first + i);
+      else windows[i] = cached;
+    }
+    await Promise.all(
+      this.#runs(missing).map(async ({ from, to, range }) => {
+        const bytes = await this.#read(range, reader, signal);
+        for (let span = from; span <= to; span++) {
+          const length = spans.windowLength[span]!;
+          if (length === 0) continue;
+          const at = spans.windowOffset[span]! - range.offset;
+          const window = this.#decompress(bytes.subarray(at, at + length), span);
+          this.#cache.set(restart.digest, span, window);
+          windows[span - first] = window;
+        }
+      }),
+    );
+    return windows;
+  }
+
+  /** Drops cached windows of spans [first, first + count): call it when what they gave failed verification. */
+  forget(first: number, count: number): void {
+    for (let span = first; span < first + count; span++) this.#cache.delete(this.#index.restart.digest, span);
+  }
+
+  /** Joins spans whose windows stand one after the other in the blob. */
+  #runs(missing: readonly number[]): { from: number; to: number; range: ByteRange }[] {
+    const { windowOffset, windowLength } = this.#index.spans;
+    const runs: { from: number; to: number; range: ByteRange }[] = [];
+    for (const span of missing) {
+      const offset = windowOffset[span]!;
+      const length = windowLength[span]!;
+      const last = runs.at(-1);
+      if (last !== undefined && last.range.offset + last.range.length === offset) {
+        last.to = span;
+        last.range = { offset: last.range.offset, length: last.range.length + length };
+      } else {
+        runs.push({ from: span, to: span, range: { offset, length } });
+      }
+    }
+    return runs;
+  }
+
+  async #read(range: ByteRange, reader: BlobReader, signal: AbortSignal): Promise<Buffer> {
+    let file: FileHandle;
+    try {
+      file = await open(this.#localFile, 'r');
+    } catch {
+      // No local copy, for whatever reason: the registry has it.
+      return await reader.readRange(this.#index.restart, range, signal);
+    }
+    try {
+      const bytes = Buffer.allocUnsafe(range.length);
+      const { bytesRead } = await file.read(bytes, 0, range.length, range.offset);
+      if (bytesRead === range.length) return bytes;
+    } finally {
+      await file.close();
+    }
+    return await reader.readRange(this.#index.restart, range, signal);
+  }
+
+  #decompress(packed: Buffer, span: number): Uint8Array {
+    let window: Buffer;
+    try {
+      window = zstdDecompressSync(packed, { maxOutputLength: WINDOW_BYTES });
+    } catch (cause) {
+      throw wrapError(cause, `restart blob ${this.#index.restart.digest}, window of span ${span}`, 'INDEX_INVALID');
+    }
+    if (window.length === 0) throw indexError('restart', `the window of span ${span} is empty`);
+    return window;
+  }
+}
