@@ -17,6 +17,9 @@ export interface CleanerOptions {
   readonly log: Logger;
 }
 
+/** How long a pass waits for a moment in which nobody prepares a snapshot, milliseconds. */
+const GATE_PATIENCE_MS = 10_000;
+
 export class Cleaner {
   readonly #options: CleanerOptions;
   #running: Promise<void> = Promise.resolve();
@@ -62,11 +65,12 @@ export class Cleaner {
   async #release(): Promise<void> {
     const { metastore, images, gate, log } = this.#options;
     try {
-      await gate.exclusive(async () => {
+      const released = await gate.exclusive(async () => {
         const { mountIds, layers } = await metastore.inUse();
         await images.releaseImages(mountIds);
         await images.retainLayers(layers);
-      });
+      }, GATE_PATIENCE_MS);
+      if (!released) log.debug('snapshots are being prepared without a pause: merged images are released later');
       for (const { layer, source } of await metastore.untoldSources()) {
         await images.prepareLayer({ layer, sources: [source], manifest: '', siblings: [], budgetMs: 1000 });
         await metastore.addSource(layer.digest, source, true);

@@ -5,7 +5,7 @@
 //   value    = quoted string or anything up to a comma or space; after "~=" quoted also by "/" or "|"
 // Source: containerd pkg/filters and api/services/snapshots (fields).
 import { DedupError } from '../errors.ts';
-import type { SnapshotRecord } from './metastore.ts';
+import type { SnapshotRecord } from './snapshot-record.ts';
 
 type Predicate = (snapshot: SnapshotRecord) => boolean;
 

@@ -3,7 +3,7 @@
 import { rename, writeFile } from 'node:fs/promises';
 import { join } from 'node:path';
 import type { RootPaths } from '../paths.ts';
-import type { NewSnapshot, SnapshotRecord } from './metastore.ts';
+import type { NewSnapshot, SnapshotRecord } from './snapshot-record.ts';
 
 export const INFO_FILE = 'info.json';
 

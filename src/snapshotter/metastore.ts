@@ -5,38 +5,7 @@ import { DedupError } from '../errors.ts';
 import type { LayerKey, Source } from './images.ts';
 import { LABEL_SNAPSHOT_REF, type Labels, maskedLabels } from './labels.ts';
 import type { Lower } from './mounts.ts';
-
-export type SnapshotKind = 'active' | 'view' | 'committed';
-
-/** One snapshot. `name` is the key while it is active or a view, the name once committed: one space of names. */
-export interface SnapshotRecord {
-  readonly id: number;
-  readonly name: string;
-  readonly kind: SnapshotKind;
-  readonly parentId: number | undefined;
-  /** "" without a parent. */
-  readonly parent: string;
-  readonly labels: Labels;
-  /** Milliseconds since the epoch. */
-  readonly createdMs: number;
-  readonly updatedMs: number;
-  /** The frozen lower set, top to bottom, of an active snapshot or view. */
-  readonly lowers: readonly Lower[];
-  /** Set for a remote snapshot: its content is a lazy layer. */
-  readonly layer: LayerKey | undefined;
-  /** What was answered to Usage, once it was asked for a committed snapshot. */
-  readonly usage: { readonly bytes: number; readonly inodes: number } | undefined;
-}
-
-export interface NewSnapshot {
-  readonly id: number;
-  readonly name: string;
-  readonly kind: SnapshotKind;
-  readonly parent: string;
-  readonly labels: Labels;
-  readonly lowers: readonly Lower[];
-  readonly layer?: LayerKey | undefined;
-}
+import { type NewSnapshot, requireMove, type SnapshotKind, type SnapshotRecord } from './snapshot-record.ts';
 
 interface Row {
   id: number;
@@ -241,11 +210,7 @@ export class SqliteMetastore {
   commit(key: string, name: string, labels: Labels): SnapshotRecord {
     return this.#db.transaction(() => {
       const active = this.get(key);
-      if (active.kind !== 'active') {
-        throw new DedupError('FAILED_PRECONDITION', `snapshot ${JSON.stringify(key)} is ${active.kind}, not active`, {
-          hint: 'only active snapshots can be committed',
-        });
-      }
+      requireMove(active, 'commit');
       if (this.find(name) !== undefined) {
         throw new DedupError('ALREADY_EXISTS', `snapshot ${JSON.stringify(name)} exists`);
       }

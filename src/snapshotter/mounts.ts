@@ -4,7 +4,7 @@ import { existsSync } from 'node:fs';
 import { release } from 'node:os';
 import type { RootPaths } from '../paths.ts';
 import type { LayerKey } from './images.ts';
-import type { SnapshotKind, SnapshotRecord } from './metastore.ts';
+import type { SnapshotKind, SnapshotRecord } from './snapshot-record.ts';
 
 /** A mount as containerd's types.Mount. */
 export interface Mount {

@@ -9,8 +9,8 @@ import {
 } from '@grpc/grpc-js';
 import type { Logger } from 'pino';
 import { DedupError, ERROR_CODES, GrpcStatus } from '../errors.ts';
-import type { SnapshotKind, SnapshotRecord } from './metastore.ts';
 import type { Mount } from './mounts.ts';
+import type { SnapshotKind, SnapshotRecord } from './snapshot-record.ts';
 import type { Snapshotter } from './snapshotter.ts';
 
 /** enum Kind of proto/snapshots.proto. */

@@ -11,11 +11,11 @@ import { Gate } from './gate.ts';
 import type { ImageMounter, LayerKey, Source } from './images.ts';
 import { writeInfoFile } from './info-file.ts';
 import { type Labels, type LayerLabels, layerLabels, remoteName } from './labels.ts';
-import type { NewSnapshot, SnapshotKind, SnapshotRecord } from './metastore.ts';
 import type { Metastore } from './metastore-client.ts';
 import { type Lower, type Mount, mountsOf, overlayOptions, segments } from './mounts.ts';
 import { RemoteLayers } from './remote-layers.ts';
 import { restore } from './restore.ts';
+import { type NewSnapshot, requireMove, type SnapshotKind, type SnapshotRecord } from './snapshot-record.ts';
 
 export interface SnapshotterOptions {
   readonly paths: RootPaths;
@@ -103,14 +103,14 @@ export class Snapshotter {
   async mounts(key: string): Promise<Mount[]> {
     return this.#gate.shared(async () => {
       const snapshot = await this.#metastore.get(key);
-      const { id, kind } = snapshot;
-      if (kind === 'committed') {
-        throw new DedupError('FAILED_PRECONDITION', `snapshot ${JSON.stringify(key)} is committed and has no mounts`, {
-          hint: 'make a view of it',
-        });
-      }
+      requireMove(snapshot, 'mounts');
       const lowers = await this.#mountAgain(snapshot);
-      return mountsOf({ id, kind }, lowers, this.#paths, this.#overlayOptions());
+      return mountsOf(
+        { id: snapshot.id, kind: mountedKind(snapshot.kind) },
+        lowers,
+        this.#paths,
+        this.#overlayOptions(),
+      );
     });
   }
 
@@ -229,7 +229,6 @@ export class Snapshotter {
   }
 
   async #create(wanted: Omit<NewSnapshot, 'id' | 'lowers'>, chain: readonly SnapshotRecord[]): Promise<Mount[]> {
-    const kind = wanted.kind === 'view' ? 'view' : 'active';
     const id = ++this.#lastId;
     const lowers: Lower[] = [];
     let owner: Owner | undefined;
@@ -245,7 +244,7 @@ export class Snapshotter {
     }
     const snapshot = { ...wanted, id, lowers };
     await this.#insert(snapshot, () => this.#makeDirectories(snapshot, owner));
-    return mountsOf({ id, kind }, lowers, this.#paths, this.#overlayOptions());
+    return mountsOf({ id, kind: mountedKind(wanted.kind) }, lowers, this.#paths, this.#overlayOptions());
   }
 
   /** Makes the directory, then the record; a record never stands without its directory. */
@@ -325,12 +324,10 @@ export class Snapshotter {
   }
 }
 
-/** The moves of the state machine are Prepare → active, View → view, Commit: active → committed, Remove: any → gone. */
-export const MOVES: Readonly<Record<SnapshotKind, readonly ('commit' | 'remove' | 'mounts')[]>> = Object.freeze({
-  active: ['commit', 'remove', 'mounts'],
-  view: ['remove', 'mounts'],
-  committed: ['remove'],
-});
+/** What is mounted is written to unless it is a view. */
+function mountedKind(kind: SnapshotKind): 'active' | 'view' {
+  return kind === 'view' ? 'view' : 'active';
+}
 
 function requireName(name: string, what: string): void {
   if (name === '') throw new DedupError('INVALID_ARGUMENT', `a snapshot's ${what} must not be empty`);

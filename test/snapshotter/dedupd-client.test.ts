@@ -52,7 +52,7 @@ describe('the client of dedupd', () => {
       },
       mountImage: async (layers, bottom) => {
         seen.push(layers, bottom);
-        return { path: '/r/mounts/7', mountId: 7 };
+        return { path: '/r/mounts/7', mountId: 7, rootUid: 1000, rootGid: 4294967294 };
       },
       releaseImages: async (inUse) => seen.push(inUse),
       retainLayers: async (layers) => seen.push(layers),
@@ -64,7 +64,7 @@ describe('the client of dedupd', () => {
     const prepared = await dedupd.prepareLayer({ layer, sources, manifest: 'm', siblings: [layer], budgetMs: 2000 });
     assert.deepEqual(prepared, { lazy: true, reason: '', layer: { ...layer, scope: 'host' } });
     const mounted = await dedupd.mountImage({ layers: [layer], bottom: true });
-    assert.deepEqual([mounted.path, mounted.mountId], ['/r/mounts/7', 7]);
+    assert.deepEqual(mounted, { path: '/r/mounts/7', mountId: 7, rootUid: 1000, rootGid: 4294967294 });
     await dedupd.releaseImages([7, 8]);
     await dedupd.retainLayers([layer]);
     assert.deepEqual(seen, [1800, sources, 'm', [layer], [layer], true, [7, 8], [layer]]);
@@ -84,7 +84,7 @@ describe('the client of dedupd', () => {
     await assert.rejects(call(), code('IMAGE_INVALID', /^dedupd: no such\nlayer \(look\)$/));
     await server?.close();
     await assert.rejects(call(), code('UNAVAILABLE'));
-    await serve({ mountImage: async () => ({ path: '/again', mountId: 1 }) });
+    await serve({ mountImage: async () => ({ path: '/again', mountId: 1, rootUid: 0, rootGid: 0 }) });
     await sleep(600);
     assert.equal((await call()).path, '/again');
   });

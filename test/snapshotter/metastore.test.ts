@@ -92,10 +92,11 @@ describe('metadata.db', () => {
     await deleteTree(root);
   });
 
-  test('a gate lets many share and one be alone, in the order they came', async () => {
+  test('a gate lets many share and one be alone, and nobody who shares waits for one not yet inside', async () => {
     const gate = new Gate();
     const events: string[] = [];
-    const { promise, resolve } = Promise.withResolvers<void>();
+    const first = Promise.withResolvers<void>();
+    const alone = Promise.withResolvers<void>();
     const work =
       (name: string, until: Promise<void> = Promise.resolve()) =>
       async () => {
@@ -103,19 +104,22 @@ describe('metadata.db', () => {
         await until;
         events.push(`-${name}`);
       };
-    const all = [
-      gate.shared(work('a', promise)),
-      gate.shared(work('b', promise)),
-      gate.exclusive(work('X')),
-      gate.shared(work('c')),
+    const all: Promise<unknown>[] = [
+      gate.shared(work('a', first.promise)),
+      gate.exclusive(work('X', alone.promise), 5000),
+      gate.shared(work('b', first.promise)),
     ];
-    await new Promise((tick) => setImmediate(tick));
+    assert.equal(await gate.exclusive(work('Y'), 10), false);
     assert.deepEqual(events, ['+a', '+b']);
-    resolve();
+    first.resolve();
+    await new Promise((tick) => setImmediate(tick));
+    all.push(gate.shared(work('c')), gate.exclusive(work('Z'), 5000));
+    assert.deepEqual(events, ['+a', '+b', '-a', '-b', '+X']);
+    alone.resolve();
     await Promise.all(all);
-    assert.deepEqual(events, ['+a', '+b', '-a', '-b', '+X', '-X', '+c', '-c']);
+    assert.deepEqual(events.slice(4), ['+X', '-X', '+c', '-c', '+Z', '-Z']);
     await assert.rejects(
-      gate.exclusive(() => Promise.reject(new Error('x'))),
+      gate.exclusive(() => Promise.reject(new Error('x')), 10),
       /x/,
     );
     await gate.shared(async () => {});

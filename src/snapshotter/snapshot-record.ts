@@ -1,0 +1,55 @@
+// What a snapshot is: its kinds, what may be asked of each, and the facts kept about it. Shared by the metastore and
+// everything that reads from it; touches no database.
+import { DedupError } from '../errors.ts';
+import type { LayerKey } from './images.ts';
+import type { Labels } from './labels.ts';
+import type { Lower } from './mounts.ts';
+
+export type SnapshotKind = 'active' | 'view' | 'committed';
+
+/** What may be asked of a snapshot of each kind; everything may be removed that has no children. */
+const MOVES: Readonly<Record<SnapshotKind, readonly ('commit' | 'mounts')[]>> = Object.freeze({
+  active: ['commit', 'mounts'],
+  view: ['mounts'],
+  committed: [],
+});
+
+/** Errors: FAILED_PRECONDITION when a snapshot of this kind has no such move. */
+export function requireMove(snapshot: { name: string; kind: SnapshotKind }, move: 'commit' | 'mounts'): void {
+  if (MOVES[snapshot.kind].includes(move)) return;
+  throw new DedupError(
+    'FAILED_PRECONDITION',
+    `snapshot ${JSON.stringify(snapshot.name)} is ${snapshot.kind} and has no ${move}`,
+    { hint: move === 'commit' ? 'only active snapshots can be committed' : 'make a view of it' },
+  );
+}
+
+/** One snapshot. `name` is the key while it is active or a view, the name once committed: one space of names. */
+export interface SnapshotRecord {
+  readonly id: number;
+  readonly name: string;
+  readonly kind: SnapshotKind;
+  readonly parentId: number | undefined;
+  /** "" without a parent. */
+  readonly parent: string;
+  readonly labels: Labels;
+  /** Milliseconds since the epoch. */
+  readonly createdMs: number;
+  readonly updatedMs: number;
+  /** The frozen lower set, top to bottom, of an active snapshot or view. */
+  readonly lowers: readonly Lower[];
+  /** Set for a remote snapshot: its content is a lazy layer. */
+  readonly layer: LayerKey | undefined;
+  /** What was answered to Usage, once it was asked for a committed snapshot. */
+  readonly usage: { readonly bytes: number; readonly inodes: number } | undefined;
+}
+
+export interface NewSnapshot {
+  readonly id: number;
+  readonly name: string;
+  readonly kind: SnapshotKind;
+  readonly parent: string;
+  readonly labels: Labels;
+  readonly lowers: readonly Lower[];
+  readonly layer?: LayerKey | undefined;
+}
