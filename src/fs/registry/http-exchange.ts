@@ -91,7 +91,9 @@ export class HttpExchange {
   async failure(response: HttpResponse, doing: string, signal: AbortSignal): Promise<DedupError> {
     const text = await readSome(response, this.traffic);
     if (signal.aborted) return abortError(signal, doing);
-    const said = redact(registryMessage(text), this.#authorizer?.secrets() ?? []);
+    const secrets = [...(this.#authorizer?.secrets() ?? [])];
+    // Shortened after the removal: half a secret is not recognised any more.
+    const said = redact(registryMessage(text), secrets).slice(0, 400);
     const message = `${doing}: ${redactUrl(response.url)} answered ${response.status}${said === '' ? '' : `: ${said}`}`;
     const { code, permanent } = meaningOf(response.status);
     const retryAfterMs = retryAfter(header(response, 'retry-after'));
@@ -217,7 +219,7 @@ async function readSome(response: HttpResponse, traffic: Traffic | undefined): P
   return Buffer.concat(chunks).subarray(0, FAILURE_BODY_BYTES).toString('utf8');
 }
 
-/** The `errors` of a registry's JSON answer in one line, or the first words of any other text. */
+/** The `errors` of a registry's JSON answer in one line, or any other text without markup. */
 function registryMessage(text: string): string {
   try {
     const parsed = JSON.parse(text) as { errors?: { code?: unknown; message?: unknown }[]; details?: unknown };
@@ -225,7 +227,7 @@ function registryMessage(text: string): string {
       const lines = parsed.errors
         .slice(0, 5)
         .map((one) => `${String(one.code ?? '')}${one.message ? ` (${String(one.message)})` : ''}`);
-      return lines.join(', ').slice(0, 500);
+      return lines.join(', ');
     }
   } catch {
     // Not JSON: proxies and object stores answer HTML, XML or plain text.
@@ -233,6 +235,5 @@ function registryMessage(text: string): string {
   return text
     .replace(/<[^>]*>/g, ' ')
     .replace(/[\s\p{Cc}]+/gu, ' ')
-    .trim()
-    .slice(0, 300);
+    .trim();
 }

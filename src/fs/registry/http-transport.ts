@@ -1,5 +1,6 @@
 // HTTP connections to registries: one bounded pool per origin and lane, TLS trust, proxies, time-outs, and the mapping
 // of connection failures to our errors. Used by http-exchange.ts and auth.ts; knows nothing of authorization or blobs.
+import { X509Certificate } from 'node:crypto';
 import { readFile } from 'node:fs/promises';
 import { isIP } from 'node:net';
 import { createSecureContext, getCACertificates, type SecureContext, connect as tlsConnect } from 'node:tls';
@@ -170,18 +171,17 @@ export class HttpTransport {
       const files = await Promise.all(
         (this.#options.caFiles ?? []).map(async (file) => {
           try {
-            return await readFile(file, 'utf8');
+            const text = await readFile(file, 'utf8');
+            // createSecureContext passes over what it cannot parse; the check says which file is meant.
+            new X509Certificate(text);
+            return text;
           } catch (cause) {
-            throw new DedupError('INVALID_CONFIG', `cannot read the certificate authority file ${file}`, { cause });
+            throw new DedupError('INVALID_CONFIG', `cannot use the certificate authority file ${file}`, { cause });
           }
         }),
       );
       const system = new Set([...getCACertificates('default'), ...getCACertificates('system')]);
-      try {
-        return createSecureContext({ ca: [...system, ...files], minVersion: 'TLSv1.2' });
-      } catch (cause) {
-        throw new DedupError('INVALID_CONFIG', 'a certificate authority file is not PEM', { cause });
-      }
+      return createSecureContext({ ca: [...system, ...files], minVersion: 'TLSv1.2' });
     })();
     return this.#secureContext;
   }
@@ -269,7 +269,7 @@ export function transportError(error: unknown, doing: string, signal?: AbortSign
   if (timeout !== undefined) return new DedupError('DEADLINE', `${doing}: ${timeout}`, { cause: error });
   const message = error instanceof Error ? error.message : String(error);
   if (CERTIFICATE.test(code)) {
-    return new DedupError('REGISTRY_HTTP', `${doing}: TLS failed: ${message}`, {
+    return new DedupError('REGISTRY_HTTP', `${doing}: TLS failed: ${message.split(';')[0]}`, {
       cause: error,
       hint: 'trust the authority of that certificate, or configure the host as insecure',
       details: { permanent: true },

@@ -11,7 +11,7 @@ export function redactUrl(url: URL): string {
 const PATTERNS: readonly [RegExp, string][] = [
   [/\b(bearer|basic)\s+[A-Za-z0-9._~+/=-]{6,}/gi, `$1 ${REMOVED}`],
   [
-    /("?(?:access_?token|refresh_?token|identity_?token|id_token|token|password|passwd|secret|auth|authorization)"?\s*[:=]\s*"?)[^\s"',;&}]+/gi,
+    /(["']?(?:access_?token|refresh_?token|identity_?token|id_token|token|password|passwd|secret|auth|authorization)["']?\s*[:=]\s*["']?)[^\s"',;&}]+/gi,
     `$1${REMOVED}`,
   ],
   [/([?&][A-Za-z0-9_-]*(?:sig|signature|token|credential|key|policy)[A-Za-z0-9_-]*=)[^&\s"'<>]+/gi, `$1${REMOVED}`],
