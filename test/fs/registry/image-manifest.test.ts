@@ -2,8 +2,8 @@
 import assert from 'node:assert/strict';
 import { describe, test } from 'node:test';
 import { chooseManifest, imageLayers, parseManifest, parsePlatform } from '../../../src/fs/registry/image-manifest.ts';
-import { digestOf } from '../../src/digest.ts';
-import { errorCode } from '../../src/errors.ts';
+import { digestOf } from '../../../src/digest.ts';
+import { errorCode } from '../../../src/errors.ts';
 
 const MANIFEST = 'application/vnd.oci.image.manifest.v1+json';
 const a = digestOf('a');
