@@ -5,10 +5,6 @@
 
 namespace dedup {
 
-// Undefined weak functions are null.
-__attribute__((weak)) void register_inflate(Napi::Env env, Napi::Object exports);
-__attribute__((weak)) void register_store(Napi::Env env, Napi::Object exports);
-
 namespace {
 
 Napi::Object init(Napi::Env env, Napi::Object exports) {
@@ -18,8 +14,8 @@ Napi::Object init(Napi::Env env, Napi::Object exports) {
   register_fd(env, exports);
   register_presence(env, exports);
   register_fuse(env, exports);
-  if (register_inflate != nullptr) register_inflate(env, exports);
-  if (register_store != nullptr) register_store(env, exports);
+  register_inflate(env, exports);
+  register_store(env, exports);
   return exports;
 }
 

@@ -1,4 +1,4 @@
-// What each folder adds to the addon's exports. addon.cc calls all of them; a folder that is absent is left out.
+// What each folder adds to the addon's exports. addon.cc calls all of them.
 #pragma once
 
 #include <napi.h>

@@ -18,6 +18,15 @@ static_assert(sizeof(fuse_in_header) == 40 && sizeof(fuse_out_header) == 16);
 static_assert(sizeof(fuse_init_out) == 64 && sizeof(fuse_read_in) == 40 && sizeof(fuse_attr) == 88);
 static_assert(sizeof(fuse_entry_out) == 128 && sizeof(fuse_attr_out) == 104);
 
+/** FUSE_INIT as Linux 5.4 sends it; from 5.17 (7.36) on more fields follow, which are not needed. */
+struct InitIn {
+  std::uint32_t major;
+  std::uint32_t minor;
+  std::uint32_t max_readahead;
+  std::uint32_t flags;
+};
+static_assert(sizeof(InitIn) == 16 && offsetof(fuse_init_in, flags) == offsetof(InitIn, flags));
+
 /** Most bytes of one READ: 256 pages of 4 KiB (FUSE_MAX_MAX_PAGES in fs/fuse/fuse_i.h; 7.28). */
 inline constexpr std::uint32_t kMaxPages = 256;
 inline constexpr std::uint32_t kMaxReadBytes = kMaxPages * 4096;

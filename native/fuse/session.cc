@@ -73,7 +73,7 @@ void Session::negotiate(const Channel& channel) {
   RequestBuffer buffer;
   const Request request = buffer.read(channel.fd());
   if (request.error != 0) throw sys_error(request.error, "reading FUSE_INIT");
-  const auto* in = request.body<fuse_init_in>();
+  const auto* in = request.body<fuse_abi::InitIn>();
   if (request.opcode() != FUSE_INIT || in == nullptr) throw Error("INTERNAL", "the first FUSE request is not INIT");
   const bool version = in->major == fuse_abi::kMajor && in->minor >= fuse_abi::kMinor;
   const bool flags = (in->flags & fuse_abi::kRequiredFlags) == fuse_abi::kRequiredFlags;

@@ -1,5 +1,6 @@
 // The FUSE session as the kernel sees it: through a direct-I/O loop device, read with O_DIRECT by another process.
 import assert from 'node:assert/strict';
+import { spawn } from 'node:child_process';
 import { randomInt } from 'node:crypto';
 import {
   closeSync,
@@ -408,6 +409,30 @@ describe('FUSE session', () => {
     assert.equal(result.sha256, fixture.digest(HEAD - BLOCK, BLOCK));
     await finish(fixture);
   });
+
+  it(
+    'takes FUSE_INTERRUPT without an answer of its own: the read of a killed process is answered once',
+    limit,
+    async () => {
+      const fixture = await start();
+      const fd = await fixture.session.openFile(7);
+      // Buffered, in the process's own context: only such a read is interrupted, one of a loop device is not.
+      const child = spawn('dd', ['bs=4096', 'count=1', `skip=${(8 * MIB) / BLOCK}`], {
+        stdio: [fd, 'ignore', 'ignore'],
+      });
+      closeSync(fd);
+      const ended = new Promise((resolve) => child.once('exit', (_code, signal) => resolve(signal)));
+      await until(() => fixture.misses.length > 0, 'the miss');
+      const { requests, outstanding } = fixture.session.stats();
+      child.kill('SIGKILL');
+      await until(() => fixture.session.stats().requests > requests, 'FUSE_INTERRUPT');
+      assert.equal(fixture.session.stats().outstanding, outstanding);
+      answerAll(fixture, fixture.misses);
+      assert.equal(await ended, 'SIGKILL');
+      assert.equal(fixture.session.stats().outstanding, 0);
+      await finish(fixture);
+    },
+  );
 
   it('fails with errno and path on a directory that does not exist', limit, async () => {
     const dir = mkdtempSync(join(tmpdir(), 'dedup-fuse-'));
