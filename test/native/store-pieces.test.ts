@@ -2,7 +2,17 @@
 import assert from 'node:assert/strict';
 import { execFileSync } from 'node:child_process';
 import { createHash } from 'node:crypto';
-import { closeSync, constants, ftruncateSync, mkdtempSync, openSync, readFileSync, readSync, rmSync } from 'node:fs';
+import {
+  closeSync,
+  constants,
+  ftruncateSync,
+  mkdirSync,
+  mkdtempSync,
+  openSync,
+  readFileSync,
+  readSync,
+  rmSync,
+} from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { after, afterEach, before, beforeEach, describe, it } from 'node:test';
@@ -236,42 +246,43 @@ describe('storePieces', () => {
 
 const root = process.getuid?.() === 0;
 describe('storePieces on a full disk', { skip: root ? false : 'needs root to mount a small file system' }, () => {
-  let dir: string;
-  let mounted = false;
+  let fd: number;
   before(() => {
-    dir = mkdtempSync(join(tmpdir(), 'store-full-'));
-    const image = join(dir, 'image');
-    execFileSync('truncate', ['-s', '8M', image]);
-    execFileSync('mkfs.ext4', ['-q', '-b', '4096', '-m', '0', '-O', '^has_journal', image]);
-    execFileSync('mkdir', [join(dir, 'mnt')]);
-    execFileSync('mount', ['-o', 'loop', image, join(dir, 'mnt')]);
-    mounted = true;
+    const dir = mkdtempSync(join(tmpdir(), 'store-full-'));
+    const [image, mountPoint] = [join(dir, 'image'), join(dir, 'mnt')];
+    try {
+      execFileSync('truncate', ['-s', '8M', image]);
+      execFileSync('mkfs.ext4', ['-q', '-b', '4096', '-m', '0', '-O', '^has_journal', image]);
+      mkdirSync(mountPoint);
+      execFileSync('mount', ['-o', 'loop', image, mountPoint]);
+      try {
+        fd = openSync(join(mountPoint, 'store'), constants.O_RDWR | constants.O_CREAT | constants.O_DIRECT);
+      } finally {
+        // The descriptor holds it from here: file system and loop device go with this process, however it ends.
+        execFileSync('umount', ['--lazy', mountPoint]);
+      }
+    } finally {
+      rmSync(dir, { recursive: true });
+    }
+    ftruncateSync(fd, STORE_BYTES);
   });
   after(() => {
-    // The loop device was made by mount and goes with it.
-    if (mounted) execFileSync('umount', [join(dir, 'mnt')]);
-    rmSync(dir, { recursive: true });
+    closeSync(fd);
   });
 
   it('says STORE_FULL; what is marked present is there, and the rest is not marked', async () => {
-    const fd = openSync(join(dir, 'mnt/store'), constants.O_RDWR | constants.O_CREAT | constants.O_DIRECT);
-    try {
-      ftruncateSync(fd, STORE_BYTES);
-      const presence = native().presenceCreate(STORE_BYTES);
-      const pieces = Array.from({ length: 16 }, (_, i): Piece => ({ bytes: noise(1 * MiB), address: i * MiB }));
-      await assert.rejects(native().storePieces(jobOf(fd, presence, pieces)), (error) => {
-        assert.ok(error instanceof DedupError);
-        assert.equal(error.code, 'STORE_FULL');
-        assert.match(error.message, /No space left/);
-        return true;
-      });
-      const present = pieces.filter(({ address }) => isPresent(presence, address, MiB));
-      assert.ok(present.length >= 4 && present.length < 8, `${present.length} pieces`);
-      assert.equal(presentBlocks(presence), (present.length * MiB) / BLOCK_BYTES);
-      for (const { bytes, address } of present) assert.ok(readDirect(fd, address, MiB).equals(bytes));
-    } finally {
-      closeSync(fd);
-    }
+    const presence = native().presenceCreate(STORE_BYTES);
+    const pieces = Array.from({ length: 16 }, (_, i): Piece => ({ bytes: noise(1 * MiB), address: i * MiB }));
+    await assert.rejects(native().storePieces(jobOf(fd, presence, pieces)), (error) => {
+      assert.ok(error instanceof DedupError);
+      assert.equal(error.code, 'STORE_FULL');
+      assert.match(error.message, /No space left/);
+      return true;
+    });
+    const present = pieces.filter(({ address }) => isPresent(presence, address, MiB));
+    assert.ok(present.length >= 4 && present.length < 8, `${present.length} pieces`);
+    assert.equal(presentBlocks(presence), (present.length * MiB) / BLOCK_BYTES);
+    for (const { bytes, address } of present) assert.ok(readDirect(fd, address, MiB).equals(bytes));
   });
 });
 
