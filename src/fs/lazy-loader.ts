@@ -322,7 +322,10 @@ export class LazyLoader {
         host = outputs.at(-1)?.host;
       }
       mismatch = true;
-      for (const span of spansOf(ref)) this.#fetcher.edges.drop(ref.map.layerId, span);
+      for (const span of spansOf(ref)) {
+        this.#fetcher.edges.drop(ref.map.layerId, span);
+        ref.map.layer.windows.forget?.(span, 1);
+      }
       if (host === undefined) break;
       this.#fetcher.distrust(ref.map, host);
       const others = ref.map.layer.sources().some((source) => source.host !== host && !bad.has(source.host));

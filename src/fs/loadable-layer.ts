@@ -24,6 +24,8 @@ export interface WindowReader {
    * Errors: those of BlobReader.readRange, INDEX_INVALID.
    */
   readWindows(first: number, count: number, reader: BlobReader, signal: AbortSignal): Promise<readonly Uint8Array[]>;
+  /** Drops kept windows of these spans: what they gave failed verification. */
+  forget?(first: number, count: number): void;
 }
 
 export interface LoadableLayer {

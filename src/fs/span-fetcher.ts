@@ -6,6 +6,7 @@ import type { Logger } from '../log.ts';
 import { MiB } from '../units.ts';
 import type { PieceToStore } from './chunks/node-store.ts';
 import type { LayerBlobSource, LayerMap, PieceRef } from './loadable-layer.ts';
+import type { BlobReader } from './registry/blob-reader.ts';
 import { copyTar, SpanEdges, type TarBytes } from './span-edges.ts';
 
 /** What loading needs of the node store. */
@@ -83,9 +84,9 @@ interface Run {
 }
 
 export interface FetchStats {
-  /** Range requests for layer data that were begun, repeated ones included; windows are not counted. */
+  /** Range requests that were begun: of layer data and of windows that were not here, repeated ones included. */
   readonly requests: number;
-  /** Bytes received: layer data and windows. */
+  /** Bytes received in those requests. */
   readonly wireBytes: number;
   /** Compressed bytes of the distinct spans that were ever fetched. */
   readonly spanBytes: number;
@@ -293,18 +294,16 @@ export class SpanFetcher {
     const timeout = AbortSignal.timeout(this.#limits.attemptTimeoutMs);
     const failed = new AbortController();
     const signal = AbortSignal.any([timeout, this.#abort.signal, failed.signal]);
-    this.#requests++;
     this.#touch(run);
+    const reader = this.#counted(source.reader);
     const { windowLength } = map.layer.index.spans;
     let windowBytes = 0;
     for (let span = first; span < first + count; span++) windowBytes += windowLength[span]!;
     const none = Promise.resolve(flights.map(() => new Uint8Array(0)));
     try {
       const [data, windows] = await Promise.all([
-        this.#orAborted(source.reader.readRange(map.blob, range, signal), signal),
-        windowBytes === 0
-          ? none
-          : this.#orAborted(map.layer.windows.readWindows(first, count, source.reader, signal), signal),
+        this.#orAborted(reader.readRange(map.blob, range, signal), signal),
+        windowBytes === 0 ? none : this.#orAborted(map.layer.windows.readWindows(first, count, reader, signal), signal),
       ]);
       if (data.length !== range.length) {
         throw new DedupError(
@@ -313,7 +312,6 @@ export class SpanFetcher {
         );
       }
       if (windows.length !== count) throw new DedupError('INTERNAL', `${windows.length} windows for ${count} spans`);
-      this.#wireBytes += range.length + windowBytes;
       return { data, windows };
     } catch (error) {
       failed.abort();
@@ -325,6 +323,19 @@ export class SpanFetcher {
       }
       throw error;
     }
+  }
+
+  /** The reader with its requests and bytes counted. */
+  #counted(reader: BlobReader): BlobReader {
+    return {
+      readRange: async (blob, range, signal) => {
+        this.#requests++;
+        const bytes = await reader.readRange(blob, range, signal);
+        this.#wireBytes += bytes.length;
+        return bytes;
+      },
+      readAll: (blob, signal) => reader.readAll(blob, signal),
+    };
   }
 
   /** `work`, or a rejection as soon as the signal is aborted: a reader that ignores it must not hold a place. */
@@ -362,6 +373,7 @@ export class SpanFetcher {
       const output = await this.#decodeAndStore(run, source, data, windows);
       for (const flight of run.flights) flight.resolve(output);
     } catch (error) {
+      run.map.layer.windows.forget?.(run.first, run.flights.length);
       if (errorCode(error) !== 'LAYER_INVALID' || run.flights.length === 1) {
         this.#nextSource(run, source, failures, error);
         return;
@@ -411,6 +423,7 @@ export class SpanFetcher {
     if (whole && after !== undefined) bytes.set(after.bytes, after.start - start);
     const output = { start, bytes, host: source.host, stored: new Set<number>(), bad: new Set<number>() };
     await this.#storeWhole(map, output);
+    if (output.bad.size > 0) map.layer.windows.forget?.(first, flights.length);
     this.#keepEdges(map, first, last, output, whole);
     return output;
   }

@@ -21,6 +21,7 @@ import { StoreFile } from './store-file.ts';
 import {
   DEFAULT_STORE_BYTES,
   FIRST_CHUNK_ADDRESS,
+  HEADER_ADDRESS,
   HIGH_WATER_STEP,
   MAX_MASKED_PIECES,
   STORE_HEAD_BYTES,
@@ -407,19 +408,23 @@ export class NodeStore {
   async placeMetadata(address: number, file: string): Promise<void> {
     this.#mustBeOpen();
     const bytes = await readFile(file);
-    if (address % BLOCK_BYTES !== 0 || address < MiB || address + bytes.length > FIRST_CHUNK_ADDRESS) {
+    if (address % BLOCK_BYTES !== 0 || address < STORE_HEAD_BYTES || address + bytes.length > HEADER_ADDRESS) {
       throw new DedupError('INVALID_ARGUMENT', `metadata cannot lie at address ${address} of the store`);
     }
+    // What an earlier image left there must not pass for this one's: present blocks are not written again.
+    this.#forget(address, bytes.length);
+    const offsets = Array.from({ length: Math.ceil(bytes.length / MiB) }, (_, i) => i * MiB);
+    const parts = offsets.map((offset) => bytes.subarray(offset, offset + MiB));
     const stored = await this.#native.storePieces({
       fd: this.#file.direct.fd,
       source: bytes,
-      offsets: Float64Array.of(0),
-      lengths: Uint32Array.of(bytes.length),
-      digests: createHash('sha256').update(bytes).digest(),
-      addresses: Float64Array.of(address),
+      offsets: Float64Array.from(offsets),
+      lengths: Uint32Array.from(parts, (part) => part.length),
+      digests: Buffer.concat(parts.map((part) => createHash('sha256').update(part).digest())),
+      addresses: Float64Array.from(offsets, (offset) => address + offset),
       presence: this.presence,
     });
-    if (stored[0] !== 1) throw new DedupError('STORE_IO', `metadata ${file} changed while it was stored`);
+    if (!stored.every((good) => good === 1)) throw new DedupError('STORE_IO', `metadata ${file} could not be stored`);
   }
 
   /** Makes everything that is present now durable. Errors: STORE_IO, STORE_FULL. */
