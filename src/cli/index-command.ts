@@ -53,7 +53,7 @@ export function registerIndexCommand(program: Command, context: IndexContext): v
     .option('--platform <os/arch>', 'only this platform of a multi-platform image (default: all)')
     .option(
       '-u, --user <user:password>',
-      'credentials for the registry (default: those of Docker or the configuration)',
+      'credentials for the registry that is pushed to (default: those of Docker or the configuration)',
     )
     .option('--plain-http', 'speak HTTP without TLS to the registries named')
     .option('--insecure', 'accept any certificate of the registries named, or none')
@@ -85,8 +85,12 @@ async function index(reference: string, flags: IndexFlags, context: IndexContext
   process.once('SIGTERM', onSignal);
   const progress = process.stderr.isTTY ? new BarProgress() : new LineProgress();
   try {
-    const source = await locate(reference, pool, credentials, false);
-    const target = flags.annotate === undefined ? undefined : await locate(flags.annotate, pool, credentials, true);
+    // Credentials go to the registry that is pushed to, and to no other one.
+    const pushedTo = hostOf(flags.annotate ?? reference);
+    const given = (name: string) => (hostOf(name) === pushedTo ? credentials : undefined);
+    const source = await locate(reference, pool, given(reference), false);
+    const target =
+      flags.annotate === undefined ? undefined : await locate(flags.annotate, pool, given(flags.annotate), true);
     const report = await indexImage({
       source,
       annotate: target === undefined ? undefined : { target, replace: flags.replace === true },
@@ -116,10 +120,13 @@ async function index(reference: string, flags: IndexFlags, context: IndexContext
 /** The hosts named on the command line count as insecure when a flag says so; nothing else does. */
 function optionsFor(names: readonly string[], flags: IndexFlags, options: RegistryOptions): RegistryOptions {
   if (flags.plainHttp !== true && flags.insecure !== true) return options;
-  const hosts = names
-    .filter((name) => parseLayoutReference(name) === undefined)
-    .map((name) => parseReference(name).host);
+  const hosts = names.map(hostOf).filter((host) => host !== undefined);
   return { ...options, insecureHosts: [...(options.insecureHosts ?? []), ...hosts] };
+}
+
+/** Host of a registry reference; undefined for a layout directory. */
+function hostOf(name: string): string | undefined {
+  return parseLayoutReference(name) === undefined ? parseReference(name).host : undefined;
 }
 
 async function locate(
