@@ -40,6 +40,9 @@ import type { Transport } from './transport/transport.ts';
 /** Memory for decompressed windows of gzip restart points, bytes. */
 const WINDOW_CACHE_BYTES = 8 * MiB;
 
+/** How long a layer that was fetched ahead waits for its Prepare. */
+const EXPECTED_MS = 600_000;
+
 export interface DataPlaneOptions {
   readonly config: Config;
   readonly paths: RootPaths;
@@ -70,6 +73,10 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
   readonly #credentials: Map<string, Credentials>;
   /** Layers whose index is being fetched, by identity: calls share it, and it goes on when a budget ends. */
   readonly #adding = new Map<string, Promise<LayerRecord>>();
+  /** Layers that were fetched ahead of their Prepare, and until when they are kept for it, by performance.now(). */
+  readonly #expected = new Map<number, number>();
+  /** Mount ids that keys of the snapshotter were given, as told last. */
+  #inUse: ReadonlySet<number> = new Set();
   readonly #stop = new AbortController();
 
   private constructor(
@@ -234,14 +241,14 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
     // The indexes of all layers of an image are fetched together, at the first call that names them.
     for (const sibling of request.siblings) {
       if (sibling.digest !== request.layer.digest && sibling.index !== '') {
-        this.#layer(wanted(sibling), this.#stop.signal).catch((error: unknown) => {
-          this.#options.log.debug({ err: error, layer: sibling.digest }, 'fetching an index ahead failed');
-        });
+        this.#fetchAhead(wanted(sibling));
       }
     }
     const budget = AbortSignal.timeout(Math.max(1, request.budget_ms));
     try {
       const row = await abandonOn(budget, this.#layer(layer, this.#stop.signal));
+      // From here on the snapshotter names it among those to retain.
+      this.#expected.delete(row.id);
       return { lazy: true, reason: '', layer: { digest: row.digest, index: row.indexDigest, scope: row.scope } };
     } catch (error) {
       const reason = budget.aborted
@@ -251,6 +258,18 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
           : String(error);
       return { lazy: false, reason, layer: layer.key };
     }
+  }
+
+  /** Fetches the index of a layer whose Prepare is still to come. */
+  #fetchAhead(wanted: WantedLayer): void {
+    if (this.#book.find(wanted.key) !== undefined) return;
+    this.#layer(wanted, this.#stop.signal).then(
+      (row) => this.#expected.set(row.id, performance.now() + EXPECTED_MS),
+      (error: unknown) => {
+        // Its own Prepare tries again, and says why if that fails too.
+        this.#options.log.debug({ err: error, layer: wanted.key.digest }, 'fetching an index ahead failed');
+      },
+    );
   }
 
   /** The stored layer; its index is fetched when it is not known. Errors: LAYER_NOT_LAZY with the reason, and of the registry. */
@@ -321,7 +340,9 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
       signal,
     });
     const indexDigest = await this.#catalog.keep(indexBlob, restartBlob);
-    return await this.#add(index, indexDigest, wanted, 'local');
+    const row = await this.#add(index, indexDigest, wanted, 'local');
+    this.#expected.set(row.id, performance.now() + EXPECTED_MS);
+    return row;
   }
 
   async #add(index: LayerIndex, indexDigest: Digest, wanted: WantedLayer, trust: LayerTrust): Promise<LayerRecord> {
@@ -369,7 +390,8 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
   }
 
   async releaseImages(inUse: readonly number[]): Promise<number> {
-    return await this.#mounts.release(new Set(inUse));
+    this.#inUse = new Set(inUse);
+    return await this.#mounts.release(this.#inUse, () => true);
   }
 
   async retainLayers(layers: readonly LayerKeyMessage[]): Promise<number> {
@@ -378,9 +400,14 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
       const row = this.#book.find(key);
       if (row !== undefined) keep.add(row.id);
     }
+    await this.#mounts.release(this.#inUse, (layerId) => keep.has(layerId));
     for (const image of this.#mounts.list()) for (const layer of image.layers) keep.add(layer.layerId);
-    // A layer that is being prepared has no snapshot yet.
+    // Layers of an image that is just being pulled have no snapshot yet.
     for (const adding of this.#adding.values()) await adding.then((row) => keep.add(row.id)).catch(() => undefined);
+    for (const [layerId, untilMs] of this.#expected) {
+      if (performance.now() < untilMs) keep.add(layerId);
+      else this.#expected.delete(layerId);
+    }
     const dropped = await this.#store.retainLayers([...keep]);
     if (dropped.length > 0) {
       await this.#book.reload();

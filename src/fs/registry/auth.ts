@@ -60,11 +60,11 @@ export class Authorizer {
   }
 
   /** Is there a way to answer this 401 or 403? */
-  canRenew(_origin: string, response: HttpResponse, used: string | undefined): boolean {
+  canRenew(response: HttpResponse, used: string | undefined): boolean {
     const offered = challengeOf(response) ?? (used === undefined ? undefined : this.#challenge);
     if (offered === undefined) return false;
-    // The same user name and password would get the same answer.
-    return !(offered.scheme === 'basic' && used?.startsWith('Basic '));
+    // 403 to a user name and password: known, and not allowed. Nothing newer can change that.
+    return !(offered.scheme === 'basic' && response.status === 403);
   }
 
   /** A new header after `used` was refused. Errors: REGISTRY_AUTH and those of the token server. */
@@ -83,7 +83,15 @@ export class Authorizer {
     // Another request may have renewed it already while this one was under way.
     if (known !== undefined && known.header !== used && known.expiresAt > Date.now()) return known.header;
     this.#tokens.delete(key);
-    return await this.#obtain(origin, challenge, scope, signal);
+    const renewed = await this.#obtain(origin, challenge, scope, signal);
+    if (renewed === used) {
+      // The file was read again and says the same; so would the registry.
+      throw new DedupError('REGISTRY_AUTH', `${this.#host} refused the credentials for ${scope.repository}`, {
+        details: { status: response.status },
+        hint: `check the credentials for ${this.#host}`,
+      });
+    }
+    return renewed;
   }
 
   /** Everything that must not appear in a message. */

@@ -104,18 +104,27 @@ export class HttpRepository implements StreamingRepository {
     const origin = await this.#url(`blobs/${blob.digest}`, signal);
     const remembered = this.#redirects.get(blob.digest);
     if (remembered !== undefined) {
-      const response = await this.#exchange.send({ ...request, url: remembered });
+      const response = await this.#exchange.send({ ...request, url: remembered }).catch((error: unknown) => {
+        this.#forget(blob.digest, remembered);
+        throw error;
+      });
       if (response.status === 200 || response.status === 206) return response;
+      this.#forget(blob.digest, remembered);
       // Signed URLs expire with 400, 401, 403, 404 or 410, depending on who serves them: ask the registry for a new one.
-      this.#redirects.delete(blob.digest);
       const expired = [400, 401, 403, 404, 410].includes(response.status);
       if (!expired) throw await this.#exchange.failure(response, doing, signal);
       await discard(response);
     }
     const response = await this.#exchange.send({ ...request, url: origin, scope: this.#scope('pull') });
     if (response.status !== 200 && response.status !== 206) throw await this.#exchange.failure(response, doing, signal);
-    if (response.url.href !== origin.href) this.#redirects.set(blob.digest, response.url);
+    // On the registry itself a request needs authorization, which a remembered URL does not get.
+    if (response.url.origin !== origin.origin) this.#redirects.set(blob.digest, response.url);
     return response;
+  }
+
+  /** Drops a redirect that went wrong, unless another request has learnt a new one meanwhile. */
+  #forget(digest: Digest, redirect: URL): void {
+    if (this.#redirects.get(digest) === redirect) this.#redirects.delete(digest);
   }
 
   /** Refuses an answer whose head says that other bytes than the wanted ones follow. */

@@ -57,7 +57,7 @@ export class HttpExchange {
     const response = await this.#follow(request, used);
     const ours = response.url.origin === url.origin;
     const stale = response.status === 401 || (response.status === 403 && used !== undefined);
-    if (!ours || !stale || !authorizer.canRenew(url.origin, response, used)) return response;
+    if (!ours || !stale || !authorizer.canRenew(response, used)) return response;
     await discard(response);
     const renewed = await authorizer.renew(url.origin, scope, response, used, signal);
     return await this.#follow(request, renewed);

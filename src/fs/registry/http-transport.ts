@@ -60,7 +60,7 @@ export class HttpTransport {
   readonly #insecure: ReadonlySet<string>;
   readonly #dispatchers = new Map<string, Dispatcher>();
   #secureContext: Promise<SecureContext> | undefined;
-  readonly #schemes = new Map<string, Promise<'http' | 'https'>>();
+  readonly #schemes = new Map<string, Promise<Probe>>();
   #closed: boolean = false;
 
   constructor(options: TransportOptions = {}) {
@@ -108,15 +108,16 @@ export class HttpTransport {
     const url = new URL(`https://${host}`);
     // A proxy hides whether the server speaks TLS; the administrator's word "insecure" then means plain HTTP.
     if (this.#proxy(url) !== undefined) return 'http';
-    let scheme = this.#schemes.get(host);
-    if (scheme === undefined) {
+    let probe = this.#schemes.get(host);
+    if (probe === undefined) {
       const timeoutMs = this.#options.connectTimeoutMs ?? 10_000;
-      scheme = probeTls(url, timeoutMs);
-      this.#schemes.set(host, scheme);
-      // Only an answer is remembered; whoever waits gets the failure from the promise itself.
-      scheme.catch(() => this.#schemes.delete(host));
+      probe = probeTls(url, timeoutMs);
+      this.#schemes.set(host, probe);
+      const forget = () => this.#schemes.delete(host);
+      // Only a clear answer is remembered; whoever waits gets a failure from the promise itself.
+      probe.then(({ certain }) => certain || forget(), forget);
     }
-    return await withSignal(scheme, signal, `connecting to ${host}`);
+    return (await withSignal(probe, signal, `connecting to ${host}`)).scheme;
   }
 
   /** Ends all connections; requests in flight fail. */
@@ -191,8 +192,13 @@ function describe(request: HttpRequest): string {
   return `${request.method} ${redactUrl(request.url)}`;
 }
 
+interface Probe {
+  readonly scheme: 'http' | 'https';
+  readonly certain: boolean;
+}
+
 /** Does `url`'s server answer a TLS handshake? Its certificate is not judged here. */
-function probeTls(url: URL, timeoutMs: number): Promise<'http' | 'https'> {
+function probeTls(url: URL, timeoutMs: number): Promise<Probe> {
   return new Promise((resolve, reject) => {
     const host = url.hostname.replace(/^\[(.*)\]$/, '$1');
     const socket = tlsConnect({
@@ -211,12 +217,13 @@ function probeTls(url: URL, timeoutMs: number): Promise<'http' | 'https'> {
     socket.setTimeout(timeoutMs, () =>
       settle(() => reject(new DedupError('DEADLINE', `${what}: no answer within ${timeoutMs} ms`))),
     );
-    socket.once('secureConnect', () => settle(() => resolve('https')));
+    socket.once('secureConnect', () => settle(() => resolve({ scheme: 'https', certain: true })));
     socket.once('error', (error: NodeJS.ErrnoException) => {
       const unreachable = ['ECONNREFUSED', 'ETIMEDOUT', 'EHOSTUNREACH', 'ENETUNREACH', 'ENOTFOUND', 'EAI_AGAIN'];
       const code = codeOf(error);
       if (unreachable.includes(code)) settle(() => reject(transportError(error, what)));
-      else settle(() => resolve('http'));
+      // A server that is just starting or ending resets, whatever it speaks.
+      else settle(() => resolve({ scheme: 'http', certain: code !== 'ECONNRESET' }));
     });
   });
 }

@@ -1,6 +1,6 @@
 // `transport: fuse-native`: the same view of the store through the fuse-native package (libfuse 2.9), kept as a choice.
 // It negotiates no ASYNC_DIO, so the kernel asks for one range of an image at a time, and every read crosses the JS
-// thread: slower than fuse.ts in every measurement (docs/decisions/0004-own-fuse-session.md).
+// thread: slower than fuse.ts in every measurement (docs/decisions/0002-native-fuse-session.md).
 import { constants, writeFileSync } from 'node:fs';
 import { type FileHandle, mkdir, open } from 'node:fs/promises';
 import { createRequire } from 'node:module';

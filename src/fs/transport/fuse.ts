@@ -2,6 +2,7 @@
 // direct-I/O loop device per mounted image over its file. Hits are answered natively; misses come here and go to the
 // LazyLoader. Owns the session; must not touch any path below a lazy mount.
 import { closeSync } from 'node:fs';
+import { mkdir } from 'node:fs/promises';
 import { constants as osConstants } from 'node:os';
 import { DedupError, ERROR_CODES, errorCode } from '../../errors.ts';
 import type { Logger } from '../../log.ts';
@@ -53,6 +54,7 @@ export class FuseTransport implements Transport {
   /** Opens the session. Errors: KERNEL (no /dev/fuse, not root), KERNEL_UNSUPPORTED (no ASYNC_DIO). */
   static async start(options: FuseTransportOptions): Promise<FuseTransport> {
     const transport = new FuseTransport(options);
+    await mkdir(options.mountDir, { recursive: true, mode: 0o700 });
     transport.#session = await native().fuseStart({
       mountDir: options.mountDir,
       storeFd: options.store.fd,
