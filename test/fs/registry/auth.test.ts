@@ -117,6 +117,28 @@ describe('basic authentication', () => {
     for (const one of proxy.seen.filter(({ store }) => store)) assert.equal(one.authorization, undefined);
   });
 
+  test('a password that was changed in the file is taken up without a restart', async (t) => {
+    const dir = await mkdtemp(join(tmpdir(), 'password-'));
+    t.after(() => rm(dir, { recursive: true, force: true }));
+    const file = join(dir, 'config.json');
+    const write = (password: string) =>
+      writeFile(file, JSON.stringify({ auths: { [proxy.host]: { username: 'alice', password } } }));
+    await write('not-the-one');
+    const repository = new RegistryPool({ env, retry, credentialsFile: file }).repository({
+      host: proxy.host,
+      path: 'a/b',
+    });
+    await assert.rejects(repository.readRange(blob, range, soon()), withCode('REGISTRY_AUTH'));
+    const before = proxy.seen.length;
+    await assert.rejects(
+      repository.readRange(blob, range, soon()),
+      withCode('REGISTRY_AUTH', /refused the credentials/),
+    );
+    assert.equal(proxy.seen.length, before + 1);
+    await write(TEST_LOGIN.password);
+    assert.ok((await repository.readRange(blob, range, soon())).equals(bytes.subarray(10, 1010)));
+  });
+
   test('one object serves one name and its credentials', () => {
     const name = { host: proxy.host, path: 'a/b' };
     assert.equal(pool.repository(name, login), pool.repository(name, { ...login }));

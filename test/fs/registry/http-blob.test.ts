@@ -181,6 +181,8 @@ describe('a registry that misbehaves', () => {
     assert.equal(proxy.count({ store: false }).requests, 1);
     assert.equal(proxy.count({ store: true }).requests, 3);
     assert.equal(repository.traffic.requests, 4);
+    await Promise.all([1, 2, 3, 4].map(() => repository.readRange(blob, range, soon())));
+    assert.equal(proxy.count({ store: false }).requests, 1);
   });
 
   test('a remembered redirect that expired is asked for anew', async () => {
@@ -193,6 +195,21 @@ describe('a registry that misbehaves', () => {
       proxy.seen.filter(({ store }) => store).map(({ status }) => status),
       [206, 403, 206],
     );
+  });
+
+  test('a remembered redirect that broke is not used again', async () => {
+    fault({ kind: 'redirect' });
+    assert.ok((await repository.readRange(blob, range, soon())).equals(wanted));
+    for (const one of [{ kind: 'reset' }, { kind: 'status', status: 502 }] as const) {
+      proxy.setRules(
+        { path: /^\/signed/, times: 1, fault: one },
+        { method: 'GET', path: blobs, fault: { kind: 'redirect' } },
+      );
+      await assert.rejects(repository.readRange(blob, range, soon()), withCode('REGISTRY_HTTP'));
+      const before = proxy.count({ store: false }).requests;
+      assert.ok((await repository.readRange(blob, range, soon())).equals(wanted));
+      assert.equal(proxy.count({ store: false }).requests, before + 1);
+    }
   });
 
   test('a message never shows the signature of a redirect', async () => {
