@@ -4,6 +4,7 @@ import { spawn } from 'node:child_process';
 import { randomInt } from 'node:crypto';
 import {
   closeSync,
+  constants,
   fstatSync,
   mkdtempSync,
   openSync,
@@ -13,6 +14,7 @@ import {
   rmSync,
   truncateSync,
   writeFileSync,
+  writeSync,
 } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
@@ -282,6 +284,38 @@ describe('FUSE session', () => {
     const result = await reader.read(read);
     assert.equal(result.sha256, fixture.digest(8 * MIB, MIB));
     assert.equal(fixture.misses.length, 1);
+    await finish(fixture);
+  });
+
+  it('never shows zeros of a hole while blocks are taken away, punched and written again', limit, async () => {
+    const fixture = await start({ onMiss: answerAll });
+    const [offset, length] = [8 * MIB, 64 * BLOCK];
+    const store = openSync(fixture.storePath, constants.O_RDWR | constants.O_DIRECT);
+    const bytes = native().alignedBuffer(length);
+    fixture.content.copy(bytes, 0, offset, offset + length);
+    fixture.present(offset, length);
+    const expected = fixture.digest(offset, length);
+    const lanes = Array.from({ length: 3 }, () =>
+      reader.sequence(Array.from({ length: 400 }, () => ({ path: fixture.device.path, offset, length }))),
+    );
+    let running = true;
+    const done = Promise.all(lanes).finally(() => {
+      running = false;
+    });
+    let rounds = 0;
+    while (running) {
+      native().presenceSet(fixture.presence, offset / BLOCK, length / BLOCK, false);
+      await native().punchHole(store, offset, length);
+      await delay(1);
+      writeSync(store, bytes, 0, length, offset);
+      fixture.present(offset, length);
+      rounds++;
+      await delay(1);
+    }
+    closeSync(store);
+    for (const lane of await done) for (const result of lane) assert.equal(result.sha256, expected);
+    const { hits, misses } = fixture.session.stats();
+    assert.ok(rounds > 10 && hits > 10 && misses > 10, `${rounds} rounds, ${hits} hits, ${misses} misses`);
     await finish(fixture);
   });
 
