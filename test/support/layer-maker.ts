@@ -124,7 +124,11 @@ export function makeLayer(
     table.devMinor[i] = spec.dev?.[1] ?? 0;
     if (spec.xattrs !== undefined) {
       table.xattrSet[i] = xattrSets.length;
-      xattrSets.push(Object.entries(spec.xattrs).map(([name, value]) => ({ name, value: Buffer.from(value) })));
+      xattrSets.push(
+        Object.entries(spec.xattrs)
+          .sort(([a], [b]) => (a < b ? -1 : 1))
+          .map(([name, value]) => ({ name, value: Buffer.from(value) })),
+      );
     }
     if (type !== 'file') return;
     const content = spec.content === undefined ? undefined : Buffer.from(spec.content);
