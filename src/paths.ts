@@ -45,6 +45,10 @@ export class RootPaths {
   get store(): string {
     return join(this.chunks, 'store');
   }
+  /** Disk space that is given up when the disk is full, so that it can be cleaned. */
+  get storeReserve(): string {
+    return join(this.chunks, 'reserve');
+  }
   get indexDb(): string {
     return join(this.root, 'index.db');
   }

@@ -266,7 +266,8 @@ export class SpanFetcher {
       code === 'INTERNAL' ||
       this.#abort.signal.aborted
     ) {
-      for (const flight of run.flights) flight.reject(error);
+      const wrapped = wrapError(error, `reading layer ${run.map.blob.digest}`);
+      for (const flight of run.flights) flight.reject(wrapped);
       return;
     }
     this.distrust(run.map, failed.host);

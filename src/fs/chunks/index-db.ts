@@ -152,7 +152,11 @@ export class IndexDb {
     if (this.#ended === undefined) {
       const closed = this.call('close', {});
       this.#ended = new DedupError('CLOSED', 'index.db is closed');
-      await closed;
+      try {
+        await closed;
+      } finally {
+        await this.#worker.terminate();
+      }
     }
     await this.#worker.terminate();
   }

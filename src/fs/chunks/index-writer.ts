@@ -422,10 +422,16 @@ export class IndexWriter {
     if (bytes > CHECKPOINT_BYTES) this.#db.pragma('wal_checkpoint(TRUNCATE)');
   }
 
+  /** Writes everything into the one file, if there is room; the log keeps what does not fit. */
   close(): void {
-    this.#set('clean', 1);
-    this.#db.pragma('wal_checkpoint(TRUNCATE)');
-    this.#db.close();
+    try {
+      this.#set('clean', 1);
+      this.#db.pragma('wal_checkpoint(TRUNCATE)');
+    } catch (error) {
+      if (!(error as { code?: string }).code?.startsWith('SQLITE_FULL')) throw error;
+    } finally {
+      this.#db.close();
+    }
   }
 }
 

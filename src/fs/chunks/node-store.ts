@@ -2,7 +2,7 @@
 // Owned by dedupd; used by image building (addresses) and the LazyLoader (presence, reads, writes). Knows no registry.
 import { createHash } from 'node:crypto';
 import { mkdir, readFile } from 'node:fs/promises';
-import { DedupError } from '../../errors.ts';
+import { DedupError, errorCode } from '../../errors.ts';
 import type { Logger } from '../../log.ts';
 import type { RootPaths } from '../../paths.ts';
 import { BLOCK_BYTES, MiB } from '../../units.ts';
@@ -17,6 +17,7 @@ import type {
   LayerTrust,
   StoreRange,
 } from './index-protocol.ts';
+import { SpaceReserve } from './space-reserve.ts';
 import { StoreFile } from './store-file.ts';
 import {
   DEFAULT_STORE_BYTES,
@@ -54,6 +55,8 @@ export interface NodeStoreOptions {
   /** Presence is flushed after this time or this many bytes. */
   readonly flushDelayMs?: number;
   readonly flushBytes?: number;
+  /** Disk space kept back so that a full disk can still be cleaned, bytes. Default 16 MiB. */
+  readonly reserveBytes?: number;
 }
 
 /** How a layer is to be stored. */
@@ -115,6 +118,7 @@ export class NodeStore {
   readonly #file: StoreFile;
   readonly #db: IndexDb;
   readonly #durability: Durability;
+  readonly #reserve: SpaceReserve;
   #highWater: number;
   #nextAddress: number;
   #generation: number;
@@ -140,6 +144,7 @@ export class NodeStore {
     this.#generation = state.generation;
     this.#nextAddress = state.nextAddress;
     this.#highWater = file.header.highWater;
+    this.#reserve = new SpaceReserve(options.paths.storeReserve, options.reserveBytes ?? 16 * MiB);
     this.#durability = new Durability(
       {
         sync: () => file.sync(),
@@ -182,6 +187,7 @@ export class NodeStore {
       }
       const store = new NodeStore(options, file, db, presence, answer);
       if (answer.toPunch.length > 0) await store.#punch(answer.toPunch);
+      if (!(await store.#reserve.fill())) log.warn('the disk has no room for the space that cleaning a full one takes');
       return store;
     } catch (error) {
       await db?.close();
@@ -289,11 +295,17 @@ export class NodeStore {
       if (drop.length === 0) return [];
       const next = this.#generation + 1;
       await this.#file.writeHeader({ pendingGeneration: next });
-      const { dropped, pinned, ranges } = await this.#db.call('dropLayers', { layerIds: drop, generation: next });
+      const request = { layerIds: drop, generation: next };
+      const { dropped, pinned, ranges } = await this.#db.call('dropLayers', request).catch(async (error: unknown) => {
+        if (errorCode(error) !== 'STORE_FULL') throw error;
+        await this.#reserve.release();
+        return await this.#db.call('dropLayers', request);
+      });
       await this.#file.writeHeader({ generation: next });
       this.#generation = next;
       if (pinned.length > 0) this.#log.debug({ layers: pinned }, 'layers in use are kept');
       await this.#punch(ranges);
+      await this.#reserve.fill();
       return [...dropped];
     });
   }
@@ -496,8 +508,11 @@ export class NodeStore {
       // Logged where it happened; what could not be flushed was never recorded.
     }
     await this.#exclusive;
-    await this.#db.close();
-    await this.#file.close();
+    try {
+      await this.#db.close();
+    } finally {
+      await this.#file.close();
+    }
   }
 }
 
