@@ -107,14 +107,18 @@ describe('basic authentication', () => {
     assert.equal(store[0]?.authorization, undefined);
   });
 
-  test('a challenge from where a redirect leads is not answered', async () => {
-    const repository = pool.repository({ host: proxy.host, path: 'a/b' }, login);
+  test('a challenge from where a redirect leads is not answered, nor its realm asked', async () => {
+    const fresh = new RegistryPool({ env, retry });
+    const repository = fresh.repository({ host: proxy.host, path: 'a/b' }, login);
+    const challenge = `Bearer realm="http://${proxy.storeHost}/steal"`;
     proxy.setRules(
-      { path: /^\/signed/, fault: { kind: 'status', status: 401, headers: { 'www-authenticate': 'Basic realm="x"' } } },
+      { path: /^\/signed/, fault: { kind: 'status', status: 401, headers: { 'www-authenticate': challenge } } },
       { method: 'GET', path: /blobs/, fault: { kind: 'redirect' } },
     );
     await assert.rejects(repository.readRange(blob, range, soon()), withCode('REGISTRY_AUTH'));
     for (const one of proxy.seen.filter(({ store }) => store)) assert.equal(one.authorization, undefined);
+    assert.equal(proxy.count({ path: /steal/ }).requests, 0);
+    await fresh.close();
   });
 
   test('a password that was changed in the file is taken up without a restart', async (t) => {
