@@ -273,6 +273,16 @@ export function rpullSuite(title: string, start: () => Promise<RpullSystem>): vo
       proxy.reset();
     });
 
+    test('several pulls of one image at once all succeed, and the image is whole', async () => {
+      const pulls = [1, 2, 3].map(() => startPull(system, reference).ended);
+      for (const { code, stderr } of await Promise.all(pulls)) assert.equal(code, 0, stderr);
+      await system.containerd.gc();
+      await runsRight('after-many-pulls');
+      await removeImage();
+      await assertNothingLeft();
+      await assertOwnNothing();
+    });
+
     test('interrupted it leaves nothing, at once', async () => {
       proxy.setRules({
         path: new RegExp(image.layers[1]?.digest ?? ''),

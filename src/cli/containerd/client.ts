@@ -57,7 +57,8 @@ export interface ContainerdClientOptions {
 
 const DEFAULT_TIMEOUT_MS = 60_000;
 /** Bytes of content in one message; containerd takes 16 MiB. */
-export const WRITE_PIECE_BYTES = 1024 * 1024;
+const WRITE_PIECE_BYTES = 1024 * 1024;
+const MAX_UNANSWERED_PIECES = 3;
 
 type ServiceName = 'content' | 'images' | 'leases' | 'snapshots' | 'diff';
 
@@ -164,7 +165,7 @@ export class ContainerdClient {
         client.makeBidiStreamRequest(path, serialize, deserialize, metadata, options),
     ) as grpc.ClientDuplexStream<object, WriteResponse>;
     const writer = new ContentWriter(call, (error) => this.#error(error, `writing content ${blob.digest}`));
-    await writer.send({ action: 'STAT', ref, total: blob.size, expected: blob.digest });
+    await writer.open(ref, blob);
     return writer;
   }
 
@@ -405,13 +406,17 @@ interface WriteRequest {
   readonly labels?: Labels;
 }
 
-/** One open writer of an ingest; every message is answered before the next one is sent. */
+/** One open writer of an ingest. Bytes are sent in large pieces, a few of them ahead of containerd's answers. */
 export class ContentWriter {
   readonly #call: grpc.ClientDuplexStream<object, WriteResponse>;
   readonly #responses: AsyncIterator<WriteResponse>;
   readonly #mapError: (error: unknown) => DedupError;
-  /** Bytes that containerd holds of this ingest. */
-  offset = 0;
+  /** Not sent yet. */
+  #gathered: Uint8Array[] = [];
+  #gatheredBytes = 0;
+  #unanswered = 0;
+  /** Where the next piece goes: what containerd has and what is on its way there. */
+  #offset = 0;
 
   constructor(call: grpc.ClientDuplexStream<object, WriteResponse>, mapError: (error: unknown) => DedupError) {
     this.#call = call;
@@ -419,44 +424,82 @@ export class ContentWriter {
     this.#mapError = mapError;
   }
 
-  /** Sends one message and waits for its answer. */
-  async send(request: WriteRequest): Promise<void> {
-    try {
-      this.#call.write({ ...request, action: WRITE_ACTIONS[request.action] });
-      const response = await this.#responses.next();
-      if (response.done === true) throw new DedupError('UNAVAILABLE', 'containerd ended the write without an answer');
-      this.offset = response.value.offset;
-    } catch (error) {
-      throw this.#mapError(error);
-    }
+  /** Names the ingest and answers how many bytes containerd has of it. Errors: see `openWriter`. */
+  async open(ref: string, blob: { digest: Digest; size: number }): Promise<void> {
+    this.#send({ action: 'STAT', ref, total: blob.size, expected: blob.digest });
+    this.#offset = (await this.#answers(0)) ?? 0;
   }
 
-  /** Appends bytes. */
+  /** Bytes of the ingest that were there or have been given to `write`. */
+  get offset(): number {
+    return this.#offset + this.#gatheredBytes;
+  }
+
+  /** Appends bytes, which must not change afterwards. */
   async write(data: Uint8Array): Promise<void> {
-    for (let at = 0; at < data.length; at += WRITE_PIECE_BYTES) {
-      await this.send({ action: 'WRITE', offset: this.offset, data: data.subarray(at, at + WRITE_PIECE_BYTES) });
-    }
+    this.#gathered.push(data);
+    this.#gatheredBytes += data.length;
+    if (this.#gatheredBytes < WRITE_PIECE_BYTES) return;
+    this.#send({ action: 'WRITE', ...this.#piece() });
+    await this.#answers(MAX_UNANSWERED_PIECES);
   }
 
   /** Makes the ingest a blob. Errors: FAILED_PRECONDITION for another size or digest; ALREADY_EXISTS. */
   async commit(blob: { digest: Digest; size: number }, labels: Labels): Promise<void> {
-    await this.send({ action: 'COMMIT', offset: this.offset, total: blob.size, expected: blob.digest, labels });
-    await this.close();
+    this.#send({ action: 'COMMIT', ...this.#piece(), total: blob.size, expected: blob.digest, labels });
+    await this.#answers(0);
+    await this.#end();
   }
 
   /** Lets go of the ingest and waits until containerd has done so too; what was written stays. */
   async close(): Promise<void> {
+    if (this.#gatheredBytes > 0) this.#send({ action: 'WRITE', ...this.#piece() });
+    await this.#answers(0);
+    await this.#end();
+  }
+
+  /** Lets go at once; what is on its way may be lost. */
+  cancel(): void {
+    this.#call.cancel();
+  }
+
+  /** What was gathered, as one piece of the ingest. */
+  #piece(): { offset: number; data: Uint8Array } {
+    const data = this.#gathered.length === 1 ? (this.#gathered[0] as Uint8Array) : Buffer.concat(this.#gathered);
+    const offset = this.#offset;
+    this.#gathered = [];
+    this.#gatheredBytes = 0;
+    this.#offset += data.length;
+    return { offset, data };
+  }
+
+  #send(request: WriteRequest): void {
+    this.#unanswered++;
+    this.#call.write({ ...request, action: WRITE_ACTIONS[request.action] });
+  }
+
+  /** Waits until no more than `most` messages are unanswered; the offset of the last answer, if one came. */
+  async #answers(most: number): Promise<number | undefined> {
+    let offset: number | undefined;
+    try {
+      for (; this.#unanswered > most; this.#unanswered--) {
+        const response = await this.#responses.next();
+        if (response.done === true) throw new DedupError('UNAVAILABLE', 'containerd ended the write without an answer');
+        offset = response.value.offset;
+      }
+    } catch (error) {
+      throw this.#mapError(error);
+    }
+    return offset;
+  }
+
+  async #end(): Promise<void> {
     this.#call.end();
     try {
       while ((await this.#responses.next()).done !== true);
     } catch {
-      // The call has failed before, and whoever made it knows; or it was cancelled, which lets go as well.
+      // Everything sent was answered, so nothing is lost with the stream.
     }
-  }
-
-  /** Lets go at once. */
-  cancel(): void {
-    this.#call.cancel();
   }
 }
 

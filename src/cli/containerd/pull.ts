@@ -281,8 +281,11 @@ class Pull {
   async #firstMissing(layers: readonly ImageLayer[]): Promise<number> {
     for (let count = layers.length; count > 0; count--) {
       const key = (layers[count - 1] as ImageLayer).chainId;
+      const isThere = () => this.#client.hasSnapshot(this.#options.snapshotter, key, this.#scope());
+      if (!(await isThere())) continue;
+      // A collection may have come between; once held it stays, if it is still there.
       await this.#lease.hold(this.#snapshot(key));
-      if (await this.#client.hasSnapshot(this.#options.snapshotter, key, this.#scope())) return count;
+      if (await isThere()) return count;
       this.#lease.forget(this.#snapshot(key));
     }
     return 0;
