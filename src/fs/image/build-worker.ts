@@ -36,11 +36,14 @@ function answer(request: ImageBuildRequest): ImageBuildAnswer {
   try {
     return { result: build(request) };
   } catch (error) {
-    const wrapped = wrapError(error, `building the image ${request.output}`);
+    const full = ['ENOSPC', 'EDQUOT'].includes((error as NodeJS.ErrnoException).code ?? '');
+    const wrapped = wrapError(error, `building the image ${request.output}`, full ? 'STORE_FULL' : undefined);
     return { code: wrapped.code, message: wrapped.message, details: wrapped.details };
   }
 }
 
 process.once('message', (message) => {
-  process.send?.(answer(message as ImageBuildRequest), () => process.disconnect());
+  const reply = answer(message as ImageBuildRequest);
+  // The parent may have died meanwhile: then nobody waits.
+  if (process.connected) process.send?.(reply, () => process.disconnect());
 });

@@ -10,6 +10,11 @@ const WHITEOUT_PREFIX = '.wh.';
 const OPAQUE_MARKER = '.wh..wh..opq';
 /** Symbolic links followed for one path before it counts as a loop: fs.RootPath of containerd's continuity gives up at 255. */
 const MAX_LINKS = 255;
+/** NAME_MAX, and PATH_MAX without its final zero: what Linux takes, and so what containerd could unpack. */
+const MAX_NAME_BYTES = 255;
+const MAX_PATH_BYTES = 4095;
+/** Directories above one another; a name of MAX_PATH_BYTES has no more, chained symlinks could. */
+const MAX_DEPTH = 2048;
 /** Longest time os.Chtimes of containerd can set: 2^63 − 1 nanoseconds. Anything outside [0, that] becomes 0. */
 const MAX_MTIME_SEC = 9_223_372_036;
 
@@ -31,6 +36,13 @@ export interface LayerTreeOptions {
 
 function invalid(layer: number, entry: string, why: string): DedupError {
   return new DedupError('IMAGE_INVALID', `layer ${layer}, entry ${JSON.stringify(entry)}: ${why}`);
+}
+
+/** Why `name` cannot be a name in a directory; undefined when it can. */
+function badName(name: string): string | undefined {
+  if (name.length > MAX_NAME_BYTES) return 'a name longer than 255 bytes';
+  if (name === '' || name === '.' || name === '..' || name.includes('\0')) return 'a name that no directory can hold';
+  return undefined;
 }
 
 /** Components of `path` with "." and ".." resolved lexically; ".." at the root stays at the root. */
@@ -122,10 +134,13 @@ export function buildLayerTree(tree: ImageTree, entries: EntryTable, options: La
     if (known !== undefined) return known;
     const resolved = resolveInside(tree, root, path.split('/'));
     if (resolved === undefined) throw invalid(layer, entry, 'too many symbolic links in its path');
+    if (resolved.names.length > MAX_DEPTH) throw invalid(layer, entry, 'too many directories in its path');
     let inode = resolved.inode;
     for (let i = resolved.found; i < resolved.names.length; i++) {
       if (tree.isWhiteout(inode)) break;
       if (!tree.isDirectory(inode)) break;
+      const bad = badName(resolved.names[i]!);
+      if (bad !== undefined) throw invalid(layer, entry, bad);
       const child = tree.addImplicitDirectory();
       tree.childrenOf(inode).set(resolved.names[i]!, child);
       made.push({ inode: child, path: resolved.names.slice(0, i + 1) });
@@ -171,7 +186,8 @@ export function buildLayerTree(tree: ImageTree, entries: EntryTable, options: La
       return;
     }
     const hidden = base.slice(WHITEOUT_PREFIX.length);
-    if (hidden === '' || hidden === '.' || hidden === '..') throw invalid(layer, name, 'a whiteout without a name');
+    const bad = badName(hidden);
+    if (bad !== undefined) throw invalid(layer, name, `a whiteout of ${bad}`);
     const children = tree.childrenOf(parent);
     if (lowest) {
       children.delete(hidden);
@@ -204,6 +220,7 @@ export function buildLayerTree(tree: ImageTree, entries: EntryTable, options: La
     const name = entries.name[i]!;
     // containerd ignores the entry of the root directory: its attributes are those of a fresh snapshot.
     if (name === '') continue;
+    if (name.length > MAX_PATH_BYTES) throw invalid(layer, name.slice(0, 100), 'a path longer than 4,095 bytes');
     const slash = name.lastIndexOf('/');
     const base = name.slice(slash + 1);
     const parent = slash < 0 ? root : parentOf(name.slice(0, slash), name);
@@ -211,7 +228,8 @@ export function buildLayerTree(tree: ImageTree, entries: EntryTable, options: La
       hide(parent, base, name);
       continue;
     }
-    if (base.length > 255) throw invalid(layer, name, 'a name longer than 255 bytes');
+    const bad = badName(base);
+    if (bad !== undefined) throw invalid(layer, name, bad);
     const type = entries.type[i]!;
     if (type === EntryType.hardLink) {
       addHardLink(parent, base, i, name);
@@ -240,7 +258,11 @@ export function buildLayerTree(tree: ImageTree, entries: EntryTable, options: La
       tree.devMajor[inode] = entries.devMajor[i]!;
       tree.devMinor[inode] = entries.devMinor[i]!;
     } else if (type === EntryType.symlink) {
-      tree.link[inode] = entries.link[i]!;
+      const target = entries.link[i]!;
+      if (target === '' || target.length > MAX_PATH_BYTES || target.includes('\0')) {
+        throw invalid(layer, name, 'a symbolic link whose target is empty, too long or no path');
+      }
+      tree.link[inode] = target;
     } else if (type === EntryType.file) {
       tree.layer[inode] = layer;
       tree.size[inode] = entries.size[i]!;

@@ -272,7 +272,12 @@ test('what cannot be an image is refused', () => {
   refused(() => write([layer({ name: 'x', type: 'hardLink', link: 'nowhere' })], device()), /hard link to "nowhere"/);
   refused(() => write([layer({ name: 'f', content: '' }, { name: 'f/x', content: '' })], device()), /not a directory/);
   refused(() => write([layer({ name: 'n'.repeat(256), content: '' })], device()), /longer than 255/);
-  refused(() => write([layer({ name: '.wh.', content: '' })], device()), /without a name/);
+  refused(() => write([layer({ name: '.wh.', content: '' })], device()), /whiteout of a name/);
+  for (const name of ['..', '.', 'a\0b', '../x', 'x/../y', 'x//y']) {
+    refused(() => write([layer({ name, content: '' })], device()), /no directory can hold/);
+  }
+  for (const link of ['a\0b', 'x'.repeat(4096)]) refused(() => write([layer({ name: 'l', link })], device()), /target/);
+  refused(() => write([layer({ name: `${'a/'.repeat(2048)}b`, content: '' })], device()), /path longer/);
   refused(
     () => write([layer({ name: 'a', link: 'b' }, { name: 'b', link: 'a' }, { name: 'a/x', content: '' })], device()),
     /too many symbolic links/,
