@@ -69,6 +69,11 @@ export function addLayer(
   } else {
     for (let i = 0; i + 1 < layer.files.length; i += 2) placer.placeFile(layer.files[i]!, layer.files[i + 1]!);
   }
+  // New chunks lie above all others and have this layer counted already.
+  db.prepare(
+    `UPDATE chunks SET ref_count = ref_count + 1
+     WHERE id IN (SELECT chunk_id FROM layer_chunks WHERE layer_id = ? AND chunk_id < ?)`,
+  ).run(layerId, nextAddress / BLOCK_BYTES);
   return {
     layerId,
     addresses: placer.addresses,
@@ -103,7 +108,7 @@ class Placer {
   /** First block of the chunks this layer has used so far, by digest and size. */
   readonly #seen = new Map<string, number>();
   readonly #digests: Buffer;
-  readonly #upsert: Database.Statement;
+  readonly #insert: Database.Statement;
   readonly #find: Database.Statement;
   readonly #link: Database.Statement;
   readonly #extra: Database.Statement;
@@ -127,13 +132,10 @@ class Placer {
     this.#now = now;
     this.addresses = new Float64Array(layer.lengths.length);
     this.#digests = Buffer.from(layer.digests.buffer, layer.digests.byteOffset, layer.digests.byteLength);
-    this.#upsert = db
-      .prepare(
-        `INSERT INTO chunks (id, scope, digest, size, piece_bytes, ref_count, last_used) VALUES (?, ?, ?, ?, ?, 1, ?)
-         ON CONFLICT (digest, size, scope) DO UPDATE SET ref_count = ref_count + 1 RETURNING id, piece_bytes`,
-      )
-      .raw();
-    this.#find = db.prepare('SELECT id FROM chunks WHERE digest = ? AND size = ? AND scope = ?').pluck();
+    this.#insert = db.prepare(
+      'INSERT INTO chunks (id, scope, digest, size, piece_bytes, ref_count, last_used) VALUES (?, ?, ?, ?, ?, 1, ?)',
+    );
+    this.#find = db.prepare('SELECT id, piece_bytes FROM chunks WHERE digest = ? AND size = ? AND scope = ?').raw();
     this.#link = db.prepare('INSERT INTO layer_chunks (layer_id, seq, chunk_id, placement) VALUES (?, ?, ?, ?)');
     this.#extra = db.prepare('INSERT INTO placements (block, chunk_id) VALUES (?, ?)');
     this.#extrasOf = db.prepare('SELECT block FROM placements WHERE chunk_id = ?').pluck();
@@ -169,16 +171,21 @@ class Placer {
     if (seen !== undefined) return seen;
     const size = this.#layer.lengths[seq]!;
     const pieceBytes = Math.min(size, this.#layer.pieceBytes);
-    const row = this.#upsert.get(newBlock, this.#scope, this.#digest(seq), size, pieceBytes, this.#now) as [
-      number,
-      number,
-    ];
-    // A chunk's name covers its piece digests, so another piece size under one name means that one index is wrong.
-    if (row[1] !== pieceBytes)
-      throw new DedupError('INDEX_INVALID', `chunk ${seq} is known with pieces of ${row[1]} bytes, not ${pieceBytes}`);
-    if (row[0] === newBlock) this.newChunks++;
-    this.#seen.set(key, row[0]);
-    return row[0];
+    const digest = this.#digest(seq);
+    const known = this.#find.get(digest, size, this.#scope) as [number, number] | undefined;
+    if (known === undefined) {
+      this.#insert.run(newBlock, this.#scope, digest, size, pieceBytes, this.#now);
+      this.newChunks++;
+    } else if (known[1] !== pieceBytes) {
+      // A chunk's name covers its piece digests, so another piece size under one name means that one index is wrong.
+      throw new DedupError(
+        'INDEX_INVALID',
+        `chunk ${seq} is known with pieces of ${known[1]} bytes, not ${pieceBytes}`,
+      );
+    }
+    const id = known?.[0] ?? newBlock;
+    this.#seen.set(key, id);
+    return id;
   }
 
   #record(seq: number, chunkId: number, block: number): void {
@@ -225,9 +232,11 @@ class Placer {
     const ids: number[] = [];
     for (let i = 0; i < count; i++) {
       const seq = first + i;
-      const id = this.#find.get(this.#digest(seq), this.#layer.lengths[seq], this.#scope) as number | undefined;
-      if (id === undefined) return undefined;
-      ids.push(id);
+      const known = this.#find.get(this.#digest(seq), this.#layer.lengths[seq], this.#scope) as
+        | [number, number]
+        | undefined;
+      if (known === undefined) return undefined;
+      ids.push(known[0]);
     }
     const step = blocksOf(this.#layer.chunkBytes);
     const starts = [ids[0]!, ...(this.#extrasOf.all(ids[0]) as number[])];
