@@ -64,6 +64,12 @@ export interface MountProgressMessage {
   readonly bytes_total: number;
 }
 
+/** proto/dedupd.proto, Below: a directory, or the layers of a merged image (bottom to top). */
+export interface BelowMessage {
+  readonly directory: string;
+  readonly layers: readonly LayerKeyMessage[];
+}
+
 /** What the service calls; implemented by data-plane.ts. */
 export interface ControlledPlane {
   readonly root: string;
@@ -72,6 +78,7 @@ export interface ControlledPlane {
   mountImage(
     layers: readonly LayerKeyMessage[],
     bottom: boolean,
+    below: readonly BelowMessage[],
   ): Promise<{ path: string; mountId: number; rootUid: number; rootGid: number }>;
   releaseImages(inUse: readonly number[]): Promise<number>;
   retainLayers(layers: readonly LayerKeyMessage[]): Promise<number>;
@@ -143,8 +150,8 @@ export async function startControlServer(options: ControlServerOptions): Promise
       transport: plane.transportName,
     })),
     PrepareLayer: unary('PrepareLayer', log, (request: PrepareLayerMessage) => plane.prepareLayer(request)),
-    MountImage: unary('MountImage', log, async (request: { layers: LayerKeyMessage[]; bottom: boolean }) => {
-      const { path, mountId, rootUid, rootGid } = await plane.mountImage(request.layers, request.bottom);
+    MountImage: unary('MountImage', log, async ({ layers, bottom, below }: MountImageMessage) => {
+      const { path, mountId, rootUid, rootGid } = await plane.mountImage(layers, bottom, below);
       return { path, mount_id: mountId, root_uid: rootUid, root_gid: rootGid };
     }),
     ReleaseImages: unary('ReleaseImages', log, async (request: { in_use: number[] }) => ({
@@ -209,6 +216,12 @@ export async function startControlServer(options: ControlServerOptions): Promise
       return closing;
     },
   };
+}
+
+interface MountImageMessage {
+  readonly layers: readonly LayerKeyMessage[];
+  readonly bottom: boolean;
+  readonly below: readonly BelowMessage[];
 }
 
 interface MountReferenceMessage {

@@ -2,7 +2,7 @@
 // mounted images. The control server calls it; it decides nothing about snapshots.
 import { existsSync } from 'node:fs';
 import { readdir, rm } from 'node:fs/promises';
-import { join } from 'node:path';
+import { isAbsolute, join } from 'node:path';
 import type { Config } from '../config.ts';
 import { type Digest, isDigest, parseDigest } from '../digest.ts';
 import { DedupError } from '../errors.ts';
@@ -13,6 +13,7 @@ import { MiB } from '../units.ts';
 import type { LayerRecord, LayerSourceName, LayerTrust } from './chunks/index-protocol.ts';
 import { NodeStore } from './chunks/node-store.ts';
 import type {
+  BelowMessage,
   ControlledPlane,
   ImageInfoMessage,
   LayerKeyMessage,
@@ -27,7 +28,7 @@ import type { LayerIndex } from './index/layer-index.ts';
 import { RestartReader, WindowCache } from './index/restart-reader.ts';
 import { LayerBook } from './layer-book.ts';
 import { LazyLoader } from './lazy-loader.ts';
-import { type MountableLayer, MountTable } from './mount-table.ts';
+import { type MountableBelow, type MountableLayer, MountTable } from './mount-table.ts';
 import { native } from './native.ts';
 import { ReferenceMounts } from './reference-mounts.ts';
 import type { BlobId, Repository } from './registry/blob-reader.ts';
@@ -373,9 +374,23 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
   async mountImage(
     layers: readonly LayerKeyMessage[],
     bottom: boolean,
+    below: readonly BelowMessage[],
   ): Promise<{ path: string; mountId: number; rootUid: number; rootGid: number }> {
+    const lowers: MountableBelow[] = [];
+    for (const { directory, layers } of bottom ? [] : below) {
+      if (layers.length > 0) lowers.push({ kind: 'layers', layers: await this.#mountableLayers(layers) });
+      else if (isAbsolute(directory)) lowers.push({ kind: 'directory', path: directory });
+      else throw new DedupError('INVALID_ARGUMENT', 'what lies below an image is an absolute path, or layers');
+    }
+    const image = await this.#mounts.mount(await this.#mountableLayers(layers), bottom, lowers);
+    image.used = true;
+    return { path: image.path, mountId: image.id, rootUid: image.rootUid, rootGid: image.rootGid };
+  }
+
+  /** Errors: NOT_FOUND for a layer that was dropped. */
+  async #mountableLayers(keys: readonly LayerKeyMessage[]): Promise<MountableLayer[]> {
     const mountable: MountableLayer[] = [];
-    for (const key of layers) {
+    for (const key of keys) {
       const row = this.#book.find(key);
       if (row === undefined) {
         throw new DedupError('NOT_FOUND', `layer ${key.digest} is not known to this node any more`, {
@@ -384,9 +399,7 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
       }
       mountable.push(await this.#mountable(row));
     }
-    const image = await this.#mounts.mount(mountable, bottom);
-    image.used = true;
-    return { path: image.path, mountId: image.id, rootUid: image.rootUid, rootGid: image.rootGid };
+    return mountable;
   }
 
   async releaseImages(inUse: readonly number[]): Promise<number> {

@@ -20,6 +20,11 @@ export interface MountableLayer {
   readonly indexPath: string;
 }
 
+/** What lies below an image that is not at the bottom: a directory on disk, or the layers of another image (bottom to top). */
+export type MountableBelow =
+  | { readonly kind: 'directory'; readonly path: string }
+  | { readonly kind: 'layers'; readonly layers: readonly MountableLayer[] };
+
 /** What the table needs of the node store. */
 export interface ImageRegistry {
   readonly storeBytes: number;
@@ -80,23 +85,33 @@ export class MountTable {
   }
 
   /**
-   * Mounts the image of `layers` (bottom to top); `bottom` is true when nothing lies below it. Idempotent and shared.
-   * Errors: IMAGE_INVALID, INDEX_INVALID, KERNEL, STORE_IO.
+   * Mounts the image of `layers` (bottom to top); `bottom` is true when nothing lies below it, else `below` says what
+   * does, top to bottom. Idempotent and shared. Errors: IMAGE_INVALID, INDEX_INVALID, KERNEL, STORE_IO.
    */
-  mount(layers: readonly MountableLayer[], bottom: boolean): Promise<MountedImage> {
+  mount(
+    layers: readonly MountableLayer[],
+    bottom: boolean,
+    below: readonly MountableBelow[] = [],
+  ): Promise<MountedImage> {
     if (this.#closed) throw new DedupError('CLOSED', 'dedupd is stopping');
     if (layers.length === 0) throw new DedupError('INVALID_ARGUMENT', 'an image needs at least one layer');
-    const key = createHash('sha256')
-      .update(JSON.stringify([this.#options.layout, bottom, layers.map((layer) => layer.layerId)]))
-      .digest('hex');
+    // What lies below is part of an image: directories of its own take attributes from there.
+    const lowers = below.map((lower) => (lower.kind === 'directory' ? lower.path : lower.layers.map(idOf)));
+    const identity = [this.#options.layout, bottom, layers.map(idOf), ...(bottom ? [] : lowers)];
+    const key = createHash('sha256').update(JSON.stringify(identity)).digest('hex');
     const running = this.#mounting.get(key);
     if (running !== undefined) return running;
-    const started = this.#mount(key, layers, bottom).finally(() => this.#mounting.delete(key));
+    const started = this.#mount(key, layers, bottom, below).finally(() => this.#mounting.delete(key));
     this.#mounting.set(key, started);
     return started;
   }
 
-  async #mount(key: string, layers: readonly MountableLayer[], bottom: boolean): Promise<MountedImage> {
+  async #mount(
+    key: string,
+    layers: readonly MountableLayer[],
+    bottom: boolean,
+    below: readonly MountableBelow[],
+  ): Promise<MountedImage> {
     const { paths, images, transport, layout, log } = this.#options;
     const id = await images.imageFor(
       key,
@@ -113,7 +128,9 @@ export class MountTable {
     try {
       // Metadata is renamed into place complete and synced; a key stands for addresses that never change. That of the
       // flat layout counts from where it lies, which may be elsewhere each time.
-      if (flatOffset !== undefined || !existsSync(metadata)) await this.#build(metadata, layers, bottom, flatOffset);
+      if (flatOffset !== undefined || !existsSync(metadata)) {
+        await this.#build(metadata, layers, bottom, below, flatOffset);
+      }
       if (flatOffset !== undefined) await images.placeMetadata(flatOffset, metadata);
       const builtMs = performance.now();
       const path = paths.mountPoint(id);
@@ -160,6 +177,7 @@ export class MountTable {
     output: string,
     layers: readonly MountableLayer[],
     bottom: boolean,
+    below: readonly MountableBelow[],
     flatOffset: number | undefined,
   ): Promise<void> {
     const { images } = this.#options;
@@ -171,6 +189,11 @@ export class MountTable {
       await this.#options.build({
         layers: sources,
         bottom,
+        below: below.map((lower) =>
+          lower.kind === 'directory'
+            ? lower
+            : { kind: 'layers', indexes: lower.layers.map((layer) => layer.indexPath) },
+        ),
         layout:
           flatOffset !== undefined
             ? { kind: 'flat', baseAddress: flatOffset }
@@ -250,6 +273,10 @@ export class MountTable {
     await Promise.allSettled(this.#mounting.values());
     for (const image of this.list()) await this.#unmount(image);
   }
+}
+
+function idOf(layer: MountableLayer): number {
+  return layer.layerId;
 }
 
 /** Owner of the root directory, from the metadata file itself: no path below a lazy mount is touched. */

@@ -10,7 +10,14 @@ import {
 import { DedupError, ERROR_CODES, type ErrorCode, GrpcStatus, wrapError } from '../errors.ts';
 import { DEDUPD_PROTOCOL, loadProto } from '../protocol.ts';
 import { MiB } from '../units.ts';
-import type { ImageMounter, LayerKey, MountedImage, PrepareLayerArgs, PrepareLayerResult } from './images.ts';
+import type {
+  ImageMounter,
+  LayerKey,
+  MountedImage,
+  MountImageArgs,
+  PrepareLayerArgs,
+  PrepareLayerResult,
+} from './images.ts';
 
 export interface DedupdHello {
   readonly protocol: number;
@@ -134,8 +141,12 @@ export class DedupdClient implements ImageMounter {
     return await this.#call('PrepareLayer', { layer, sources, manifest, siblings, budget_ms, size: 0 }, budgetMs);
   }
 
-  async mountImage(args: { layers: readonly LayerKey[]; bottom: boolean }): Promise<MountedImage> {
-    const request = { layers: args.layers, bottom: args.bottom };
+  async mountImage({ layers, bottom, below }: MountImageArgs): Promise<MountedImage> {
+    const request = {
+      layers,
+      bottom,
+      below: below.map((lower) => (lower.kind === 'directory' ? { directory: lower.path } : { layers: lower.layers })),
+    };
     const { path, mount_id, root_uid, root_gid } = await this.#call<MountImageMessage>('MountImage', request);
     return { path, mountId: mount_id, rootUid: root_uid, rootGid: root_gid };
   }

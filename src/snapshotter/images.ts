@@ -34,6 +34,20 @@ export interface PrepareLayerResult {
   readonly layer: LayerKey;
 }
 
+/** One lower of a snapshot below a merged image: a layer unpacked on disk, or another merged image (bottom to top). */
+export type Below =
+  | { readonly kind: 'directory'; readonly path: string }
+  | { readonly kind: 'layers'; readonly layers: readonly LayerKey[] };
+
+export interface MountImageArgs {
+  /** Bottom to top. */
+  readonly layers: readonly LayerKey[];
+  /** True when nothing lies below: whiteouts are resolved away. */
+  readonly bottom: boolean;
+  /** Top to bottom; empty when `bottom`. Directories that no layer describes look as they do there. */
+  readonly below: readonly Below[];
+}
+
 export interface MountedImage {
   /** Mount point; stable for the same layers. */
   readonly path: string;
@@ -47,10 +61,10 @@ export interface ImageMounter {
   /** Errors: UNAVAILABLE, DEADLINE and those of the registry. A layer that is not lazily loadable is not an error. */
   prepareLayer(args: PrepareLayerArgs): Promise<PrepareLayerResult>;
   /**
-   * Mounts the merged image of `layers`, bottom to top; the same layers give the same mount. `bottom`: nothing lies
-   * below, whiteouts are resolved away. Errors: UNAVAILABLE, DEADLINE, IMAGE_INVALID.
+   * Mounts the merged image of `layers`; the same layers over the same give the same mount.
+   * Errors: UNAVAILABLE, DEADLINE, IMAGE_INVALID.
    */
-  mountImage(args: { layers: readonly LayerKey[]; bottom: boolean }): Promise<MountedImage>;
+  mountImage(args: MountImageArgs): Promise<MountedImage>;
   /** Unmounts every merged image but these. */
   releaseImages(inUse: readonly number[]): Promise<void>;
   /** Drops every layer but these. */

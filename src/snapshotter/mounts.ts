@@ -3,7 +3,7 @@
 import { existsSync } from 'node:fs';
 import { release } from 'node:os';
 import type { RootPaths } from '../paths.ts';
-import type { LayerKey } from './images.ts';
+import type { Below, LayerKey } from './images.ts';
 import type { SnapshotKind, SnapshotRecord } from './snapshot-record.ts';
 
 /** A mount as containerd's types.Mount. */
@@ -49,6 +49,15 @@ export function segments(chain: readonly SnapshotRecord[]): Segment[] {
   }
   flush(true);
   return result;
+}
+
+/** What dedupd is told of the lowers below a merged image; both top to bottom. */
+export function describeBelow(lowers: readonly Segment[], paths: RootPaths): Below[] {
+  return lowers.map((lower) =>
+    lower.kind === 'normal'
+      ? { kind: 'directory', path: paths.snapshotFs(lower.id) }
+      : { kind: 'layers', layers: lower.layers },
+  );
 }
 
 const OVERLAY_OFF = ['index', 'metacopy', 'redirect_dir'] as const;

@@ -8,11 +8,11 @@ import { Cleaner } from './cleanup.ts';
 import { deleteTree, diskUsage } from './disk-tree.ts';
 import { parseFilters } from './filters.ts';
 import { Gate } from './gate.ts';
-import type { ImageMounter, LayerKey, Source } from './images.ts';
+import type { ImageMounter, LayerKey, MountedImage, Source } from './images.ts';
 import { writeInfoFile } from './info-file.ts';
 import { type Labels, type LayerLabels, layerLabels, remoteName } from './labels.ts';
 import type { Metastore } from './metastore-client.ts';
-import { type Lower, type Mount, mountsOf, overlayOptions, segments } from './mounts.ts';
+import { describeBelow, type Lower, type Mount, mountsOf, overlayOptions, type Segment, segments } from './mounts.ts';
 import { RemoteLayers } from './remote-layers.ts';
 import { restore } from './restore.ts';
 import { type NewSnapshot, requireMove, type SnapshotKind, type SnapshotRecord } from './snapshot-record.ts';
@@ -232,12 +232,13 @@ export class Snapshotter {
     const id = ++this.#lastId;
     const lowers: Lower[] = [];
     let owner: Owner | undefined;
-    for (const segment of segments(chain)) {
+    const wantedLowers = segments(chain);
+    for (const [position, segment] of wantedLowers.entries()) {
       if (segment.kind === 'normal') {
         lowers.push(segment);
         continue;
       }
-      const { path, mountId, rootUid, rootGid } = await this.#options.images.mountImage(segment);
+      const { path, mountId, rootUid, rootGid } = await this.#mountImage(segment, wantedLowers.slice(position + 1));
       lowers.push({ ...segment, path, mountId });
       // The owner comes with the mount: this process touches no path below a lazy one.
       if (lowers.length === 1) owner = { uid: rootUid ?? 0, gid: rootGid ?? 0 };
@@ -245,6 +246,12 @@ export class Snapshotter {
     const snapshot = { ...wanted, id, lowers };
     await this.#insert(snapshot, () => this.#makeDirectories(snapshot, owner));
     return mountsOf({ id, kind: mountedKind(wanted.kind) }, lowers, this.#paths, this.#overlayOptions());
+  }
+
+  /** `below`: the lowers under this one, top to bottom. */
+  #mountImage(segment: Segment & { kind: 'lazy' }, below: readonly Segment[]): Promise<MountedImage> {
+    const { layers, bottom } = segment;
+    return this.#options.images.mountImage({ layers, bottom, below: describeBelow(below, this.#paths) });
   }
 
   /** Makes the directory, then the record; a record never stands without its directory. */
@@ -280,12 +287,12 @@ export class Snapshotter {
   async #mountAgain(snapshot: SnapshotRecord): Promise<readonly Lower[]> {
     const lowers: Lower[] = [];
     let moved = false;
-    for (const lower of snapshot.lowers) {
+    for (const [position, lower] of snapshot.lowers.entries()) {
       if (lower.kind === 'normal') {
         lowers.push(lower);
         continue;
       }
-      const { path, mountId } = await this.#options.images.mountImage({ layers: lower.layers, bottom: lower.bottom });
+      const { path, mountId } = await this.#mountImage(lower, snapshot.lowers.slice(position + 1));
       if (path !== lower.path || mountId !== lower.mountId) {
         moved = true;
         this.#log.warn(

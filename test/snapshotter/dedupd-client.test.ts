@@ -50,8 +50,8 @@ describe('the client of dedupd', () => {
         seen.push(request.budget_ms, request.sources, request.manifest, request.siblings);
         return { lazy: true, reason: '', layer: { ...request.layer, scope: 'host' } };
       },
-      mountImage: async (layers, bottom) => {
-        seen.push(layers, bottom);
+      mountImage: async (layers, bottom, below) => {
+        seen.push(layers, bottom, below);
         return { path: '/r/mounts/7', mountId: 7, rootUid: 1000, rootGid: 4294967294 };
       },
       releaseImages: async (inUse) => seen.push(inUse),
@@ -63,11 +63,19 @@ describe('the client of dedupd', () => {
     const sources = [{ host: 'h', repository: 'r' }];
     const prepared = await dedupd.prepareLayer({ layer, sources, manifest: 'm', siblings: [layer], budgetMs: 2000 });
     assert.deepEqual(prepared, { lazy: true, reason: '', layer: { ...layer, scope: 'host' } });
-    const mounted = await dedupd.mountImage({ layers: [layer], bottom: true });
+    const below = [
+      { kind: 'directory', path: '/r/snapshots/3/fs' } as const,
+      { kind: 'layers', layers: [layer] } as const,
+    ];
+    const mounted = await dedupd.mountImage({ layers: [layer], bottom: false, below });
     assert.deepEqual(mounted, { path: '/r/mounts/7', mountId: 7, rootUid: 1000, rootGid: 4294967294 });
     await dedupd.releaseImages([7, 8]);
     await dedupd.retainLayers([layer]);
-    assert.deepEqual(seen, [1800, sources, 'm', [layer], [layer], true, [7, 8], [layer]]);
+    const belowMessages = [
+      { directory: '/r/snapshots/3/fs', layers: [] },
+      { directory: '', layers: [layer] },
+    ];
+    assert.deepEqual(seen, [1800, sources, 'm', [layer], [layer], false, belowMessages, [7, 8], [layer]]);
     assert.deepEqual(await dedupd.layerUsage(layer), { bytes: 2 ** 40, inodes: 3 });
   });
 
@@ -80,7 +88,7 @@ describe('the client of dedupd', () => {
       },
     });
     await sleep(600);
-    const call = () => dedupd.mountImage({ layers: [layer], bottom: true });
+    const call = () => dedupd.mountImage({ layers: [layer], bottom: true, below: [] });
     await assert.rejects(call(), code('IMAGE_INVALID', /^dedupd: no such\nlayer \(look\)$/));
     await server?.close();
     await assert.rejects(call(), code('UNAVAILABLE'));

@@ -142,6 +142,16 @@ describe('remote snapshots', () => {
       { layers: [digestOf('c'), digestOf('d')], bottom: false },
       { layers: [digestOf('a'), digestOf('b')], bottom: true },
     ]);
+    const said = images.below
+      .slice(-2)
+      .map((lowers) =>
+        lowers.map((lower) =>
+          lower.kind === 'directory'
+            ? existsSync(join(lower.path, 'middle'))
+            : lower.layers.map(({ digest }) => digest),
+        ),
+      );
+    assert.deepEqual(said, [[true, [digestOf('a'), digestOf('b')]], []]);
     const root = join(dir, 'merged');
     await mkdir(root);
     await run('mount', ['-t', 'overlay', '-o', mount?.options.join(',') ?? '', 'overlay', root]);
@@ -158,12 +168,17 @@ describe('remote snapshots', () => {
   });
 
   test('after a restart Mounts asks for the same lower set again', async () => {
-    const top = await ordinary('top', await remote('a'));
+    const top = await remote('b', await ordinary('middle', await remote('a')));
     const mounts = await service.client.prepare('key', top);
+    const below = images.below.slice(-2);
     await service.restart();
     images.mounted.length = 0;
     assert.deepEqual(await service.client.mounts('key'), mounts);
-    assert.deepEqual(images.mounted, [{ layers: [digestOf('a')], bottom: true }]);
+    assert.deepEqual(images.mounted, [
+      { layers: [digestOf('b')], bottom: false },
+      { layers: [digestOf('a')], bottom: true },
+    ]);
+    assert.deepEqual(images.below.slice(-2), below);
   });
 
   test('Cleanup names what is in use, and not what was removed', async () => {

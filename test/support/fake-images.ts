@@ -8,6 +8,7 @@ import type {
   ImageMounter,
   LayerKey,
   MountedImage,
+  MountImageArgs,
   PrepareLayerArgs,
   PrepareLayerResult,
 } from '../../src/snapshotter/images.ts';
@@ -18,6 +19,8 @@ export class FakeImages implements ImageMounter {
   readonly #ids = new Map<string, number>();
   readonly prepared: PrepareLayerArgs[] = [];
   readonly mounted: { layers: string[]; bottom: boolean }[] = [];
+  /** What was said to lie below, of each call in `mounted`. */
+  readonly below: MountImageArgs['below'][] = [];
   readonly released: (readonly number[])[] = [];
   readonly retained: string[][] = [];
   /** Set: every call fails as when dedupd is down. */
@@ -49,10 +52,11 @@ export class FakeImages implements ImageMounter {
     return { lazy, reason: lazy ? '' : 'no index is known', layer: { ...args.layer, index: 'sha256:index' } };
   }
 
-  async mountImage(args: { layers: readonly LayerKey[]; bottom: boolean }): Promise<MountedImage> {
+  async mountImage(args: MountImageArgs): Promise<MountedImage> {
     this.#requireUp();
     const digests = args.layers.map(({ digest }) => digest);
     this.mounted.push({ layers: digests, bottom: args.bottom });
+    this.below.push(args.below);
     const key = `${digests.join()} ${args.bottom}`;
     const mountId = this.#ids.get(key) ?? this.#ids.size + 1;
     this.#ids.set(key, mountId);
