@@ -111,6 +111,7 @@ export class LayerBook implements LayerProvider {
   sources(layerId: number): LayerBlobSource[] {
     return this.get(layerId).sources.map((source) => ({
       host: source.host,
+      name: `${source.host}/${source.repository}`,
       reader: this.#options.repository(source),
     }));
   }

@@ -12,6 +12,7 @@ import {
   type FetchStats,
   type LoaderNative,
   type LoaderStore,
+  nameOf,
   type RunOutput,
   SpanFetcher,
   toStore,
@@ -312,25 +313,25 @@ export class LazyLoader {
       if (inPlace !== undefined) return bytesIn(ref, inPlace);
       if (this.#store.isPresent(ref.address, ref.length)) return undefined;
       const rejected = outputs.find((output) => output.bad.has(ref.address));
-      let host = rejected?.host;
+      let source = rejected?.source;
       if (rejected === undefined) {
         const assembled = this.#assemble(ref, outputs);
         // Bytes that were kept have gone from memory since: once more.
         if (assembled === undefined) continue;
         const [stored] = await this.#store.store(assembled, [toStore(ref, 0)]);
         if (stored === 1) return assembled;
-        host = outputs.at(-1)?.host;
+        source = outputs.at(-1)?.source;
       }
       mismatch = true;
       for (const span of spansOf(ref)) {
         this.#fetcher.edges.drop(ref.map.layerId, span);
         ref.map.layer.windows.forget?.(span, 1);
       }
-      if (host === undefined) break;
-      this.#fetcher.distrust(ref.map, host);
-      const others = ref.map.layer.sources().some((source) => source.host !== host && !bad.has(source.host));
+      if (source === undefined) break;
+      this.#fetcher.distrust(ref.map, source);
+      const others = ref.map.layer.sources().some((other) => nameOf(other) !== source && !bad.has(nameOf(other)));
       if (bad.size > 0 || !others) break;
-      bad.add(host);
+      bad.add(source);
     }
     if (!mismatch)
       throw new DedupError('STORE_IO', `what was fetched for address ${ref.address} did not stay in memory`);

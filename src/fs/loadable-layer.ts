@@ -14,6 +14,8 @@ export type LayerChunks = Pick<
 /** One place a layer can be read from. Sources with one host share its limit of parallel requests. */
 export interface LayerBlobSource {
   readonly host: string;
+  /** Tells sources of one host apart: "host/repository". Default: the host. */
+  readonly name?: string;
   readonly reader: BlobReader;
 }
 

@@ -58,7 +58,8 @@ export const DEFAULT_FETCH_LIMITS: FetchLimits = Object.freeze({
 
 /** What a finished flight gives to those who waited for one of its spans. */
 export interface RunOutput extends TarBytes {
-  readonly host: string;
+  /** Name of the source they came from. */
+  readonly source: string;
   /** Addresses of pieces that were stored out of these bytes. */
   readonly stored: ReadonlySet<number>;
   /** Addresses of pieces whose bytes do not have their digest. */
@@ -206,17 +207,22 @@ export class SpanFetcher {
     return queue;
   }
 
-  /** Sources of a layer, those that failed lately last. */
+  /** Sources of a layer, those that failed lately last. None when the layer was dropped meanwhile. */
   #sources(map: LayerMap): LayerBlobSource[] {
     const now = performance.now();
     const distrusted = (source: LayerBlobSource): number =>
-      Number((this.#distrusted.get(`${map.layerId} ${source.host}`) ?? 0) > now);
-    return map.layer.sources().toSorted((a, b) => distrusted(a) - distrusted(b));
+      Number((this.#distrusted.get(`${map.layerId} ${nameOf(source)}`) ?? 0) > now);
+    try {
+      return map.layer.sources().toSorted((a, b) => distrusted(a) - distrusted(b));
+    } catch (error) {
+      this.#log.warn({ err: error, layer: map.blob.digest }, 'the sources of a layer are not known');
+      return [];
+    }
   }
 
   /** Tries this source of the layer last for a while. */
-  distrust(map: LayerMap, host: string): void {
-    this.#distrusted.set(`${map.layerId} ${host}`, performance.now() + DISTRUST_MS);
+  distrust(map: LayerMap, source: string): void {
+    this.#distrusted.set(`${map.layerId} ${source}`, performance.now() + DISTRUST_MS);
   }
 
   /** Takes a flight and its wanted neighbours that wait too, as far as one request may reach. */
@@ -258,7 +264,7 @@ export class SpanFetcher {
 
   #nextSource(run: Run, failed: LayerBlobSource, failures: readonly string[], error: unknown): void {
     const code = errorCode(error);
-    const tried = [...failures, failed.host];
+    const tried = [...failures, nameOf(failed)];
     if (
       code === 'CLOSED' ||
       code === 'STORE_IO' ||
@@ -270,10 +276,10 @@ export class SpanFetcher {
       for (const flight of run.flights) flight.reject(wrapped);
       return;
     }
-    this.distrust(run.map, failed.host);
-    const next = this.#sources(run.map).find((source) => !tried.includes(source.host));
+    this.distrust(run.map, nameOf(failed));
+    const next = this.#sources(run.map).find((source) => !tried.includes(nameOf(source)));
     this.#log.warn(
-      { err: error, layer: run.map.blob.digest, host: failed.host, next: next?.host },
+      { err: error, layer: run.map.blob.digest, source: nameOf(failed), next: next && nameOf(next) },
       'a layer source failed',
     );
     if (next === undefined) {
@@ -422,7 +428,7 @@ export class SpanFetcher {
     });
     if (before !== undefined) bytes.set(before.bytes, 0);
     if (whole && after !== undefined) bytes.set(after.bytes, after.start - start);
-    const output = { start, bytes, host: source.host, stored: new Set<number>(), bad: new Set<number>() };
+    const output = { start, bytes, source: nameOf(source), stored: new Set<number>(), bad: new Set<number>() };
     await this.#storeWhole(map, output);
     if (output.bad.size > 0) map.layer.windows.forget?.(first, flights.length);
     this.#keepEdges(map, first, last, output, whole);
@@ -443,7 +449,7 @@ export class SpanFetcher {
   /** Stores every absent piece that lies whole in the output. */
   async #storeWhole(
     map: LayerMap,
-    output: TarBytes & { host: string; stored: Set<number>; bad: Set<number> },
+    output: TarBytes & { source: string; stored: Set<number>; bad: Set<number> },
   ): Promise<void> {
     const { start, bytes } = output;
     const end = start + bytes.length;
@@ -464,7 +470,7 @@ export class SpanFetcher {
 
   #note(
     map: LayerMap,
-    output: { host: string; stored: Set<number>; bad: Set<number> },
+    output: { source: string; stored: Set<number>; bad: Set<number> },
     pieces: readonly PieceToStore[],
     result: Uint8Array,
     inPlace = true,
@@ -476,7 +482,7 @@ export class SpanFetcher {
       } else {
         this.#badPieces++;
         output.bad.add(piece.address);
-        const details = { layer: map.blob.digest, host: output.host, address: piece.address };
+        const details = { layer: map.blob.digest, source: output.source, address: piece.address };
         this.#log.warn(details, 'bytes of a layer do not have the digest its index names');
       }
     }
@@ -513,6 +519,11 @@ export class SpanFetcher {
     for (const flight of [...this.#flights.values()]) flight.reject(new DedupError('CLOSED', 'the loader is closed'));
     this.edges.clear();
   }
+}
+
+/** The name that tells a source from the others of its layer. */
+export function nameOf(source: LayerBlobSource): string {
+  return source.name ?? source.host;
 }
 
 /** The store's job for a piece whose bytes lie at `offset` of the source. */

@@ -183,6 +183,25 @@ describe('LazyLoader with a registry that misbehaves', () => {
     await assert.rejects(reading, code('CANCELLED'));
   });
 
+  it('tries every repository of one host', async () => {
+    const test = await rig();
+    const stored = await test.add(gzip, [
+      { host: 'one', name: 'one/gone', reader: new MemoryBlobs() },
+      { host: 'one', name: 'one/here', reader: new MemoryBlobs(gzip) },
+    ]);
+    assert.ok((await test.readFile(stored, 'f5')).equals(files[5]!.content));
+  });
+
+  it('fails a read, and nothing else, when the layer was dropped meanwhile', async () => {
+    const test = await rig();
+    const stored = await test.add(gzip, [{ host: 'one', reader: new MemoryBlobs(gzip) }]);
+    await test.readFile(stored, 'f5');
+    test.sources.get(stored.layerId)!.toSorted = () => {
+      throw new DedupError('NOT_FOUND', 'no such layer');
+    };
+    await assert.rejects(test.readFile(stored, 'f11'), code('UNAVAILABLE'));
+  });
+
   it('says so when a layer has no source', async () => {
     const test = await rig();
     const stored = await test.add(gzip, []);

@@ -127,6 +127,8 @@ export class NodeStore {
   /** Chain of calls that change generation or high water: one at a time. */
   #exclusive: Promise<unknown> = Promise.resolve();
   #closed = false;
+  /** Native calls that use the store's descriptors, which must not be closed, and perhaps reused, under them. */
+  readonly #using = new Set<Promise<unknown>>();
 
   private constructor(
     options: NodeStoreOptions,
@@ -203,6 +205,13 @@ export class NodeStore {
 
   #mustBeOpen(): void {
     if (this.#closed) throw new DedupError('CLOSED', 'the node store is closed');
+  }
+
+  #track<T>(work: Promise<T>): Promise<T> {
+    this.#using.add(work);
+    const settled = (): void => void this.#using.delete(work);
+    work.then(settled, settled);
+    return work;
   }
 
   /** Runs one change of generation or high water at a time. */
@@ -371,7 +380,9 @@ export class NodeStore {
     const fd = this.#file.direct.fd;
     let stored: Uint8Array;
     try {
-      stored = await this.#native.storePieces({ fd, source, offsets, lengths, digests, addresses, presence });
+      stored = await this.#track(
+        this.#native.storePieces({ fd, source, offsets, lengths, digests, addresses, presence }),
+      );
     } catch (error) {
       // Which of them were written is not known; none may stay present without waiting for a flush.
       for (const { address, length } of pieces) this.#forget(address, length);
@@ -427,15 +438,17 @@ export class NodeStore {
     this.#forget(address, bytes.length);
     const offsets = Array.from({ length: Math.ceil(bytes.length / MiB) }, (_, i) => i * MiB);
     const parts = offsets.map((offset) => bytes.subarray(offset, offset + MiB));
-    const stored = await this.#native.storePieces({
-      fd: this.#file.direct.fd,
-      source: bytes,
-      offsets: Float64Array.from(offsets),
-      lengths: Uint32Array.from(parts, (part) => part.length),
-      digests: Buffer.concat(parts.map((part) => createHash('sha256').update(part).digest())),
-      addresses: Float64Array.from(offsets, (offset) => address + offset),
-      presence: this.presence,
-    });
+    const stored = await this.#track(
+      this.#native.storePieces({
+        fd: this.#file.direct.fd,
+        source: bytes,
+        offsets: Float64Array.from(offsets),
+        lengths: Uint32Array.from(parts, (part) => part.length),
+        digests: Buffer.concat(parts.map((part) => createHash('sha256').update(part).digest())),
+        addresses: Float64Array.from(offsets, (offset) => address + offset),
+        presence: this.presence,
+      }),
+    );
     if (!stored.every((good) => good === 1)) throw new DedupError('STORE_IO', `metadata ${file} could not be stored`);
   }
 
@@ -502,6 +515,7 @@ export class NodeStore {
   async close(): Promise<void> {
     if (this.#closed) return;
     this.#closed = true;
+    await Promise.allSettled(this.#using);
     try {
       await this.#durability.flush();
     } catch {

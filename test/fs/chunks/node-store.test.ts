@@ -421,6 +421,30 @@ describe('NodeStore', () => {
     assert.equal((await test.node.store.layers()).length, 1);
   });
 
+  it('closes only after the writes that use its file have ended', async () => {
+    const layer = await layerOf(files('a'), sizes);
+    const gate = Promise.withResolvers<void>();
+    let ended = false;
+    const slow = nativeWith({
+      storePieces: async (job) => {
+        await gate.promise;
+        const written = await native().storePieces(job);
+        ended = true;
+        return written;
+      },
+    });
+    const test = await rig({}, { native: slow });
+    const stored = await test.add(layer, [{ host: 'one', reader: new MemoryBlobs(layer) }]);
+    const reading = test.readFile(stored, 'f5');
+    reading.catch(() => undefined);
+    await new Promise((resolve) => setTimeout(resolve, 50));
+    test.loader.close();
+    const closing = test.node.store.close().then(() => ended);
+    gate.resolve();
+    assert.equal(await closing, true);
+    await assert.rejects(reading, code('CLOSED'));
+  });
+
   it('says by name when it is used after it was closed', async () => {
     const test = keep(await TestStore.create());
     await test.store.close();
