@@ -67,7 +67,8 @@ export async function annotateImage(args: AnnotateArgs): Promise<IndexReport> {
     await target.repository.putManifest(digest, OCI_MANIFEST, bytes, signal);
     const subject = { mediaType: OCI_MANIFEST, digest, size: bytes.length };
     const artifact = await pushArtifact(target.repository, subject, layers, signal);
-    annotated.push({ ...rawMember(args, image), ...subject, platform: image.platform });
+    const before = rawMember(args, image);
+    annotated.push({ ...before, ...subject, platform: before.platform ?? image.platform });
     if (artifact !== undefined) artifacts.push(artifactMember(artifact.digest, artifact.bytes.length));
     reports.push({
       platform: platformName(image.platform),

@@ -5,13 +5,14 @@ import { createHash } from 'node:crypto';
 import { type Digest, digestFromBytes, digestOf } from '../../digest.ts';
 import { DedupError } from '../../errors.ts';
 import { MiB } from '../../units.ts';
+import type { RestartPoint } from '../native.ts';
 import { buildChunkTable } from './chunk-table.ts';
 import { Chunker, type IndexedPiece } from './chunker.ts';
 import { EntryColumns } from './entry-columns.ts';
 import { encodeLayerIndex } from './format.ts';
 import { MAX_SPAN_OUTPUT_BYTES } from './format-limits.ts';
 import { compressionOf, decodeLayer, tooFar } from './layer-decoder.ts';
-import { EntryType, type LayerIndex } from './layer-index.ts';
+import { type Compression, EntryType, type LayerIndex } from './layer-index.ts';
 import { FramingWriter, SpanWriter } from './restart-blob.ts';
 import { type TarMember, TarReader, type TarSink } from './tar-reader.ts';
 
@@ -66,17 +67,24 @@ export async function buildLayerIndex(options: BuildOptions): Promise<BuiltIndex
   const spans = new SpanWriter();
   const tar = new TarReader(new LayerSink(entries, chunker, framing, chunkBytes));
 
-  const { compression, slices } = await detected(checked(options));
   const tarHash = createHash('sha256');
-  for await (const output of decodeLayer(slices, compression, spanBytes, (point) => {
-    if (point.outOffset - spans.lastOutOffset > MAX_SPAN_OUTPUT_BYTES) throw tooFar(spans.lastOutOffset);
-    spans.add(point);
-  })) {
-    tarHash.update(output);
-    tar.push(output);
-    if (pending.length > 0) await Promise.all(pending.splice(0));
+  const source = checked(options);
+  let compression: Compression;
+  try {
+    compression = await readThrough(source, spanBytes, spans, (output) => {
+      tarHash.update(output);
+      tar.push(output);
+      return pending.length === 0 ? undefined : Promise.all(pending.splice(0));
+    });
+    tar.finish();
+  } catch (error) {
+    await Promise.allSettled(pending);
+    // Bytes damaged on the way would else pass for a layer that is malformed for everyone.
+    if (error instanceof DedupError && error.code === 'LAYER_INVALID') for await (const _rest of source);
+    throw error;
+  } finally {
+    await source.return(undefined);
   }
-  tar.finish();
   if (tar.offset - spans.lastOutOffset > MAX_SPAN_OUTPUT_BYTES) throw tooFar(spans.lastOutOffset);
 
   const { files, zero, storedPieces } = chunker.finish();
@@ -164,8 +172,13 @@ async function* checked(options: BuildOptions): AsyncGenerator<Buffer> {
     throw new DedupError('DIGEST_MISMATCH', `${doing}: its bytes have the digest ${digest}`);
 }
 
-/** Reads far enough to tell the compression, and gives the whole stream back. */
-async function detected(source: AsyncGenerator<Buffer>) {
+/** Decompresses all of `source`, which is left open when something goes wrong, and gives each buffer to `take`. */
+async function readThrough(
+  source: AsyncGenerator<Buffer>,
+  spanBytes: number,
+  spans: SpanWriter,
+  take: (output: Buffer) => Promise<unknown> | undefined,
+): Promise<Compression> {
   const head: Buffer[] = [];
   let length = 0;
   while (length < 4) {
@@ -174,9 +187,19 @@ async function detected(source: AsyncGenerator<Buffer>) {
     head.push(next.value);
     length += next.value.length;
   }
+  const compression = compressionOf(Buffer.concat(head));
+  // Not `yield*`: that would close the source together with this.
   async function* slices(): AsyncGenerator<Buffer> {
     yield* head;
-    yield* source;
+    for (let next = await source.next(); next.done !== true; next = await source.next()) yield next.value;
   }
-  return { compression: compressionOf(Buffer.concat(head)), slices: slices() };
+  const onPoint = (point: RestartPoint): void => {
+    if (point.outOffset - spans.lastOutOffset > MAX_SPAN_OUTPUT_BYTES) throw tooFar(spans.lastOutOffset);
+    spans.add(point);
+  };
+  for await (const output of decodeLayer(slices(), compression, spanBytes, onPoint)) {
+    const waiting = take(output);
+    if (waiting !== undefined) await waiting;
+  }
+  return compression;
 }

@@ -313,6 +313,9 @@ describe('the index builder', () => {
     await fails(indexOf(whole, { layerBytes: whole.length + 1 }), 'DIGEST_MISMATCH');
     await fails(indexOf(whole, { layerBytes: whole.length - 1 }), 'DIGEST_MISMATCH');
     await fails(indexOf(layer), 'LAYER_INVALID', /cut off/);
+    const damaged = Buffer.from(gzipSync(TAR));
+    damaged.fill(0x55, 50_000, 50_100);
+    await fails(indexOf(damaged, { layerDigest: digestOf(gzipSync(TAR)), bufferBytes: 9000 }), 'DIGEST_MISMATCH');
   });
 
   test('refuses damaged, truncated and foreign streams with LAYER_INVALID', async () => {
