@@ -65,4 +65,4 @@ uninstall: ## remove what `make install` installed; images and configuration sta
 	@scripts/install.sh --uninstall
 
 clean: ## remove everything that was built
-	rm -rf dist bin native/build node_modules .cache
+	rm -rf dist bin native/build node_modules .cache .compile-cache

@@ -1,6 +1,7 @@
 // Entry point of `dedup-snapshotter`: checks the runtime, then hands over to the command line.
-import { requireSupportedNode } from './runtime.ts';
+import { keepCompiledCode, requireSupportedNode } from './runtime.ts';
 
 requireSupportedNode('dedup-snapshotter');
+await keepCompiledCode();
 const { runCommandLine } = await import('./cli/main.ts');
 await runCommandLine(process.argv);

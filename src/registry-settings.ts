@@ -26,13 +26,10 @@ export function registryOptions(config: Config): RegistryOptions {
       : endpointUrl(config.registry, 'registry');
   return {
     endpoints: { [DOCKER_HUB]: endpoint },
-    insecureHosts: [
-      ...config.insecure_registries,
-      ...config.mirrorRegistry.filter((mirror) => mirror.insecure).map((mirror) => mirror.host),
-    ],
+    insecureHosts: config.insecure_registries,
     caFiles: config.ca_files,
     mirrors: config.mirrorRegistry,
-    connections: config.dedupd.workers,
+    dataConnections: config.dedupd.workers,
     ...(config.credentials_file === undefined ? {} : { credentialsFile: config.credentials_file }),
-  } as RegistryOptions;
+  };
 }

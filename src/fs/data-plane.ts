@@ -3,6 +3,7 @@
 import { existsSync } from 'node:fs';
 import { readdir, rm } from 'node:fs/promises';
 import { isAbsolute, join } from 'node:path';
+import { LRUCache } from 'lru-cache';
 import type { Config } from '../config.ts';
 import { type Digest, isDigest, parseDigest } from '../digest.ts';
 import { DedupError } from '../errors.ts';
@@ -24,7 +25,7 @@ import type {
 import { buildImage } from './image/build-image.ts';
 import { buildLayerIndex } from './index/builder.ts';
 import { IndexCatalog } from './index/discovery.ts';
-import type { LayerIndex } from './index/layer-index.ts';
+import { INDEX_ANNOTATION, type LayerIndex } from './index/layer-index.ts';
 import { RestartReader, WindowCache } from './index/restart-reader.ts';
 import { LayerBook } from './layer-book.ts';
 import { LazyLoader } from './lazy-loader.ts';
@@ -33,6 +34,7 @@ import { native } from './native.ts';
 import { ReferenceMounts } from './reference-mounts.ts';
 import type { BlobId, Repository } from './registry/blob-reader.ts';
 import { type Credentials, parseUserPassword } from './registry/credentials.ts';
+import { parseManifest } from './registry/image-manifest.ts';
 import { RegistryPool } from './registry/pool.ts';
 import { inspectMachine } from './transport/machine.ts';
 import { chooseTransport, openTransport, type TransportChoice } from './transport/select.ts';
@@ -74,6 +76,8 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
   readonly #credentials: Map<string, Credentials>;
   /** Layers whose index is being fetched, by identity: calls share it, and it goes on when a budget ends. */
   readonly #adding = new Map<string, Promise<LayerRecord>>();
+  /** Images that were looked at as a whole lately, by manifest and source. */
+  readonly #prepared = new LRUCache<string, true>({ max: 1000, ttl: EXPECTED_MS });
   /** Layers that were fetched ahead of their Prepare, and until when they are kept for it, by performance.now(). */
   readonly #expected = new Map<number, number>();
   /** Mount ids that keys of the snapshotter were given, as told last. */
@@ -239,12 +243,7 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
       reference: '',
     });
     const layer = wanted(request.layer);
-    // The indexes of all layers of an image are fetched together, at the first call that names them.
-    for (const sibling of request.siblings) {
-      if (sibling.digest !== request.layer.digest && sibling.index !== '') {
-        this.#fetchAhead(wanted(sibling));
-      }
-    }
+    if (isDigest(request.manifest)) this.#prepareImage(request.manifest, request.sources);
     const budget = AbortSignal.timeout(Math.max(1, request.budget_ms));
     try {
       const row = await abandonOn(budget, this.#layer(layer, this.#stop.signal));
@@ -261,16 +260,40 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
     }
   }
 
-  /** Fetches the index of a layer whose Prepare is still to come. */
-  #fetchAhead(wanted: WantedLayer): void {
-    if (this.#book.find(wanted.key) !== undefined) return;
-    this.#layer(wanted, this.#stop.signal).then(
-      (row) => this.#expected.set(row.id, performance.now() + EXPECTED_MS),
-      (error: unknown) => {
-        // Its own Prepare tries again, and says why if that fails too.
-        this.#options.log.debug({ err: error, layer: wanted.key.digest }, 'fetching an index ahead failed');
-      },
+  /**
+   * At the first call that names an image: the indexes of all its layers are fetched together, and if every layer is
+   * lazy its file system is built, while the client still asks for one layer after the other.
+   */
+  #prepareImage(manifest: Digest, sources: readonly LayerSourceName[]): void {
+    const key = JSON.stringify([manifest, sources[0]]);
+    if (this.#prepared.has(key)) return;
+    this.#prepared.set(key, true);
+    this.#fetchAhead(manifest, sources).catch((error: unknown) => {
+      // Nothing depends on it: every Prepare asks for its own layer, and says why if that fails too.
+      this.#prepared.delete(key);
+      this.#options.log.debug({ err: error, manifest }, 'preparing an image ahead failed');
+    });
+  }
+
+  async #fetchAhead(manifest: Digest, sources: readonly LayerSourceName[]): Promise<void> {
+    const source = sources[0];
+    if (source === undefined) return;
+    const { bytes } = await this.#repository(source).getManifest(manifest, this.#stop.signal);
+    const { layers } = parseManifest(bytes, `manifest ${manifest}`);
+    const rows = await Promise.all(
+      layers.map(async ({ digest, annotations }) => {
+        const index = annotations[INDEX_ANNOTATION] ?? '';
+        const key = { digest, index, scope: this.#scopeOf(source) };
+        if (index === '') return undefined;
+        const known = this.#book.find(key) !== undefined;
+        const row = await this.#layer({ key, sources, manifest, reference: '' }, this.#stop.signal);
+        if (!known) this.#expected.set(row.id, performance.now() + EXPECTED_MS);
+        return row;
+      }),
     );
+    const lazy = rows.filter((row) => row !== undefined);
+    if (lazy.length < rows.length) return;
+    await this.#mounts.prebuild(await Promise.all(lazy.map((row) => this.#mountable(row))));
   }
 
   /** The stored layer; its index is fetched when it is not known. Errors: LAYER_NOT_LAZY with the reason, and of the registry. */

@@ -76,6 +76,7 @@ export class MountTable {
   /** Work in flight by image key: two calls for one image share it, and removal waits for it. */
   readonly #mounting = new Map<string, Promise<MountedImage>>();
   readonly #layers = new Map<number, readonly number[]>();
+  readonly #building = new Map<number, Promise<void>>();
   /** Regions of the store that hold metadata of flat images, by image. */
   readonly #regions = new Map<number, number>();
   #closed = false;
@@ -98,7 +99,7 @@ export class MountTable {
     // What lies below is part of an image: directories of its own take attributes from there.
     const lowers = below.map((lower) => (lower.kind === 'directory' ? lower.path : lower.layers.map(idOf)));
     const identity = [this.#options.layout, bottom, layers.map(idOf), ...(bottom ? [] : lowers)];
-    const key = createHash('sha256').update(JSON.stringify(identity)).digest('hex');
+    const key = imageKey(identity);
     const running = this.#mounting.get(key);
     if (running !== undefined) return running;
     const started = this.#mount(key, layers, bottom, below).finally(() => this.#mounting.delete(key));
@@ -128,9 +129,7 @@ export class MountTable {
     try {
       // Metadata is renamed into place complete and synced; a key stands for addresses that never change. That of the
       // flat layout counts from where it lies, which may be elsewhere each time.
-      if (flatOffset !== undefined || !existsSync(metadata)) {
-        await this.#build(metadata, layers, bottom, below, flatOffset);
-      }
+      await this.#built(id, layers, bottom, below, flatOffset);
       if (flatOffset !== undefined) await images.placeMetadata(flatOffset, metadata);
       const builtMs = performance.now();
       const path = paths.mountPoint(id);
@@ -171,6 +170,36 @@ export class MountTable {
     throw new DedupError('STORE_FULL', `more than ${FLAT_REGIONS} images are mounted at once`, {
       hint: 'kernels from 5.16 on have no such limit',
     });
+  }
+
+  /**
+   * Builds the metadata of an image that is likely to be mounted soon: a pull does it while the rest of it goes on.
+   * Errors as mount.
+   */
+  async prebuild(layers: readonly MountableLayer[]): Promise<void> {
+    // Flat metadata counts from where it is mounted, which is not known yet.
+    if (this.#closed || this.#options.layout === 'flat' || layers.length === 0) return;
+    const ids = layers.map(idOf);
+    const id = await this.#options.images.imageFor(imageKey([this.#options.layout, true, ids]), ids);
+    await this.#built(id, layers, true, [], undefined);
+  }
+
+  /** Resolves once the metadata file of an image is there; builds it at most once at a time. */
+  #built(
+    id: number,
+    layers: readonly MountableLayer[],
+    bottom: boolean,
+    below: readonly MountableBelow[],
+    flatOffset: number | undefined,
+  ): Promise<void> {
+    const output = this.#options.paths.imageMetadata(id);
+    let building = this.#building.get(id);
+    if (building === undefined) {
+      if (flatOffset === undefined && existsSync(output)) return Promise.resolve();
+      building = this.#build(output, layers, bottom, below, flatOffset).finally(() => this.#building.delete(id));
+      this.#building.set(id, building);
+    }
+    return building;
   }
 
   async #build(
@@ -277,6 +306,11 @@ export class MountTable {
 
 function idOf(layer: MountableLayer): number {
   return layer.layerId;
+}
+
+/** The same layers, layout and surroundings give the same key. */
+function imageKey(identity: readonly unknown[]): string {
+  return createHash('sha256').update(JSON.stringify(identity)).digest('hex');
 }
 
 /** Owner of the root directory, from the metadata file itself: no path below a lazy mount is touched. */

@@ -106,7 +106,8 @@ export class DedupdSupervisor {
     const logFd = openSync(join(config.log_dir, 'dedupd.log'), 'a', 0o640);
     let status: number | undefined;
     try {
-      const args = ['--disable-warning=ExperimentalWarning', entry];
+      // The same flags as ours: the launcher sets those that keep memory small.
+      const args = [...process.execArgv, entry];
       if (configFile !== undefined) args.push('--config', configFile);
       const child = spawn(process.execPath, args, { detached: true, stdio: ['ignore', logFd, logFd], cwd: '/' });
       child.once('exit', (code, signal) => {

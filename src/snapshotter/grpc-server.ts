@@ -6,9 +6,9 @@ import { dirname } from 'node:path';
 import { Server, ServerCredentials, type ServiceClientConstructor } from '@grpc/grpc-js';
 import type { Logger } from 'pino';
 import { DedupError, wrapError } from '../errors.ts';
+import { loadProto } from '../protocol.ts';
 import { MiB } from '../units.ts';
 import { isErrno } from './errno.ts';
-import { loadProto } from '../protocol.ts';
 import { snapshotsService } from './snapshots-service.ts';
 import type { Snapshotter } from './snapshotter.ts';
 

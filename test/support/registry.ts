@@ -153,6 +153,16 @@ export class RegistryProcess {
     ).length;
   }
 
+  /** Answers so far and bytes of their bodies, from its access log. */
+  traffic(): { requests: number; bytes: number } {
+    let [requests, bytes] = [0, 0];
+    for (const match of this.#log.matchAll(/"GET \S+ HTTP\/1\.[01]" \d{3} (\d+)/g)) {
+      requests++;
+      bytes += Number(match[1]);
+    }
+    return { requests, bytes };
+  }
+
   /** Overwrites stored bytes of a blob, as a broken disk would. */
   async corruptBlob(digest: string, offset: number): Promise<void> {
     const hex = digest.slice(7);
