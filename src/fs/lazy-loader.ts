@@ -4,19 +4,10 @@ import { LRUCache } from 'lru-cache';
 import { DedupError, errorCode, wrapError } from '../errors.ts';
 import type { Logger } from '../log.ts';
 import { BLOCK_BYTES, type ByteRange, MiB } from '../units.ts';
-import { LayerMap, type LayerProvider, type PieceRef } from './loadable-layer.ts';
+import { LayerMap, type LayerProvider, nameOf, type PieceRef } from './loadable-layer.ts';
 import { copyTar } from './span-edges.ts';
-import {
-  DEFAULT_FETCH_LIMITS,
-  type FetchLimits,
-  type FetchStats,
-  type LoaderNative,
-  type LoaderStore,
-  nameOf,
-  type RunOutput,
-  SpanFetcher,
-  toStore,
-} from './span-fetcher.ts';
+import { DEFAULT_FETCH_LIMITS, type FetchLimits, type FetchStats, SpanFetcher } from './span-fetcher.ts';
+import { type LoaderNative, type LoaderStore, type RunOutput, toStore } from './span-storer.ts';
 
 /** What the loader needs of the node store: look-ups, reads, verified writes. */
 export interface ReadableStore extends LoaderStore {

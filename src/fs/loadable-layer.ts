@@ -19,6 +19,11 @@ export interface LayerBlobSource {
   readonly reader: BlobReader;
 }
 
+/** The name that tells a source from the others of its layer. */
+export function nameOf(source: LayerBlobSource): string {
+  return source.name ?? source.host;
+}
+
 /** Reads the decompressed windows of restart points. */
 export interface WindowReader {
   /**

@@ -1,37 +1,13 @@
 // Brings spans of layers into the node store: joins neighbouring wanted spans into one range request, tries sources in
-// turn, decodes, verifies and stores every whole piece. One flight per span. Called by LazyLoader only.
+// turn, hands what came to SpanStorer. One flight per span. Called by LazyLoader only.
 import PQueue from 'p-queue';
 import { DedupError, errorCode, wrapError } from '../errors.ts';
 import type { Logger } from '../log.ts';
 import { MiB } from '../units.ts';
-import type { PieceToStore } from './chunks/node-store.ts';
-import type { LayerBlobSource, LayerMap, PieceRef } from './loadable-layer.ts';
+import { type LayerBlobSource, type LayerMap, nameOf } from './loadable-layer.ts';
 import type { BlobReader } from './registry/blob-reader.ts';
-import { copyTar, SpanEdges, type TarBytes } from './span-edges.ts';
-
-/** What loading needs of the node store. */
-export interface LoaderStore {
-  isPresent(address: number, length: number): boolean;
-  /** One byte per piece: 1 stored, 0 not the bytes its digest names. */
-  store(source: Uint8Array, pieces: readonly PieceToStore[]): Promise<Uint8Array>;
-}
-
-/** What loading needs of the native addon. */
-export interface LoaderNative {
-  decodeSpans(job: {
-    compression: 'none' | 'gzip' | 'zstd';
-    input: Uint8Array;
-    spans: readonly {
-      inputOffset: number;
-      bits: number;
-      memberStart: boolean;
-      window: Uint8Array;
-      outputOffset: number;
-      outputLength: number;
-    }[];
-    outputLength: number;
-  }): Promise<Buffer>;
-}
+import { SpanEdges } from './span-edges.ts';
+import { type LoaderNative, type LoaderStore, type RunOutput, SpanStorer } from './span-storer.ts';
 
 export interface FetchLimits {
   /** Parallel range requests per host. */
@@ -55,16 +31,6 @@ export const DEFAULT_FETCH_LIMITS: FetchLimits = Object.freeze({
   edgeBytes: 24 * MiB,
   attemptTimeoutMs: 25_000,
 });
-
-/** What a finished flight gives to those who waited for one of its spans. */
-export interface RunOutput extends TarBytes {
-  /** Name of the source they came from. */
-  readonly source: string;
-  /** Addresses of pieces that were stored out of these bytes. */
-  readonly stored: ReadonlySet<number>;
-  /** Addresses of pieces whose bytes do not have their digest. */
-  readonly bad: ReadonlySet<number>;
-}
 
 interface Flight {
   readonly map: LayerMap;
@@ -102,8 +68,7 @@ const DISTRUST_MS = 30_000;
 
 export class SpanFetcher {
   readonly edges: SpanEdges;
-  readonly #store: LoaderStore;
-  readonly #native: LoaderNative;
+  readonly #storer: SpanStorer;
   readonly #limits: FetchLimits;
   readonly #log: Logger;
   readonly #flights = new Map<string, Flight>();
@@ -117,16 +82,13 @@ export class SpanFetcher {
   #wireBytes = 0;
   #spanBytes = 0;
   #spans = 0;
-  #storedPieces = 0;
-  #badPieces = 0;
 
   constructor(store: LoaderStore, native: LoaderNative, limits: FetchLimits, log: Logger) {
-    this.#store = store;
-    this.#native = native;
     this.#limits = limits;
     this.#log = log;
     this.#decodes = new PQueue({ concurrency: limits.decodes });
     this.edges = new SpanEdges(limits.edgeBytes);
+    this.#storer = new SpanStorer(store, native, this.edges, log);
   }
 
   stats(): FetchStats {
@@ -135,8 +97,8 @@ export class SpanFetcher {
       wireBytes: this.#wireBytes,
       spanBytes: this.#spanBytes,
       spans: this.#spans,
-      storedPieces: this.#storedPieces,
-      badPieces: this.#badPieces,
+      storedPieces: this.#storer.storedPieces,
+      badPieces: this.#storer.badPieces,
       waiting: this.#flights.size,
     };
   }
@@ -377,7 +339,7 @@ export class SpanFetcher {
     windows: readonly Uint8Array[],
   ): Promise<void> {
     try {
-      const output = await this.#decodeAndStore(run, source, data, windows);
+      const output = await this.#storer.decodeAndStore(run.map, run.first, nameOf(source), data, windows);
       for (const flight of run.flights) flight.resolve(output);
     } catch (error) {
       run.map.layer.windows.forget?.(run.first, run.flights.length);
@@ -396,121 +358,6 @@ export class SpanFetcher {
     }
   }
 
-  async #decodeAndStore(
-    run: Run,
-    source: LayerBlobSource,
-    data: Buffer,
-    windows: readonly Uint8Array[],
-  ): Promise<RunOutput> {
-    const { map, first, flights } = run;
-    const { layerId } = map;
-    const last = first + flights.length - 1;
-    const before = first > 0 ? this.edges.tail(layerId, first - 1) : undefined;
-    const after = last + 1 < map.spanCount ? this.edges.head(layerId, last + 1) : undefined;
-    const start = before?.start ?? map.spanStart(first);
-    const wanted = this.#decodeEnd(map, map.spanStart(first), map.spanEnd(last));
-    const whole = wanted === map.spanEnd(last);
-    const end = whole && after !== undefined ? after.start + after.bytes.length : wanted;
-    const base = map.compressedRange(first, flights.length).offset;
-    const { spans, compression } = map.layer.index;
-    const bytes = await this.#native.decodeSpans({
-      compression,
-      input: data,
-      spans: flights.map(({ span }, i) => ({
-        inputOffset: spans.inOffset[span]! - base,
-        bits: spans.bits[span]!,
-        memberStart: spans.memberStart[span] === 1,
-        window: windows[i]!,
-        outputOffset: map.spanStart(span) - start,
-        outputLength: Math.min(map.spanEnd(span), wanted) - map.spanStart(span),
-      })),
-      outputLength: end - start,
-    });
-    if (before !== undefined) bytes.set(before.bytes, 0);
-    if (whole && after !== undefined) bytes.set(after.bytes, after.start - start);
-    const output = { start, bytes, source: nameOf(source), stored: new Set<number>(), bad: new Set<number>() };
-    await this.#storeWhole(map, output);
-    if (output.bad.size > 0) map.layer.windows.forget?.(first, flights.length);
-    this.#keepEdges(map, first, last, output, whole);
-    return output;
-  }
-
-  /** Where decoding may stop: behind the last byte of an absent piece. */
-  #decodeEnd(map: LayerMap, start: number, end: number): number {
-    if (map.hasSparse(start, end)) return end;
-    let needed = start;
-    for (const { ref, tarOffset } of map.ordinaryPieces(start, end)) {
-      if (!this.#store.isPresent(ref.address, ref.length)) needed = tarOffset + ref.length;
-    }
-    // Nothing absent: it came from elsewhere meanwhile, but whoever waits may still look into the bytes.
-    return needed === start ? end : Math.min(needed, end);
-  }
-
-  /** Stores every absent piece that lies whole in the output. */
-  async #storeWhole(
-    map: LayerMap,
-    output: TarBytes & { source: string; stored: Set<number>; bad: Set<number> },
-  ): Promise<void> {
-    const { start, bytes } = output;
-    const end = start + bytes.length;
-    const pieces: PieceToStore[] = [];
-    for (const { ref, tarOffset } of map.ordinaryPieces(start, end)) {
-      if (tarOffset < start || tarOffset + ref.length > end) continue;
-      if (!this.#store.isPresent(ref.address, ref.length)) pieces.push(toStore(ref, tarOffset - start));
-    }
-    this.#note(map, output, pieces, await this.#store.store(bytes, pieces));
-    for (const { ref, parts } of map.sparsePieces(start, end)) {
-      if (this.#store.isPresent(ref.address, ref.length)) continue;
-      const assembled = Buffer.alloc(ref.length);
-      for (const part of parts) copyTar(output, part.tarOffset, part.tarOffset + part.length, assembled, part.at);
-      const piece = toStore(ref, 0);
-      this.#note(map, output, [piece], await this.#store.store(assembled, [piece]), false);
-    }
-  }
-
-  #note(
-    map: LayerMap,
-    output: { source: string; stored: Set<number>; bad: Set<number> },
-    pieces: readonly PieceToStore[],
-    result: Uint8Array,
-    inPlace = true,
-  ): void {
-    for (const [i, piece] of pieces.entries()) {
-      if (result[i] === 1) {
-        this.#storedPieces++;
-        if (inPlace) output.stored.add(piece.address);
-      } else {
-        this.#badPieces++;
-        output.bad.add(piece.address);
-        const details = { layer: map.blob.digest, source: output.source, address: piece.address };
-        this.#log.warn(details, 'bytes of a layer do not have the digest its index names');
-      }
-    }
-  }
-
-  /** Keeps the bytes of pieces that reach over the borders of the run. */
-  #keepEdges(map: LayerMap, first: number, last: number, output: TarBytes, whole: boolean): void {
-    const { start, bytes } = output;
-    const { layerId } = map;
-    const end = start + bytes.length;
-    const spanStart = map.spanStart(first);
-    const spanEnd = map.spanEnd(last);
-    if (first > 0) {
-      for (const { ref, tarOffset } of map.ordinaryPieces(spanStart, spanStart + 1)) {
-        if (tarOffset >= spanStart || this.#store.isPresent(ref.address, ref.length)) continue;
-        const to = Math.min(tarOffset + ref.length, end);
-        this.edges.keepHead(layerId, first, spanStart, bytes.subarray(spanStart - start, to - start));
-      }
-    }
-    if (whole && last + 1 < map.spanCount) {
-      for (const { ref, tarOffset } of map.ordinaryPieces(spanEnd - 1, spanEnd)) {
-        if (tarOffset + ref.length <= spanEnd || this.#store.isPresent(ref.address, ref.length)) continue;
-        const from = Math.max(tarOffset, start);
-        this.edges.keepTail(layerId, last, from, bytes.subarray(from - start, spanEnd - start));
-      }
-    }
-  }
-
   /** Gives up everything that waits or runs. Idempotent. */
   close(): void {
     if (this.#abort.signal.aborted) return;
@@ -519,24 +366,4 @@ export class SpanFetcher {
     for (const flight of [...this.#flights.values()]) flight.reject(new DedupError('CLOSED', 'the loader is closed'));
     this.edges.clear();
   }
-}
-
-/** The name that tells a source from the others of its layer. */
-export function nameOf(source: LayerBlobSource): string {
-  return source.name ?? source.host;
-}
-
-/** The store's job for a piece whose bytes lie at `offset` of the source. */
-export function toStore(ref: PieceRef, offset: number): PieceToStore {
-  const { map, chunk, piece } = ref;
-  return {
-    chunkAddress: map.layer.addresses[chunk]!,
-    piece,
-    pieceCount: map.pieceCount(chunk),
-    chunkBytes: map.layer.index.chunks.length[chunk]!,
-    address: ref.address,
-    offset,
-    length: ref.length,
-    digest: map.pieceDigest(ref),
-  };
 }
