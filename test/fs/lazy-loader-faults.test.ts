@@ -202,6 +202,68 @@ describe('LazyLoader with a registry that misbehaves', () => {
     await assert.rejects(test.readFile(stored, 'f11'), code('UNAVAILABLE'));
   });
 
+  it('gives right bytes or an error to many readers at once, whatever the registry and the disk do', async () => {
+    const names = Array.from({ length: 24 }, (_, i) => ({
+      name: `f${i}`,
+      content: prose(`r${i}`, (i % 5) * 70_000 + 11),
+    }));
+    const one = await layerOf(names, sizes);
+    const two = await layerOf([...names.slice(8), { name: 'f0', content: prose('other', 200_000) }], sizes);
+    let seed = 12345;
+    const random = (below: number): number => {
+      seed = (Math.imul(seed, 1_103_515_245) + 12_345) >>> 0;
+      return (seed >>> 8) % below;
+    };
+    const registry = new MemoryBlobs(one, two);
+    registry.misbehave = async ({ bytes }) => {
+      await sleep(random(4));
+      const dice = random(8);
+      if (dice === 0) throw new DedupError('REGISTRY_HTTP', 'reset');
+      if (dice === 1) bytes[random(bytes.length)]! ^= 1 << random(8);
+      if (dice === 2) return bytes.subarray(0, random(bytes.length));
+      return bytes;
+    };
+    const test = await rig({ failureMs: 5, limits: { edgeBytes: 96 * KiB } });
+    const layers = [
+      await test.add(one, [{ host: 'a', reader: registry }]),
+      await test.add(two, [{ host: 'b', reader: registry }]),
+    ];
+    const handle = await open(test.node.paths.indexDb);
+    const prototype = Object.getPrototypeOf(handle) as { datasync(): Promise<void> };
+    await handle.close();
+    const datasync = prototype.datasync;
+    let right = 0;
+    let failed = 0;
+    const reader = async (): Promise<void> => {
+      for (let i = 0; i < 25; i++) {
+        const stored = layers[random(2)]!;
+        const file = stored.layer.files[random(stored.layer.files.length)]!;
+        let read: Buffer;
+        try {
+          read = await test.readFile(stored, file.name, 1 + random(40));
+        } catch (error) {
+          assert.ok(error instanceof DedupError, String(error));
+          assert.notEqual(error.code, 'INTERNAL', error.message);
+          assert.notEqual(error.code, 'INVALID_ARGUMENT', error.message);
+          failed++;
+          await sleep(random(8));
+          continue;
+        }
+        assert.ok(read.equals(file.content), `${file.name} differs`);
+        right++;
+      }
+    };
+    try {
+      prototype.datasync = () => Promise.reject(Object.assign(new Error('EIO'), { code: 'EIO' }));
+      const flushing = setInterval(() => test.node.store.flush().catch(() => undefined), 20);
+      await Promise.all(Array.from({ length: 12 }, reader));
+      clearInterval(flushing);
+    } finally {
+      prototype.datasync = datasync;
+    }
+    assert.ok(right > 20 && failed > 5, `${right} right, ${failed} failed`);
+  });
+
   it('says so when a layer has no source', async () => {
     const test = await rig();
     const stored = await test.add(gzip, []);
