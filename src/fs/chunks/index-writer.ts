@@ -3,8 +3,9 @@
 import { existsSync, renameSync, rmSync, statSync } from 'node:fs';
 import type Database from 'better-sqlite3';
 import { DedupError } from '../../errors.ts';
-import { BLOCK_BYTES, roundUp } from '../../units.ts';
+import { BLOCK_BYTES } from '../../units.ts';
 import { addLayer } from './add-layer.ts';
+import { deleteImage, dropLayers } from './drop-layers.ts';
 import { openSound } from './index-open.ts';
 import type {
   AddedLayer,
@@ -251,50 +252,12 @@ export class IndexWriter {
 
   /** Drops layers that no mount pins, and the chunks only they used. Their ranges are listed for punching. */
   dropLayers(layerIds: readonly number[], generation: number): DroppedLayers {
-    const dropped: number[] = [];
-    const pinned: number[] = [];
-    const ranges: StoreRange[] = [];
-    const prepare = (sql: string): Database.Statement => this.#db.prepare(sql);
-    this.#full(() => {
-      const isPinned = prepare('SELECT 1 FROM pins WHERE layer_id = ? LIMIT 1').pluck();
-      const chunkIds = prepare('SELECT DISTINCT chunk_id FROM layer_chunks WHERE layer_id = ?').pluck();
-      const release = prepare(
-        'UPDATE chunks SET ref_count = ref_count - 1 WHERE id = ? RETURNING ref_count, size',
-      ).raw();
-      const extra = prepare('SELECT block FROM placements WHERE chunk_id = ?').pluck();
-      const dropExtra = prepare('DELETE FROM placements WHERE chunk_id = ?');
-      const dropChunk = prepare('DELETE FROM chunks WHERE id = ?');
-      const imagesOf = prepare('SELECT DISTINCT image_id FROM image_layers WHERE layer_id = ?').pluck();
-      for (const layerId of layerIds) {
-        if (isPinned.get(layerId) !== undefined) {
-          pinned.push(layerId);
-          continue;
-        }
-        const ids = chunkIds.all(layerId) as number[];
-        for (const imageId of imagesOf.all(layerId) as number[]) this.#deleteImage(imageId);
-        prepare('DELETE FROM layer_chunks WHERE layer_id = ?').run(layerId);
-        prepare('DELETE FROM sources WHERE layer_id = ?').run(layerId);
-        if (prepare('DELETE FROM layers WHERE id = ?').run(layerId).changes === 0) continue;
-        dropped.push(layerId);
-        for (const id of ids) {
-          const [refCount, size] = release.get(id) as [number, number];
-          if (refCount > 0) continue;
-          const length = roundUp(size, BLOCK_BYTES);
-          for (const block of [id, ...(extra.all(id) as number[])])
-            ranges.push({ address: block * BLOCK_BYTES, length });
-          dropExtra.run(id);
-          dropChunk.run(id);
-        }
-      }
-      const joined = joinRanges(ranges);
-      ranges.length = 0;
-      ranges.push(...joined);
-      const freed = prepare("INSERT INTO freed (block, blocks, state, since) VALUES (?, ?, 'to-punch', ?)");
-      for (const range of ranges) freed.run(range.address / BLOCK_BYTES, range.length / BLOCK_BYTES, now());
+    const result = this.#full(() => {
       this.#set('generation', generation);
+      return dropLayers(this.#db, layerIds, now());
     });
     this.#maybeCheckpoint();
-    return { dropped, pinned, ranges };
+    return result;
   }
 
   punched(ranges: readonly StoreRange[]): void {
@@ -378,12 +341,7 @@ export class IndexWriter {
   }
 
   dropImage(id: number): void {
-    this.#db.transaction(() => this.#deleteImage(id))();
-  }
-
-  #deleteImage(id: number): void {
-    this.#db.prepare('DELETE FROM image_layers WHERE image_id = ?').run(id);
-    this.#db.prepare('DELETE FROM images WHERE id = ?').run(id);
+    this.#db.transaction(() => deleteImage(this.#db, id))();
   }
 
   pin(mountId: number, layers: readonly number[]): void {
@@ -433,15 +391,4 @@ export class IndexWriter {
       this.#db.close();
     }
   }
-}
-
-/** Ranges in ascending order, neighbours joined. */
-function joinRanges(ranges: readonly StoreRange[]): StoreRange[] {
-  const joined: { address: number; length: number }[] = [];
-  for (const range of ranges.toSorted((a, b) => a.address - b.address)) {
-    const last = joined.at(-1);
-    if (last !== undefined && last.address + last.length === range.address) last.length += range.length;
-    else joined.push({ ...range });
-  }
-  return joined;
 }

@@ -4,19 +4,11 @@ import { createHash } from 'node:crypto';
 import { mkdir, readFile } from 'node:fs/promises';
 import { DedupError, errorCode } from '../../errors.ts';
 import type { Logger } from '../../log.ts';
-import type { RootPaths } from '../../paths.ts';
 import { BLOCK_BYTES, MiB } from '../../units.ts';
 import type { LayerIndex } from '../index/layer-index.ts';
 import { Durability, type FreshPiece } from './durability.ts';
 import { IndexDb, type LayerChunk, type PlacedChunk } from './index-db.ts';
-import type {
-  ChunkTotals,
-  ImageRecord,
-  LayerRecord,
-  LayerSourceName,
-  LayerTrust,
-  StoreRange,
-} from './index-protocol.ts';
+import type { ImageRecord, LayerRecord, LayerSourceName, StoreRange } from './index-protocol.ts';
 import { SpaceReserve } from './space-reserve.ts';
 import { StoreFile } from './store-file.ts';
 import {
@@ -28,84 +20,23 @@ import {
   STORE_HEAD_BYTES,
   STORE_TAIL_BYTES,
 } from './store-layout.ts';
+import type {
+  AddLayerOptions,
+  NodeStoreOptions,
+  NodeStoreStats,
+  PieceToStore,
+  StoredLayer,
+  StoreNative,
+} from './store-types.ts';
 
-/** What the store needs of the native addon. */
-export interface StoreNative {
-  presenceCreate(storeBytes: number): Uint8Array;
-  presenceSet(presence: Uint8Array, firstBlock: number, count: number, value: boolean): void;
-  presenceTest(presence: Uint8Array, firstBlock: number, count: number): boolean;
-  punchHole(fd: number, offset: number, length: number): Promise<void>;
-  storePieces(job: {
-    fd: number;
-    source: Uint8Array;
-    offsets: Float64Array;
-    lengths: Uint32Array;
-    digests: Uint8Array;
-    addresses: Float64Array;
-    presence: Uint8Array;
-  }): Promise<Uint8Array>;
-}
-
-export interface NodeStoreOptions {
-  readonly paths: RootPaths;
-  readonly native: StoreNative;
-  readonly log: Logger;
-  /** Size of a new store, bytes; an existing one must have it. Default 4 TiB. */
-  readonly storeBytes?: number;
-  /** Presence is flushed after this time or this many bytes. */
-  readonly flushDelayMs?: number;
-  readonly flushBytes?: number;
-  /** Disk space kept back so that a full disk can still be cleaned, bytes. Default 16 MiB. */
-  readonly reserveBytes?: number;
-}
-
-/** How a layer is to be stored. */
-export interface AddLayerOptions {
-  /** "" for the whole node, "host", or "host/repository" (configuration key `dedup_scope`). */
-  readonly scope: string;
-  /** Digest of the index blob: part of the layer's identity. */
-  readonly indexDigest: string;
-  readonly sources: readonly LayerSourceName[];
-  readonly trust: LayerTrust;
-  /** Image reference, for people. */
-  readonly reference?: string;
-  /** True for the layout of kernels before 5.15: every file in one run, zero chunks included. */
-  readonly contiguousFiles: boolean;
-}
-
-/** A layer and the store address of every chunk of its table (0: a zero chunk without a place). */
-export interface StoredLayer {
-  readonly layerId: number;
-  readonly addresses: Float64Array;
-}
-
-/** A piece to be verified and written. */
-export interface PieceToStore {
-  /** Address of the chunk's placement, bytes. */
-  readonly chunkAddress: number;
-  /** Number of the piece in its chunk, and how many the chunk has. */
-  readonly piece: number;
-  readonly pieceCount: number;
-  /** Bytes of the whole chunk. */
-  readonly chunkBytes: number;
-  /** Where the piece goes, bytes, 4 KiB aligned. */
-  readonly address: number;
-  readonly offset: number;
-  readonly length: number;
-  /** 32 bytes. */
-  readonly digest: Uint8Array;
-}
-
-export interface NodeStoreStats extends ChunkTotals {
-  /** Bytes written to the store since it was opened. */
-  readonly storedBytes: number;
-  /** Pieces that did not have their digest. */
-  readonly mismatches: number;
-  /** Bytes of chunks that may be served, in whole blocks. */
-  readonly presentBytes: number;
-  readonly nextAddress: number;
-  readonly generation: number;
-}
+export type {
+  AddLayerOptions,
+  NodeStoreOptions,
+  NodeStoreStats,
+  PieceToStore,
+  StoredLayer,
+  StoreNative,
+} from './store-types.ts';
 
 export class NodeStore {
   readonly storeBytes: number;
