@@ -12,8 +12,8 @@ import { setTimeout as sleep } from 'node:timers/promises';
 export interface TestContainerdOptions {
   /** Proxy snapshotters: name → socket, as `[proxy_plugins.NAME]`. */
   readonly proxies?: Readonly<Record<string, string>>;
-  /** Enables the CRI plugin with this snapshotter and annotations on; off when absent. */
-  readonly cri?: { readonly snapshotter: string; readonly sandboxImage?: string };
+  /** Enables the CRI plugin with this snapshotter, and annotations on unless false; off when absent. */
+  readonly cri?: { readonly snapshotter: string; readonly sandboxImage?: string; readonly annotations?: boolean };
   /** Namespace of `ctr`; one of its own by default, so that runc and cgroup names of two tests never meet. */
   readonly namespace?: string;
   /** Lines appended to config.toml. */
@@ -190,7 +190,8 @@ export class TestContainerd {
       `path = ${JSON.stringify(join(this.dir, 'opt'))}`,
     ];
     if (options.cri !== undefined) {
-      lines.push('[plugins."io.containerd.grpc.v1.cri"]', 'stream_server_port = "0"');
+      // Without CAP_SYS_RESOURCE (some virtual machines) nobody may make itself less likely to be killed.
+      lines.push('[plugins."io.containerd.grpc.v1.cri"]', 'stream_server_port = "0"', 'restrict_oom_score_adj = true');
       if (options.cri.sandboxImage !== undefined)
         lines.push(`sandbox_image = ${JSON.stringify(options.cri.sandboxImage)}`);
       lines.push(
@@ -198,7 +199,7 @@ export class TestContainerd {
         `conf_dir = ${JSON.stringify(join(this.dir, 'cni'))}`,
         '[plugins."io.containerd.grpc.v1.cri".containerd]',
         `snapshotter = ${JSON.stringify(options.cri.snapshotter)}`,
-        'disable_snapshot_annotations = false',
+        `disable_snapshot_annotations = ${options.cri.annotations === false}`,
       );
     }
     for (const [name, socket] of Object.entries(options.proxies ?? {})) {
