@@ -1,13 +1,20 @@
 // Decompresses a layer once, from front to back, and collects where decompression can be restarted. Called by
 // builder.ts only; random access is the LazyLoader's.
 import { DedupError } from '../../errors.ts';
+import { KiB, MiB } from '../../units.ts';
 import { type GzipIndexer, native, type RestartPoint } from '../native.ts';
 import { MAX_SPAN_OUTPUT_BYTES } from './format-limits.ts';
 import type { Compression } from './layer-index.ts';
 import { ZstdFrames } from './zstd-frames.ts';
 
-/** Compressed bytes given to the inflater at a time; bounds its output, which may be 1032 times as much. */
-const SLICE_BYTES = 128 * 1024;
+/**
+ * Compressed bytes given to the inflater at a time. Its output may be 1032 times as much, so slices are small until
+ * the stream has shown to be ordinary, and while it is not; else large, for each costs two hops between threads.
+ */
+const MAX_SLICE_BYTES = 256 * KiB;
+const MIN_SLICE_BYTES = 32 * KiB;
+/** Output per slice that is aimed at, bytes. */
+const SLICE_OUTPUT_BYTES = 4 * MiB;
 
 /** Receives restart points in order. `window` is valid during the call. */
 export type OnPoint = (point: RestartPoint) => void;
@@ -103,8 +110,15 @@ async function* inflated(slices: AsyncIterable<Buffer>, spanBytes: number, onPoi
   const indexer = native().gzipIndexer({ spanBytes });
   let running: ReturnType<GzipIndexer['push']> | undefined;
   try {
-    for await (const slice of coalesced(slices)) {
+    let sliceBytes = MIN_SLICE_BYTES;
+    let inFlightBytes = 0;
+    for await (const slice of coalesced(slices, () => sliceBytes)) {
       const done = await running;
+      if (done !== undefined) {
+        const ratio = done.output.length / inFlightBytes;
+        sliceBytes = Math.max(MIN_SLICE_BYTES, Math.min(MAX_SLICE_BYTES, Math.floor(SLICE_OUTPUT_BYTES / ratio)));
+      }
+      inFlightBytes = slice.length;
       running = indexer.push(slice);
       // The rejection is seen at the next await; until then it must not count as unhandled.
       running.catch(() => undefined);
@@ -126,21 +140,27 @@ async function* inflated(slices: AsyncIterable<Buffer>, spanBytes: number, onPoi
   }
 }
 
-/** Buffers of about SLICE_BYTES, never more: fewer hops to the native thread than the network's own sizes. */
-async function* coalesced(source: AsyncIterable<Buffer>): AsyncGenerator<Buffer> {
-  let parts: Buffer[] = [];
+/**
+ * Buffers of `sliceBytes()`, the last shorter: fewer hops to the native thread than the network's own sizes. Two buffers
+ * are used in turns, so a slice is valid until the next but one is asked for.
+ */
+async function* coalesced(source: AsyncIterable<Buffer>, sliceBytes: () => number): AsyncGenerator<Buffer> {
+  const buffers = [Buffer.allocUnsafeSlow(MAX_SLICE_BYTES), Buffer.allocUnsafeSlow(MAX_SLICE_BYTES)] as const;
+  let current = 0;
   let length = 0;
+  let wanted = sliceBytes();
   for await (const buffer of source) {
     for (let at = 0; at < buffer.length; ) {
-      const take = Math.min(SLICE_BYTES - length, buffer.length - at);
-      parts.push(buffer.subarray(at, at + take));
-      length += take;
-      at += take;
-      if (length < SLICE_BYTES) continue;
-      yield parts.length === 1 ? parts[0]! : Buffer.concat(parts, length);
-      parts = [];
+      const slice = buffers[current & 1]!;
+      const copied = buffer.copy(slice, length, at, at + wanted - length);
+      length += copied;
+      at += copied;
+      if (length < wanted) continue;
+      yield slice.subarray(0, length);
+      current++;
       length = 0;
+      wanted = sliceBytes();
     }
   }
-  if (length > 0) yield Buffer.concat(parts, length);
+  if (length > 0) yield buffers[current & 1]!.subarray(0, length);
 }

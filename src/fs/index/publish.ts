@@ -247,6 +247,7 @@ async function indexLayer(
       stream: options.source.repository.readAll({ digest, size }, signal),
       layerDigest: digest,
       layerBytes: size,
+      verifiedStream: true,
       ...(options.chunkBytes === undefined ? {} : { chunkBytes: options.chunkBytes }),
       onProgress: (layerBytes) => onEvent?.({ kind: 'layer-progress', digest, layerBytes }),
       signal,

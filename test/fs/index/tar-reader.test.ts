@@ -1,4 +1,5 @@
 import assert from 'node:assert/strict';
+import { posix } from 'node:path';
 import { describe, test } from 'node:test';
 import fc from 'fast-check';
 import { DedupError } from '../../../src/errors.ts';
@@ -449,7 +450,10 @@ describe('the tar reader', () => {
         const tar = tarOf(files);
         const result = read(tar, step);
         assert.deepEqual(result.all, tar);
-        assert.equal(result.members.length, entries.length);
+        const kept = entries.filter(
+          ({ name, type }) => type === 'dir' || posix.resolve('/', name.toString('latin1')) !== '/',
+        );
+        assert.equal(result.members.length, kept.length);
       }),
       { numRuns: 200 },
     );
