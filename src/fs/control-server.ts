@@ -56,6 +56,7 @@ export interface StatsMessage {
   readonly span_bytes: number;
   readonly control_bytes: number;
   readonly control_requests: number;
+  readonly ahead_bytes: number;
 }
 
 export interface MountProgressMessage {

@@ -116,6 +116,7 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
         storeBytes: store.storeBytes,
         imageFor: async (key, layerIds) => (await store.createImage(key, layerIds)).id,
         layerAddresses: (layerId) => store.layerAddresses(layerId),
+        checkIndex: (layerId) => parts.book.checkIndexFile(layerId),
         placeMetadata: (address, file) => store.placeMetadata(address, file),
         pin: (imageId, layerIds) => store.pin(imageId, layerIds),
         unpin: (imageId) => store.unpin(imageId),
@@ -175,6 +176,7 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
       opened.push(transport);
       plane = new DataPlane(options, { choice, registry, catalog, store, book, loader, transport, credentials });
       await plane.#mounts.removeLeftovers();
+      await plane.#removeOrphanFiles();
       await store.unpinAll();
       return plane;
     } catch (error) {
@@ -456,8 +458,8 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
   async #removeOrphanFiles(): Promise<void> {
     const { paths } = this.#options;
     const images = new Set((await this.#store.images()).map((image) => `${image.id}.erofs`));
-    for (const name of await readdir(paths.images)) {
-      if (name.endsWith('.erofs') && !images.has(name)) await rm(join(paths.images, name), { force: true });
+    for (const name of await readdir(paths.images).catch(() => [])) {
+      if (/\.erofs/.test(name) && !images.has(name)) await rm(join(paths.images, name), { force: true });
     }
     const kept = new Set(
       this.#book
@@ -528,6 +530,7 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
       span_bytes: loader.spanBytes,
       control_bytes: traffic.bytes - loader.wireBytes,
       control_requests: traffic.requests - loader.requests,
+      ahead_bytes: loader.aheadBytes,
     };
   }
 

@@ -1,7 +1,7 @@
 // The layers this node knows, by identity: what the control server asks about and what the LazyLoader opens. Sources
 // and credentials can be added while a layer is being read.
 import { readFile } from 'node:fs/promises';
-import { type Digest, parseDigest } from '../digest.ts';
+import { type Digest, digestOf, parseDigest } from '../digest.ts';
 import { DedupError, wrapError } from '../errors.ts';
 import type { RootPaths } from '../paths.ts';
 import type { LayerRecord, LayerSourceName } from './chunks/index-protocol.ts';
@@ -78,17 +78,11 @@ export class LayerBook implements LayerProvider {
     this.#byId.set(layerId, { ...row, sources: [...row.sources, ...fresh] });
   }
 
-  /** The verified index of a layer. Errors: NOT_FOUND when its file is gone, INDEX_INVALID. */
+  /** The index of a layer, verified. Errors: NOT_FOUND when its file is gone, DIGEST_MISMATCH, INDEX_INVALID. */
   async readIndex(layerId: number, parts: 'all' | 'chunks'): Promise<LayerIndex> {
     const row = this.get(layerId);
     const path = this.#options.paths.layerIndex(parseDigest(row.indexDigest));
-    let bytes: Buffer;
-    try {
-      bytes = await readFile(path);
-    } catch (error) {
-      throw wrapError(error, `reading the index of layer ${row.digest}`, 'NOT_FOUND');
-    }
-    return decodeLayerIndex(bytes, { parts });
+    return decodeLayerIndex(await readVerified(path, row), { parts });
   }
 
   /** Chunk and span tables, addresses and sources of a layer. Errors: those of readIndex, STORE_IO. */
@@ -116,8 +110,33 @@ export class LayerBook implements LayerProvider {
     }));
   }
 
+  /** Errors: NOT_FOUND, DIGEST_MISMATCH. */
+  async checkIndexFile(layerId: number): Promise<void> {
+    const row = this.get(layerId);
+    await readVerified(this.indexPath(row), row);
+  }
+
   /** Path of a layer's index file. */
   indexPath(row: LayerRecord): string {
     return this.#options.paths.layerIndex(row.indexDigest as Digest);
   }
+}
+
+/**
+ * The index blob of a layer. Its digest is checked at every read: chunks get their addresses by their position in it, so
+ * another index in its place would put bytes where they do not belong.
+ */
+async function readVerified(path: string, row: LayerRecord): Promise<Buffer> {
+  let bytes: Buffer;
+  try {
+    bytes = await readFile(path);
+  } catch (error) {
+    throw wrapError(error, `reading the index of layer ${row.digest}`, 'NOT_FOUND');
+  }
+  if (digestOf(bytes) !== row.indexDigest) {
+    throw new DedupError('DIGEST_MISMATCH', `${path} is not the index of layer ${row.digest}`, {
+      hint: 'remove the file: it is fetched again',
+    });
+  }
+  return bytes;
 }

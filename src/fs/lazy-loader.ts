@@ -5,6 +5,7 @@ import { DedupError, errorCode, wrapError } from '../errors.ts';
 import type { Logger } from '../log.ts';
 import { BLOCK_BYTES, type ByteRange, MiB } from '../units.ts';
 import { LayerMap, type LayerProvider, nameOf, type PieceRef } from './loadable-layer.ts';
+import { Readahead } from './readahead.ts';
 import { copyTar } from './span-edges.ts';
 import { DEFAULT_FETCH_LIMITS, type FetchLimits, type FetchStats, SpanFetcher } from './span-fetcher.ts';
 import { type LoaderNative, type LoaderStore, type RunOutput, toStore } from './span-storer.ts';
@@ -73,6 +74,7 @@ export class LazyLoader {
   readonly #opening = new Map<number, Promise<LayerMap>>();
   readonly #pieces = new Map<number, Promise<PieceBytes>>();
   readonly #failed: LRUCache<number, DedupError>;
+  readonly #readahead = new Readahead();
   readonly #abort = new AbortController();
   #reads = 0;
   #misses = 0;
@@ -344,7 +346,30 @@ export class LazyLoader {
         if (!this.#kept(map, span, from, to)) wanted.add(span);
       }
     }
+    if (priority === Priority.onDemand) this.#readAhead(map, spansOf(ref));
     return Promise.all([...wanted].map((span) => this.#fetcher.fetch(map, span, priority)));
+  }
+
+  /** Starts fetching what a sequential reader will want next, behind everything that is waited for. */
+  #readAhead(map: LayerMap, spans: ReadonlySet<number>): void {
+    const { from, count } = this.#readahead.onMiss(map.layerId, Math.min(...spans), Math.max(...spans), map.spanCount);
+    for (let span = from; span < from + count; span++) {
+      if (this.#isHere(map, span)) continue;
+      this.#fetcher.fetch(map, span, Priority.prefetch).catch((error: unknown) => {
+        // Nobody waits for it; a read that does will ask again and be told.
+        this.#log.debug({ err: error, layer: map.blob.digest, span }, 'reading ahead failed');
+      });
+    }
+  }
+
+  /** True when every ordinary piece that lies whole in a span is present. */
+  #isHere(map: LayerMap, span: number): boolean {
+    const [start, end] = [map.spanStart(span), map.spanEnd(span)];
+    if (map.hasSparse(start, end)) return false;
+    for (const { ref } of map.ordinaryPieces(start, end)) {
+      if (ref.address > 0 && !this.#store.isPresent(ref.address, ref.length)) return false;
+    }
+    return true;
   }
 
   #kept(map: LayerMap, span: number, from: number, to: number): boolean {

@@ -31,6 +31,8 @@ export interface ImageRegistry {
   /** Number of the image with this key; the same key gives the same number as long as the database lives. */
   imageFor(key: string, layerIds: readonly number[]): Promise<number>;
   layerAddresses(layerId: number): Promise<Float64Array>;
+  /** Makes sure that a layer's index file is what it is named after. Errors: NOT_FOUND, DIGEST_MISMATCH. */
+  checkIndex(layerId: number): Promise<void>;
   /** Copies the metadata of a flat image into the store's reserved region at `address`. */
   placeMetadata(address: number, file: string): Promise<void>;
   /** Keeps the chunks of these layers until unpin. */
@@ -212,6 +214,7 @@ export class MountTable {
     const { images } = this.#options;
     const sources: { index: string; addresses: Float64Array }[] = [];
     for (const layer of layers) {
+      await images.checkIndex(layer.layerId);
       sources.push({ index: layer.indexPath, addresses: await images.layerAddresses(layer.layerId) });
     }
     try {

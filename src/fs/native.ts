@@ -167,6 +167,8 @@ interface Addon {
   flock(fd: number): boolean;
   /** A buffer whose memory starts at a multiple of 4096. */
   alignedBuffer(bytes: number): Buffer;
+  /** Extended attributes of `path` (bytes) itself, a symlink not followed; blocks: never below a lazy mount. */
+  readXattrs(path: Uint8Array): { name: string; value: Buffer }[];
   /** fallocate(2) PUNCH_HOLE | KEEP_SIZE. */
   punchHole(fd: number, offset: number, length: number): Promise<void>;
   /** Shared memory (memfd) for one bit per 4 KiB block of `storeBytes`, all zero; pages appear when touched. */

@@ -55,13 +55,20 @@ export interface FetchStats {
   readonly requests: number;
   /** Bytes received in those requests. */
   readonly wireBytes: number;
-  /** Compressed bytes of the distinct spans that were ever fetched. */
+  /** Compressed bytes of the distinct spans that a reader waited for. */
   readonly spanBytes: number;
+  /** Compressed bytes of the distinct spans that were only fetched ahead; readers may have found them here since. */
+  readonly aheadBytes: number;
   readonly spans: number;
   readonly storedPieces: number;
   readonly badPieces: number;
   readonly waiting: number;
 }
+
+const TOUCHED = { ahead: 1, waitedFor: 2 } as const;
+
+/** Priority from which on somebody waits for a span: Priority.onDemand of the loader. */
+const WANTED_PRIORITY = 100;
 
 /** How long a source is tried last, after it failed for a layer. */
 const DISTRUST_MS = 30_000;
@@ -81,6 +88,7 @@ export class SpanFetcher {
   #requests = 0;
   #wireBytes = 0;
   #spanBytes = 0;
+  #aheadBytes = 0;
   #spans = 0;
 
   constructor(store: LoaderStore, native: LoaderNative, limits: FetchLimits, log: Logger) {
@@ -96,6 +104,7 @@ export class SpanFetcher {
       requests: this.#requests,
       wireBytes: this.#wireBytes,
       spanBytes: this.#spanBytes,
+      aheadBytes: this.#aheadBytes,
       spans: this.#spans,
       storedPieces: this.#storer.storedPieces,
       badPieces: this.#storer.badPieces,
@@ -110,6 +119,7 @@ export class SpanFetcher {
   fetch(map: LayerMap, span: number, priority: number): Promise<RunOutput> {
     if (this.#abort.signal.aborted) return Promise.reject(new DedupError('CLOSED', 'the loader is closed'));
     const key = `${map.layerId}:${span}`;
+    this.#touch(map, span, priority >= WANTED_PRIORITY ? TOUCHED.waitedFor : TOUCHED.ahead);
     const known = this.#flights.get(key);
     if (known !== undefined) {
       if (known.queued && priority > known.priority) this.#promote(known, priority);
@@ -263,7 +273,6 @@ export class SpanFetcher {
     const timeout = AbortSignal.timeout(this.#limits.attemptTimeoutMs);
     const failed = new AbortController();
     const signal = AbortSignal.any([timeout, this.#abort.signal, failed.signal]);
-    this.#touch(run);
     const reader = this.#counted(source.reader);
     const { windowLength } = map.layer.index.spans;
     let windowBytes = 0;
@@ -319,14 +328,19 @@ export class SpanFetcher {
     }
   }
 
-  #touch(run: Run): void {
-    let touched = this.#touched.get(run.map.layerId);
-    if (touched === undefined) this.#touched.set(run.map.layerId, (touched = new Uint8Array(run.map.spanCount)));
-    for (const { span } of run.flights) {
-      if (touched[span] === 1) continue;
-      touched[span] = 1;
+  /** Counts a span once: as waited for, if a reader ever did, else as fetched ahead. */
+  #touch(map: LayerMap, span: number, how: number): void {
+    let touched = this.#touched.get(map.layerId);
+    if (touched === undefined) this.#touched.set(map.layerId, (touched = new Uint8Array(map.spanCount)));
+    const before = touched[span]!;
+    if (before >= how) return;
+    const bytes = map.compressedRange(span, 1).length;
+    if (before === TOUCHED.ahead) this.#aheadBytes -= bytes;
+    touched[span] = how;
+    if (how === TOUCHED.ahead) this.#aheadBytes += bytes;
+    else {
       this.#spans++;
-      this.#spanBytes += run.map.compressedRange(span, 1).length;
+      this.#spanBytes += bytes;
     }
   }
 

@@ -50,7 +50,8 @@ export type DedupdStats = Readonly<
     | 'hits'
     | 'span_bytes'
     | 'control_bytes'
-    | 'control_requests',
+    | 'control_requests'
+    | 'ahead_bytes',
     number
   >
 >;

@@ -3,8 +3,9 @@
 import type { BigIntStats } from 'node:fs';
 import { lstatSync, readFileSync, readlinkSync } from 'node:fs';
 import { decodeLayerIndex } from '../index/format.ts';
+import { native } from '../native.ts';
 import type { SegmentBelow } from './build-protocol.ts';
-import { cleanComponents, resolveInside } from './layer-tree.ts';
+import { cleanComponents, resolveInside, usableXattrs } from './layer-tree.ts';
 import { mergeLayers } from './merge.ts';
 import type { DirectoryAttributes } from './tree.ts';
 
@@ -84,7 +85,8 @@ function inDirectory(root: string): (path: string) => Found {
         gid: Number(stats.gid),
         mtimeSec: Number(stats.mtimeNs / 1_000_000_000n),
         mtimeNsec: Number(stats.mtimeNs % 1_000_000_000n),
-        xattrs: undefined,
+        // Attributes sort by name in an image.
+        xattrs: usableXattrs(native().readXattrs(here).sort((a, b) => (a.name < b.name ? -1 : 1))),
       };
     }
     return 'absent';

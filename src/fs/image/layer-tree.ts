@@ -87,20 +87,18 @@ export function resolveInside(
 }
 
 /**
- * Attributes of the layer's sets that an image may carry, by set number. containerd never sets `trusted.*`, and ignores
- * namespaces the file system does not know; `user.overlay.*` would be instructions to overlayfs.
+ * The attributes that an image may carry; undefined for none. containerd never sets `trusted.*`, and ignores namespaces
+ * the file system does not know; `user.overlay.*` would be instructions to overlayfs.
  */
-function usableXattrs(entries: EntryTable): (XattrSet | undefined)[] {
-  return entries.xattrSets.map((set) => {
-    const kept = set.filter(
-      ({ name }) =>
-        (name.startsWith('user.') && name.length > 5 && !name.startsWith('user.overlay.')) ||
-        (name.startsWith('security.') && name.length > 9) ||
-        name === 'system.posix_acl_access' ||
-        name === 'system.posix_acl_default',
-    );
-    return kept.length === 0 ? undefined : kept;
-  });
+export function usableXattrs(set: XattrSet): XattrSet | undefined {
+  const kept = set.filter(
+    ({ name }) =>
+      (name.startsWith('user.') && name.length > 5 && !name.startsWith('user.overlay.')) ||
+      (name.startsWith('security.') && name.length > 9) ||
+      name === 'system.posix_acl_access' ||
+      name === 'system.posix_acl_default',
+  );
+  return kept.length === 0 ? undefined : kept;
 }
 
 function withXattrs(old: XattrSet | undefined, added: XattrSet | undefined): XattrSet | undefined {
@@ -123,7 +121,7 @@ function removeImplicit(tree: ImageTree, directory: number): void {
 export function buildLayerTree(tree: ImageTree, entries: EntryTable, options: LayerTreeOptions): LayerTreeResult {
   const { layer, lowest } = options;
   const root = tree.addImplicitDirectory();
-  const xattrSets = usableXattrs(entries);
+  const xattrSets = entries.xattrSets.map(usableXattrs);
   let hides = false;
   const made: { inode: number; path: readonly string[] }[] = [];
   /** Directory rows by the path as entries spell it; forgotten whenever a name is replaced. */

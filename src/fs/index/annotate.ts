@@ -15,7 +15,7 @@ import {
   pushArtifact,
   type SourceImage,
 } from './artifact.ts';
-import { INDEX_ANNOTATION, INDEX_ARTIFACT_TYPE } from './layer-index.ts';
+import { ARTIFACT_ANNOTATION, INDEX_ANNOTATION, INDEX_ARTIFACT_TYPE } from './layer-index.ts';
 import {
   type Json,
   type ManifestDescriptor,
@@ -100,7 +100,7 @@ function artifactMember(digest: Digest, size: number): Json {
     mediaType: OCI_MANIFEST,
     digest,
     size,
-    artifactType: INDEX_ARTIFACT_TYPE,
+    annotations: { [ARTIFACT_ANNOTATION]: INDEX_ARTIFACT_TYPE },
     platform: { architecture: 'unknown', os: 'unknown' },
   };
 }
@@ -114,7 +114,7 @@ async function inOrder(args: AnnotateArgs, annotated: readonly Json[], copier: C
     const other = args.others.get(position);
     if (other === undefined) {
       members.push(annotated[next++]!);
-    } else if (other.artifactType !== INDEX_ARTIFACT_TYPE) {
+    } else if (other.annotations?.[ARTIFACT_ANNOTATION] !== INDEX_ARTIFACT_TYPE) {
       await copier.manifest(other);
       members.push(raw);
     }

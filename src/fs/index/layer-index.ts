@@ -107,3 +107,8 @@ export const INDEX_LAYER_MEDIA_TYPE = 'application/vnd.dedup-snapshotter.layer-i
 export const RESTART_LAYER_MEDIA_TYPE = 'application/vnd.dedup-snapshotter.layer-restart.v1';
 /** Annotation on a blob of that manifest: the digest of the layer that the index or restart blob belongs to. */
 export const INDEXED_LAYER_ANNOTATION = 'containerd.io/snapshot/dedup.layer';
+/**
+ * Annotation on the artifact's descriptor in an image index; its value is INDEX_ARTIFACT_TYPE. In place of the field
+ * `artifactType`, which tools from before OCI 1.1 drop when they copy (skopeo 1.9), changing the index's digest.
+ */
+export const ARTIFACT_ANNOTATION = 'containerd.io/snapshot/dedup.artifact';

@@ -6,7 +6,12 @@ import { after, describe, test } from 'node:test';
 import { type Digest, digestOf, parseDigest } from '../../../src/digest.ts';
 import { DedupError, type ErrorCode } from '../../../src/errors.ts';
 import { decodeLayerIndex } from '../../../src/fs/index/format.ts';
-import { INDEX_ANNOTATION, INDEX_ARTIFACT_TYPE, INDEXED_LAYER_ANNOTATION } from '../../../src/fs/index/layer-index.ts';
+import {
+  ARTIFACT_ANNOTATION,
+  INDEX_ANNOTATION,
+  INDEX_ARTIFACT_TYPE,
+  INDEXED_LAYER_ANNOTATION,
+} from '../../../src/fs/index/layer-index.ts';
 import { classifyLayer } from '../../../src/fs/index/media-types.ts';
 import { type IndexOptions, indexImage } from '../../../src/fs/index/publish.ts';
 import { OciLayout } from '../../../src/fs/registry/oci-layout.ts';
@@ -104,10 +109,8 @@ describe('index', () => {
     assert.equal(digestOf((await target.getManifest('lazy', signal)).bytes), report.pushed);
     assert.deepEqual(index.manifests[0]!.platform, { architecture: 'amd64', os: 'linux' });
     assert.deepEqual(index.manifests[1]!.platform, { architecture: 'unknown', os: 'unknown' });
-    assert.deepEqual(
-      [index.manifests[1]!.artifactType, index.manifests[1]!.digest],
-      [INDEX_ARTIFACT_TYPE, report.images[0]!.artifact],
-    );
+    assert.equal(index.manifests[1]!.digest, report.images[0]!.artifact);
+    assert.deepEqual(index.manifests[1]!.annotations, { [ARTIFACT_ANNOTATION]: INDEX_ARTIFACT_TYPE });
     const copy = await manifest(target, index.manifests[0]!.digest);
     assert.deepEqual(copy.config, image.config);
     assert.deepEqual(

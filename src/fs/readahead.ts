@@ -1,0 +1,55 @@
+// Recognises sequential reading of a layer from its misses and says which spans to fetch ahead. Hits are answered
+// natively and never seen here; a reader that catches up with what is being fetched misses again, and so moves it on.
+// Called by the LazyLoader; decides only, fetches nothing.
+
+/** Spans ahead of the reader at most: about 8 MiB uncompressed. */
+const MAX_WINDOW = 8;
+/** Sequential readers of one layer that are told apart. */
+const MAX_STREAMS = 4;
+
+interface Stream {
+  /** Span of the last miss. */
+  last: number;
+  /** End of what was asked for ahead, exclusive. */
+  ahead: number;
+  /** How many spans to keep ahead; 0 until a second miss follows the first. */
+  window: number;
+}
+
+export class Readahead {
+  /** By layer, most recent first. */
+  readonly #streams = new Map<number, Stream[]>();
+
+  /**
+   * Tells of a miss in spans [first, last] of a layer with `spanCount` spans; the spans to fetch ahead, as a range.
+   * The window opens with the second miss that continues another, and doubles with each further one.
+   */
+  onMiss(layerId: number, first: number, last: number, spanCount: number): { from: number; count: number } {
+    let streams = this.#streams.get(layerId);
+    if (streams === undefined) this.#streams.set(layerId, (streams = []));
+    const at = streams.findIndex((stream) => first >= stream.last && first <= Math.max(stream.last + 1, stream.ahead));
+    const stream = at >= 0 ? streams.splice(at, 1)[0]! : { last, ahead: last + 1, window: 0 };
+    const moved = at >= 0 && last > stream.last;
+    if (at >= 0 && !moved) {
+      // More misses in the same span say nothing new.
+      streams.unshift(stream);
+      return { from: stream.ahead, count: 0 };
+    }
+    if (moved) stream.window = Math.min(MAX_WINDOW, Math.max(1, stream.window * 2));
+    stream.last = last;
+    const from = Math.max(stream.ahead, last + 1);
+    const end = Math.min(spanCount, last + 1 + stream.window);
+    stream.ahead = Math.max(from, end);
+    streams.unshift(stream);
+    streams.length = Math.min(streams.length, MAX_STREAMS);
+    return { from, count: Math.max(0, end - from) };
+  }
+
+  forget(layerId: number): void {
+    this.#streams.delete(layerId);
+  }
+
+  clear(): void {
+    this.#streams.clear();
+  }
+}
