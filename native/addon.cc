@@ -12,6 +12,7 @@ Napi::Object init(Napi::Env env, Napi::Object exports) {
   register_mount(env, exports);
   register_loop(env, exports);
   register_fd(env, exports);
+  register_xattr(env, exports);
   register_presence(env, exports);
   register_fuse(env, exports);
   register_inflate(env, exports);

@@ -8,6 +8,7 @@ namespace dedup {
 void register_mount(Napi::Env env, Napi::Object exports);
 void register_loop(Napi::Env env, Napi::Object exports);
 void register_fd(Napi::Env env, Napi::Object exports);
+void register_xattr(Napi::Env env, Napi::Object exports);
 void register_presence(Napi::Env env, Napi::Object exports);
 void register_fuse(Napi::Env env, Napi::Object exports);
 void register_inflate(Napi::Env env, Napi::Object exports);

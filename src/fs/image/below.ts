@@ -7,7 +7,7 @@ import { native } from '../native.ts';
 import type { SegmentBelow } from './build-protocol.ts';
 import { cleanComponents, resolveInside, usableXattrs } from './layer-tree.ts';
 import { mergeLayers } from './merge.ts';
-import type { DirectoryAttributes } from './tree.ts';
+import type { DirectoryAttributes, XattrSet } from './tree.ts';
 
 /** `absent`: look further down. `other`: something that is no directory stops the search. */
 type Found = DirectoryAttributes | 'absent' | 'other';
@@ -51,6 +51,13 @@ function inLayers(indexes: readonly string[]): (path: string) => Found {
   };
 }
 
+/** In the order of names, which layers have too: the same content gives the same image. */
+function sortedXattrs(path: Uint8Array): XattrSet {
+  return native()
+    .readXattrs(path)
+    .sort((a, b) => (a.name < b.name ? -1 : 1));
+}
+
 /** Symlinks are followed inside `root` only. */
 function inDirectory(root: string): (path: string) => Found {
   const full = (names: readonly string[]): Buffer =>
@@ -85,8 +92,7 @@ function inDirectory(root: string): (path: string) => Found {
         gid: Number(stats.gid),
         mtimeSec: Number(stats.mtimeNs / 1_000_000_000n),
         mtimeNsec: Number(stats.mtimeNs % 1_000_000_000n),
-        // Attributes sort by name in an image.
-        xattrs: usableXattrs(native().readXattrs(here).sort((a, b) => (a.name < b.name ? -1 : 1))),
+        xattrs: usableXattrs(sortedXattrs(here)),
       };
     }
     return 'absent';
