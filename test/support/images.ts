@@ -10,7 +10,8 @@ import { gzip, zstdCompress } from 'node:zlib';
 import { run } from './containerd.ts';
 import { type TarEntry, tarOf } from './tar.ts';
 
-export type LayerCompression = 'gzip' | 'zstd' | 'none';
+/** zstd-frames: one frame for each MiB of the tar, so that decompression can start at any of them. */
+export type LayerCompression = 'gzip' | 'zstd' | 'zstd-frames' | 'none';
 
 /** What one layer holds: members, a directory on disk, or a ready tar (compressed by us). */
 export type LayerSource = (
@@ -60,6 +61,7 @@ const TYPES = {
     config: 'application/vnd.oci.image.config.v1+json',
     gzip: 'application/vnd.oci.image.layer.v1.tar+gzip',
     zstd: 'application/vnd.oci.image.layer.v1.tar+zstd',
+    'zstd-frames': 'application/vnd.oci.image.layer.v1.tar+zstd',
     none: 'application/vnd.oci.image.layer.v1.tar',
   },
   docker: {
@@ -67,9 +69,12 @@ const TYPES = {
     config: 'application/vnd.docker.container.image.v1+json',
     gzip: 'application/vnd.docker.image.rootfs.diff.tar.gzip',
     zstd: 'application/vnd.docker.image.rootfs.diff.tar.zstd',
+    'zstd-frames': 'application/vnd.docker.image.rootfs.diff.tar.zstd',
     none: 'application/vnd.docker.image.rootfs.diff.tar',
   },
 } as const;
+
+const FRAME_BYTES = 1024 * 1024;
 
 const sha256 = (bytes: Uint8Array | string) => `sha256:${createHash('sha256').update(bytes).digest('hex')}`;
 
@@ -267,6 +272,13 @@ async function compress(tar: Buffer, compression: LayerCompression): Promise<Buf
       return await promisify(gzip)(tar);
     case 'zstd':
       return await promisify(zstdCompress)(tar);
+    case 'zstd-frames': {
+      const frames: Buffer[] = [];
+      for (let at = 0; at < tar.length; at += FRAME_BYTES) {
+        frames.push(await promisify(zstdCompress)(tar.subarray(at, at + FRAME_BYTES)));
+      }
+      return Buffer.concat(frames);
+    }
     case 'none':
       return tar;
   }
