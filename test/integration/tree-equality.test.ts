@@ -1,16 +1,48 @@
 // The tree that a container sees through the lazy mount, against containerd's own overlayfs unpack of the same image:
 // real images, a generated one with everything a tar layer can hold, and chains of lazy and ordinary layers.
 import assert from 'node:assert/strict';
+import { join } from 'node:path';
 import { after, before, describe, test } from 'node:test';
+import { MiB } from '../../src/units.ts';
+import { run } from '../support/containerd.ts';
 import { debianImages, NGINX_IMAGE, PYTHON_IMAGE } from '../support/debian-images.ts';
-import { featureDirectoriesWithoutTime, featureLayers } from '../support/feature-tars.ts';
+import { DEEP as DEEP_PATH } from '../support/feature-layers.ts';
+import { featureLayers } from '../support/feature-tars.ts';
 import { pushLayout } from '../support/images.ts';
 import { LazyNode, NOTHING_LEFT, type PublishedImage } from '../support/lazy-node.ts';
 import { checkMetadata, openView, withoutIndexes } from '../support/lazy-view.ts';
 import { assertSameRows, type CompareOptions, type TreeRow, walkTreeApart } from '../support/tree-walk.ts';
 
-/** containerd makes the root directory of an unpack itself: its time is that of the unpack, an image has none to give. */
+/** containerd makes the root directory of an unpack itself and ignores its tar entry: the time is that of the unpack. */
 const ROOT = '';
+/**
+ * Directories of the generated image whose time differs by design: some layer makes or changes something in them
+ * without an entry for the directory itself, so containerd leaves the time of that moment. Here it is the time that a
+ * lower layer gives, or 1970: the same on every node, whenever it was pulled.
+ */
+const DIRECTORIES_WITHOUT_TIME = [
+  ROOT,
+  // Parents without any entry.
+  ...[1, 2, 3, 4, 5].map((depth) => DEEP_PATH.split('/').slice(0, depth).join('/')),
+  // Changed by a higher layer that has no entry for them.
+  'across/attrs',
+  'across/second-only',
+  'big',
+  'etc',
+  'hidden',
+  // The middle layer unpacks through a symlink of the lower layer: directories of these names take its place.
+  'link-to-dir',
+  'link-to-tmp',
+  'many',
+  'merge',
+  'missing',
+  'missing/parent',
+  'missing/parent/of',
+  'opaque',
+  'opaque/sub',
+  'special',
+  'special/deep',
+];
 
 describe('the tree of a lazy image', () => {
   let node: LazyNode;
@@ -23,14 +55,23 @@ describe('the tree of a lazy image', () => {
     await node?.stop();
   });
 
-  /** Pulls with containerd alone and walks its overlayfs snapshot. */
-  async function expectedTree(plain: string, chainId: string): Promise<TreeRow[]> {
+  /**
+   * Pulls with containerd alone and walks its overlayfs snapshot. `unpackTimes`: exactly the paths whose time is that of
+   * the unpack, because no layer says another.
+   */
+  async function expectedTree(plain: string, chainId: string, unpackTimes: readonly string[]): Promise<TreeRow[]> {
+    const startedNs = BigInt(Date.now()) * 1_000_000n;
     await node.containerd.ctr(['images', 'pull', '--plain-http', '--snapshotter', 'overlayfs', plain], {
       timeoutMs: 120_000,
     });
     const view = await openView(node, 'overlayfs', chainId);
     try {
-      return await walkTreeApart(view.path);
+      const rows = await walkTreeApart(view.path);
+      assert.deepEqual(
+        rows.filter(({ mtimeNs }) => mtimeNs >= startedNs).map(({ path }) => path),
+        unpackTimes,
+      );
+      return rows;
     } finally {
       await view.close();
       // Its content too: an rpull that comes later has nothing at hand.
@@ -66,7 +107,7 @@ describe('the tree of a lazy image', () => {
       const pushed = await pushLayout(dir, spec.tag, node.registry.host, spec.tag);
       await node.product.cli(['index', pushed, '--annotate', `${node.registry.host}/${spec.tag}:lazy`]);
       const chainId = image.layers.at(-1)?.chainId ?? '';
-      const expected = await expectedTree(`${node.proxy.host}/${spec.tag}:${spec.tag}`, chainId);
+      const expected = await expectedTree(`${node.proxy.host}/${spec.tag}:${spec.tag}`, chainId, [ROOT]);
       await compareLazy(`${node.proxy.host}/${spec.tag}:lazy`, chainId, expected, { ignoreMtimeOf: [ROOT] });
     });
   }
@@ -75,17 +116,33 @@ describe('the tree of a lazy image', () => {
     let published: PublishedImage;
     let chainId: string;
     let expected: TreeRow[];
-    const undescribed = featureDirectoriesWithoutTime();
-    const options: CompareOptions = { ignoreMtimeOf: (path) => undescribed.has(path) };
+    const options: CompareOptions = { ignoreMtimeOf: DIRECTORIES_WITHOUT_TIME };
 
     before(async () => {
       published = await node.publish('features', featureLayers());
       chainId = published.image.layers.at(-1)?.chainId ?? '';
-      expected = await expectedTree(published.plain, chainId);
+      expected = await expectedTree(published.plain, chainId, DIRECTORIES_WITHOUT_TIME);
     });
 
     test("equals containerd's unpack, all layers lazy", async () => {
       await compareLazy(published.lazy, chainId, expected, options);
+    });
+
+    test('shows zeros between the end of a file and the end of its last page', async () => {
+      const program = join(await node.containerd.scratch('mmap'), 'mmap-tail');
+      await run('cc', ['-O1', '-o', program, join(import.meta.dirname, '../support/mmap-tail.c')]);
+      await node.rpull(published.lazy);
+      const view = await openView(node, 'dedup', chainId);
+      try {
+        const files = expected.filter(({ type, size }) => type === 'file' && size % 4096 !== 0);
+        assert.ok(files.some(({ path }) => path === `big/${9 * MiB + 123}`));
+        const { stdout } = await run('sh', ['-c', `find ${view.path} -type f -print0 | ${program}`]);
+        assert.equal(Number(stdout), files.length);
+      } finally {
+        await view.close();
+        await node.containerd.ctr(['images', 'rm', '--sync', published.lazy]);
+        await node.collect();
+      }
     });
 
     for (const [name, ordinary] of [

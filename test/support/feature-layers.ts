@@ -6,7 +6,8 @@ import type { TarEntry } from './tar.ts';
 /** struct vfs_cap_data, revision 2, effective: cap_net_bind_service. */
 export const CAPABILITY = Buffer.from('0100000200040000000000000000000000000000', 'hex');
 const LONG_NAME = 'n'.repeat(255);
-const DEEP = Array.from({ length: 5 }, (_, i) => String(i).repeat(200)).join('/');
+/** A path of 1,004 bytes. */
+export const DEEP = Array.from({ length: 5 }, (_, i) => String(i).repeat(200)).join('/');
 
 export function bottomLayer(): EntrySpec[] {
   return [

@@ -1,8 +1,7 @@
 // The feature layers as tar members, with what only a real tar and a real content can show beside: files of many chunks
 // and pieces, PAX sparse files, access control lists, and whiteouts that act across every layer boundary.
-import { bottomLayer, middleLayer, topLayer, toTarEntries, undescribedDirectories } from './feature-layers.ts';
+import { bottomLayer, middleLayer, topLayer, toTarEntries } from './feature-layers.ts';
 import type { LayerSource } from './images.ts';
-import type { EntrySpec } from './layer-maker.ts';
 import type { TarEntry } from './tar.ts';
 
 const MiB = 1024 * 1024;
@@ -168,19 +167,4 @@ export function featureLayers(): LayerSource[] {
     { entries: [...toTarEntries(topLayer()), ...THIRD], compression: 'none' },
     { entries: TOP },
   ];
-}
-
-/** Directories that some layer uses without describing them; containerd gives them the time of the unpack. */
-export function featureDirectoriesWithoutTime(): Set<string> {
-  const specs = (entries: readonly TarEntry[]): EntrySpec[] =>
-    entries.map(({ name, type }) => ({
-      name: String(name).replace(/\/$/, ''),
-      ...(type === 'dir' ? {} : { content: '' }),
-    }));
-  return undescribedDirectories([
-    [...bottomLayer(), ...specs(BOTTOM)],
-    [...middleLayer(), ...specs(SECOND)],
-    [...topLayer(), ...specs(THIRD)],
-    specs(TOP),
-  ]);
 }
