@@ -53,6 +53,14 @@ export interface DataPlaneOptions {
   readonly log: Logger;
 }
 
+/** Why a layer that no snapshot names is kept. */
+interface Expectation {
+  /** When it ends at the latest, by performance.now(). */
+  readonly untilMs: number;
+  /** Layers of the image that is being pulled: once no snapshot names one of them, the pull has ended. Empty: no pull. */
+  readonly image: readonly number[];
+}
+
 /** A layer of an image as a caller names it, with where it can be read. */
 export interface WantedLayer {
   readonly key: LayerKeyMessage;
@@ -78,8 +86,8 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
   readonly #adding = new Map<string, Promise<LayerRecord>>();
   /** Images that were looked at as a whole lately, by manifest and source. */
   readonly #prepared = new LRUCache<string, true>({ max: 1000, ttl: EXPECTED_MS });
-  /** Layers that were fetched ahead of their Prepare, and until when they are kept for it, by performance.now(). */
-  readonly #expected = new Map<number, number>();
+  /** Layers that no snapshot names yet, kept for whoever is about to: the rest of a pull, or a standalone mount. */
+  readonly #expected = new Map<number, Expectation>();
   /** Mount ids that keys of the snapshotter were given, as told last. */
   #inUse: ReadonlySet<number> = new Set();
   readonly #stop = new AbortController();
@@ -211,12 +219,15 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
     this.#remember(host, userAndPassword);
   }
 
-  mountReference(
+  async mountReference(
     request: { reference: string; directory: string; platform: string; credentials: string },
     progress: (message: MountProgressMessage) => void,
     signal: AbortSignal,
   ): Promise<string> {
-    return this.#references.mount(request, progress, AbortSignal.any([signal, this.#stop.signal]));
+    const path = await this.#references.mount(request, progress, AbortSignal.any([signal, this.#stop.signal]));
+    // The mount keeps its layers now.
+    for (const image of this.#mounts.list()) for (const { layerId } of image.layers) this.#expected.delete(layerId);
+    return path;
   }
 
   unmountReference(directory: string): Promise<void> {
@@ -282,6 +293,7 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
     if (source === undefined) return;
     const { bytes } = await this.#repository(source).getManifest(manifest, this.#stop.signal);
     const { layers } = parseManifest(bytes, `manifest ${manifest}`);
+    const image: number[] = [];
     const rows = await Promise.all(
       layers.map(async ({ digest, annotations }) => {
         const index = annotations[INDEX_ANNOTATION] ?? '';
@@ -289,7 +301,8 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
         if (index === '') return undefined;
         const known = this.#book.find(key) !== undefined;
         const row = await this.#layer({ key, sources, manifest, reference: '' }, this.#stop.signal);
-        if (!known) this.#expected.set(row.id, performance.now() + EXPECTED_MS);
+        image.push(row.id);
+        if (!known) this.#expected.set(row.id, { untilMs: performance.now() + EXPECTED_MS, image });
         return row;
       }),
     );
@@ -367,7 +380,7 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
     });
     const indexDigest = await this.#catalog.keep(indexBlob, restartBlob);
     const row = await this.#add(index, indexDigest, wanted, 'local');
-    this.#expected.set(row.id, performance.now() + EXPECTED_MS);
+    this.#expected.set(row.id, { untilMs: performance.now() + EXPECTED_MS, image: [] });
     return row;
   }
 
@@ -387,13 +400,23 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
   /** Makes sure that the layer's index is on disk. Errors: NOT_FOUND, and those of the registry. */
   async #mountable(row: LayerRecord): Promise<MountableLayer> {
     if (!existsSync(this.#book.indexPath(row))) {
-      const source = row.sources[0];
-      if (source === undefined)
-        throw new DedupError('NOT_FOUND', `the index of layer ${row.digest} is gone and has no source`);
-      const wanted = { layerDigest: parseDigest(row.digest), indexDigest: parseDigest(row.indexDigest) };
-      await this.#catalog.load(wanted, this.#repository(source), this.#stop.signal);
+      await this.#fetchIndexAgain(row);
     }
     return { layerId: row.id, digest: row.digest, indexPath: this.#book.indexPath(row) };
+  }
+
+  async #fetchIndexAgain(row: LayerRecord): Promise<void> {
+    const wanted = { layerDigest: parseDigest(row.digest), indexDigest: parseDigest(row.indexDigest) };
+    let failure: unknown = new DedupError('NOT_FOUND', `the index of layer ${row.digest} is gone and has no source`);
+    for (const source of row.sources) {
+      try {
+        await this.#catalog.load(wanted, this.#repository(source), this.#stop.signal);
+        return;
+      } catch (error) {
+        failure = error; // The next source may have it.
+      }
+    }
+    throw failure;
   }
 
   async mountImage(
@@ -439,11 +462,14 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
       if (row !== undefined) keep.add(row.id);
     }
     await this.#mounts.release(this.#inUse, (layerId) => keep.has(layerId));
+    const named = new Set(keep);
     for (const image of this.#mounts.list()) for (const layer of image.layers) keep.add(layer.layerId);
     // Layers of an image that is just being pulled have no snapshot yet.
     for (const adding of this.#adding.values()) await adding.then((row) => keep.add(row.id)).catch(() => undefined);
-    for (const [layerId, untilMs] of this.#expected) {
-      if (performance.now() < untilMs) keep.add(layerId);
+    for (const [layerId, { untilMs, image }] of this.#expected) {
+      // No Prepare is under way now: a pull that goes on has left a snapshot of one of its layers.
+      const goesOn = image.length === 0 || image.some((id) => named.has(id));
+      if (goesOn && performance.now() < untilMs) keep.add(layerId);
       else this.#expected.delete(layerId);
     }
     const dropped = await this.#store.retainLayers([...keep]);

@@ -126,7 +126,7 @@ export class Authorizer {
   #basic(credentials: Credentials | undefined): Token {
     if (credentials?.username === undefined || credentials.password === undefined) {
       throw new DedupError('REGISTRY_AUTH', `${this.#host} wants a user name and password, and none are known`, {
-        hint: `add ${this.#host} to the credentials file, or pass -u user:password`,
+        hint: `add ${this.#host} to the credentials file, or pass -u user:password (dedupd forgets those of "rpull -u" when it restarts)`,
       });
     }
     return { header: basicHeader(credentials.username, credentials.password), expiresAt: Number.POSITIVE_INFINITY };
