@@ -193,13 +193,14 @@ export async function makeImageIndex(
   return index;
 }
 
-/** Pushes a tag of a layout to a plain-HTTP registry ("127.0.0.1:PORT") and answers the image reference. */
+/** Pushes a tag of a layout to a plain-HTTP registry ("127.0.0.1:PORT"), as `login` (user:password); its reference. */
 export async function pushLayout(
   dir: string,
   tag: string,
   registry: string,
   repository: string,
   newTag = tag,
+  login?: string,
 ): Promise<string> {
   const reference = `${registry}/${repository}:${newTag}`;
   await run(
@@ -211,6 +212,7 @@ export async function pushLayout(
       '--quiet',
       '--preserve-digests',
       '--dest-tls-verify=false',
+      ...(login === undefined ? [] : ['--dest-creds', login]),
       `oci:${dir}:${tag}`,
       `docker://${reference}`,
     ],

@@ -128,7 +128,7 @@ export class LazyNode {
   async publish(repository: string, layers: readonly LayerSource[]): Promise<PublishedImage> {
     const image = await makeImage({ layers, tag: 'plain' });
     this.#layouts.add(image.dir);
-    const pushed = await pushLayout(image.dir, 'plain', this.registry.host, repository);
+    const pushed = await pushLayout(image.dir, 'plain', this.registry.host, repository, 'plain', this.#login);
     const login = this.#login === undefined ? [] : ['--user', this.#login];
     await this.product.cli(['index', ...login, pushed, '--annotate', `${this.registry.host}/${repository}:lazy`]);
     const through = (tag: string) => `${this.proxy.host}/${repository}:${tag}`;
@@ -160,6 +160,14 @@ export class LazyNode {
   fetched(image: TestImage): number[] {
     return image.layers.map(
       ({ digest }) => this.proxy.count({ method: 'GET', path: new RegExp(`/blobs/${digest}`) }).bytes,
+    );
+  }
+
+  /** Requests for bytes of this image's layers since the proxy was last reset. */
+  layerRequests(image: TestImage): number {
+    return image.layers.reduce(
+      (sum, { digest }) => sum + this.proxy.count({ method: 'GET', path: new RegExp(`/blobs/${digest}`) }).requests,
+      0,
     );
   }
 

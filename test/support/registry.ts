@@ -93,6 +93,7 @@ export class RegistryProcess {
 
   /** Starts the process again after `halt`, on the same port and files. */
   async launch(): Promise<void> {
+    await this.halt();
     const child = spawn('docker-registry', ['serve', this.#configFile], { stdio: ['ignore', 'pipe', 'pipe'] });
     this.#child = child;
     const failed = new Promise<never>((_, reject) => {

@@ -1,0 +1,274 @@
+// The life of an image that `rpull` brought, on the real product: shared by namespaces and registries, surviving
+// collections and restarts, and gone without a trace when it is removed or its pull was killed.
+import assert from 'node:assert/strict';
+import { spawn } from 'node:child_process';
+import { once } from 'node:events';
+import { after, before, describe, test } from 'node:test';
+import { setTimeout as sleep } from 'node:timers/promises';
+import { LABEL_INDEX, LABEL_MANIFEST_DIGEST } from '../../src/snapshotter/labels.ts';
+import { waitFor } from '../support/containerd.ts';
+import { busyboxEntries, type LayerSource, pushLayout, type TestImage } from '../support/images.ts';
+import { FILE_BYTES, LazyNode, NOTHING_LEFT, noise, noiseSum, smallLayers } from '../support/lazy-node.ts';
+import { PROGRAM } from '../support/product.ts';
+import { RegistryProcess, TEST_LOGIN } from '../support/registry.ts';
+
+/** More than a frame may hold to be one that can be started in: such a layer is not lazily loadable. */
+const ONE_FRAME_BYTES = 9 << 20;
+const BLOB = /\/blobs\/sha256:/;
+
+async function assertNothingLeft(node: LazyNode, namespaces: readonly string[] = []): Promise<void> {
+  const nothing = { content: [], ingests: [], snapshots: [], images: [], leases: [] };
+  await node.collect();
+  for (const namespace of [node.containerd.namespace, ...namespaces])
+    assert.deepEqual(await node.containerd.inventory('dedup', namespace), nothing);
+  assert.deepEqual(await node.leftovers(), NOTHING_LEFT);
+}
+
+describe('an image brought by rpull', () => {
+  let node: LazyNode;
+  let image: TestImage;
+  let lazy: string;
+
+  before(async () => {
+    node = await LazyNode.start();
+    ({ image, lazy } = await node.publish('team/app', await smallLayers('one')));
+  });
+  after(() => node?.stop());
+
+  async function removeImage(reference = lazy, namespace = node.containerd.namespace): Promise<void> {
+    await node.containerd.ctr(['image', 'rm', '--sync', reference], { namespace });
+  }
+
+  test('runs after a forced collection and a restart of containerd; a second pull asks for no layer', async () => {
+    await node.rpull(lazy);
+    await node.collect();
+    await node.containerd.restart();
+    await node.collect();
+    const { stdout } = await node.runScript(lazy, 'cat /mark; echo; sha256sum /cold');
+    assert.equal(stdout, `one\n${noiseSum(FILE_BYTES, 'cold one', '/cold')}`);
+    node.proxy.reset();
+    const again = await node.rpull(lazy);
+    assert.match(again.stdout, /2 layers: 0 lazy, 0 fetched and unpacked, 2 already here/);
+    assert.equal(node.proxy.count({ path: BLOB }).requests, 0);
+    assert.ok(node.proxy.count({ path: /manifests/ }).requests > 0);
+    await removeImage();
+    await assertNothingLeft(node);
+  });
+
+  test('is taken over by a second namespace: nothing of its layers is fetched again', async () => {
+    await node.rpull(lazy);
+    assert.equal((await node.runScript(lazy, 'cat /mark')).stdout, 'one');
+    node.proxy.reset();
+    const other = `${node.containerd.namespace}-other`;
+    const { address } = node.containerd;
+    const { stdout } = await node.product.cli(['rpull', '-a', address, '-n', other, lazy]);
+    assert.match(stdout, /2 layers: 2 lazy, 0 fetched/);
+    assert.equal((await node.runScript(lazy, 'cat /mark', { namespace: other })).stdout, 'one');
+    assert.deepEqual(node.fetched(image), [0, 0]);
+    assert.equal(node.remoteSnapshots().length, 2, 'both namespaces share one snapshot for each layer');
+    // The first one's removal takes nothing from the second.
+    await removeImage();
+    await node.collect();
+    const { stdout: later } = await node.runScript(lazy, 'sha256sum /cold', { namespace: other });
+    assert.equal(later, noiseSum(FILE_BYTES, 'cold one', '/cold'));
+    await removeImage(lazy, other);
+    await assertNothingLeft(node, [other]);
+  });
+
+  test('is read from a second registry that it was pulled from when the first one is gone', async () => {
+    const second = await RegistryProcess.start();
+    const other = `${node.containerd.namespace}-mirror`;
+    try {
+      const pushed = await pushLayout(image.dir, 'plain', second.host, 'mirror/app');
+      const mirror = `${second.host}/mirror/app:lazy`;
+      await node.product.cli(['index', pushed, '--annotate', mirror]);
+      await node.rpull(lazy);
+      const { address } = node.containerd;
+      await node.product.cli(['rpull', '-a', address, '-n', other, mirror]);
+      await waitFor('both sources', () => node.indexCount('SELECT COUNT(*) FROM sources') === 4);
+      assert.equal((await node.runScript(lazy, 'cat /mark')).stdout, 'one');
+      await node.registry.halt();
+      const { stdout } = await node.runScript(lazy, 'sha256sum /cold');
+      assert.equal(stdout, noiseSum(FILE_BYTES, 'cold one', '/cold'));
+      assert.ok(second.requests('GET', BLOB) > 0);
+      await node.registry.launch();
+      await removeImage();
+      await removeImage(mirror, other);
+      await assertNothingLeft(node, [other]);
+    } finally {
+      await second.stop();
+    }
+  });
+
+  test('is not kept by what was fetched ahead once its pull has ended', async () => {
+    const [bottom, top] = image.layers;
+    await node.rpull(lazy);
+    const labels = JSON.parse(
+      (await node.containerd.ctr(['snapshots', '--snapshotter', 'dedup', 'info', bottom?.chainId ?? ''])).stdout,
+    ) as { Labels: Record<string, string> };
+    await removeImage();
+    await assertNothingLeft(node);
+
+    // A pull that ends after its first Prepare. Another repository: this one was looked at lately.
+    const pushed = await pushLayout(image.dir, 'plain', node.registry.host, 'team/ahead');
+    await node.product.cli(['index', pushed, '--annotate', `${node.registry.host}/team/ahead:lazy`]);
+    const { client } = node.product;
+    const { layer, lazy: isLazy } = await client.prepareLayer({
+      layer: { digest: bottom?.digest ?? '', index: labels.Labels[LABEL_INDEX] ?? '', scope: '' },
+      sources: [{ host: node.registry.host, repository: 'team/ahead' }],
+      manifest: labels.Labels[LABEL_MANIFEST_DIGEST] ?? '',
+      siblings: [],
+      budgetMs: 5_000,
+    });
+    assert.equal(isLazy, true);
+    const layers = () => node.indexCount('SELECT COUNT(*) FROM layers');
+    await waitFor(`the index of ${top?.digest}`, () => layers() === 2);
+    await client.retainLayers([layer]);
+    assert.equal(layers(), 2, 'the pull goes on: it has a snapshot');
+    await client.retainLayers([]);
+    assert.equal(layers(), 0);
+    await assertNothingLeft(node);
+  });
+
+  test('fails to be read with an error, not with wrong bytes, when every registry is gone, and is read when one is back', async () => {
+    await node.rpull(lazy);
+    assert.equal((await node.runScript(lazy, 'cat /mark')).stdout, 'one');
+    node.proxy.setRules({ path: BLOB, fault: { kind: 'status', status: 404 } });
+    const gone = await node.runScript(lazy, 'sha256sum /cold', { allowFailure: true });
+    assert.notEqual(gone.code, 0);
+    assert.match(gone.stderr, /I\/O error|Input\/output error/i);
+    node.proxy.reset();
+    await sleep(1_100); // A failed piece is remembered for about a second.
+    const { stdout } = await node.runScript(lazy, 'sha256sum /cold');
+    assert.equal(stdout, noiseSum(FILE_BYTES, 'cold one', '/cold'));
+    await removeImage();
+    await assertNothingLeft(node);
+  });
+});
+
+describe('an image of which one layer cannot be lazy', () => {
+  let node: LazyNode;
+  let image: TestImage;
+  let lazy: string;
+
+  before(async () => {
+    node = await LazyNode.start();
+    const layers: LayerSource[] = [
+      { entries: await busyboxEntries(['sh', 'cat', 'sha256sum']) },
+      {
+        compression: 'zstd',
+        entries: [
+          { name: 'middle', content: noise(ONE_FRAME_BYTES, 'middle') },
+          { name: 'both', content: 'middle' },
+        ],
+      },
+      {
+        entries: [
+          { name: 'top', content: 'top' },
+          { name: 'both', content: 'top' },
+        ],
+      },
+    ];
+    ({ image, lazy } = await node.publish('team/mixed', layers));
+  });
+  after(() => node?.stop());
+
+  async function runsRight(): Promise<void> {
+    const { stdout } = await node.runScript(lazy, 'cat /top /both; sha256sum /middle');
+    assert.equal(stdout, `toptop${noiseSum(ONE_FRAME_BYTES, 'middle', '/middle')}`);
+  }
+
+  test('that layer alone is fetched, applied and committed, and all of them are one file system', async () => {
+    node.proxy.reset();
+    const { stdout } = await node.rpull(lazy);
+    assert.match(stdout, /3 layers: 2 lazy, 1 fetched and unpacked/);
+    assert.deepEqual(node.fetched(image), [0, image.layers[1]?.size, 0]);
+    await runsRight();
+    await node.collect();
+    await node.containerd.restart();
+    await runsRight();
+    await node.containerd.ctr(['image', 'rm', '--sync', lazy]);
+    await assertNothingLeft(node);
+  });
+
+  test('a pull that is killed at any moment leaves nothing once its lease has run out', async () => {
+    const flags = ['--config', node.product.configFile, 'rpull', '--lease-seconds', '1'];
+    const where = ['-a', node.containerd.address, '-n', node.containerd.namespace];
+    const pull = () => spawn(PROGRAM, [...flags, ...where, lazy], { stdio: 'ignore' });
+    const startedMs = performance.now();
+    const [code] = (await once(pull(), 'exit')) as [number];
+    assert.equal(code, 0);
+    const wholeMs = performance.now() - startedMs;
+    await node.containerd.ctr(['image', 'rm', '--sync', lazy]);
+    await assertNothingLeft(node);
+
+    const outcomes: string[] = [];
+    for (let round = 0; round < 10; round++) {
+      const killedAfterMs = Math.round(wholeMs * (0.3 + 0.08 * (round + Math.random())));
+      const child = pull();
+      const ended = once(child, 'exit');
+      await sleep(killedAfterMs);
+      child.kill('SIGKILL');
+      await ended;
+      const left = await node.containerd.inventory('dedup');
+      outcomes.push(left.images.length > 0 ? 'whole' : left.leases.length > 0 ? 'cut' : 'early');
+      for (const name of left.images) await node.containerd.ctr(['image', 'rm', '--sync', name]);
+      await waitFor('the lease to run out', async () => {
+        await node.containerd.gc();
+        return (await node.containerd.inventory('dedup')).leases.length === 0;
+      });
+      await assertNothingLeft(node).catch((error: unknown) => {
+        throw new Error(`round ${round}, killed after ${killedAfterMs} of ${Math.round(wholeMs)} ms`, { cause: error });
+      });
+    }
+    assert.ok(outcomes.filter((outcome) => outcome === 'cut').length >= 2, `hardly a pull was cut: ${outcomes}`);
+    await node.rpull(lazy);
+    await runsRight();
+    await node.containerd.ctr(['image', 'rm', '--sync', lazy]);
+    await assertNothingLeft(node);
+  });
+});
+
+describe('an image of a registry that asks who you are', () => {
+  const login = `${TEST_LOGIN.username}:${TEST_LOGIN.password}`;
+  let node: LazyNode;
+  let lazy: string;
+
+  before(async () => {
+    node = await LazyNode.start({ registry: { htpasswd: TEST_LOGIN.htpasswd } }, login);
+    ({ lazy } = await node.publish('team/secret', await smallLayers('secret')));
+  });
+  after(() => node?.stop());
+
+  test('rpull without credentials says what to do', async () => {
+    const { code, stderr } = await node.rpull(lazy, [], { allowFailure: true });
+    assert.equal(code, 1);
+    assert.match(stderr, /REGISTRY_AUTH/);
+    assert.match(stderr, /-u|--user|credentials/);
+    await assertNothingLeft(node);
+  });
+
+  test('later reads use the credentials given to rpull', async () => {
+    await node.rpull(lazy, ['-u', login]);
+    const { stdout } = await node.runScript(lazy, 'cat /mark');
+    assert.equal(stdout, 'secret');
+  });
+
+  test('dedupd keeps them in memory only: after it restarted, reads fail with a hint until rpull brings them again', async () => {
+    const before = await node.product.daemonPid();
+    process.kill(before, 'SIGKILL');
+    await waitFor('a new dedupd', async () => (await node.product.daemonPid().catch(() => before)) !== before);
+    const refused = await node.runScript(lazy, 'sha256sum /cold', { allowFailure: true });
+    assert.notEqual(refused.code, 0);
+    assert.match(node.product.log(), /REGISTRY_AUTH/);
+    assert.match(node.product.log(), /credentials file, or pass -u user:password/);
+    await node.rpull(lazy, ['-u', login]);
+    await sleep(1_100); // A failed piece is remembered for about a second.
+    const { stdout } = await node.runScript(lazy, 'sha256sum /cold');
+    assert.equal(stdout, noiseSum(FILE_BYTES, 'cold secret', '/cold'));
+  });
+
+  test('no log has the password', () => {
+    assert.equal(node.product.log().includes(TEST_LOGIN.password), false);
+  });
+});
