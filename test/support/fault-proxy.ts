@@ -24,6 +24,8 @@ export type Fault =
   | { readonly kind: 'reset'; readonly afterBytes?: number }
   /** Nothing is sent for `ms` (default: for ever), before any answer or after some bytes of the body. */
   | { readonly kind: 'stall'; readonly ms?: number; readonly afterBytes?: number }
+  /** Nothing is sent before `until` is settled. */
+  | { readonly kind: 'hold'; readonly until: Promise<unknown> }
   /** The body ends after `bytes`; the head promises all of it, or nothing when `chunked`. */
   | { readonly kind: 'short'; readonly bytes: number; readonly chunked?: boolean }
   /** `bytes` more than asked for follow, in a chunked body. */
@@ -172,6 +174,7 @@ export class FaultProxy {
 
     const fault = this.#faultFor(seen);
     if (fault?.kind === 'delay') await this.#wait(fault.ms);
+    if (fault?.kind === 'hold') await fault.until;
     if (fault?.kind === 'stall' && fault.afterBytes === undefined) {
       if (fault.ms === undefined) return;
       await this.#wait(fault.ms);
