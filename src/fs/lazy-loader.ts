@@ -352,8 +352,15 @@ export class LazyLoader {
 
   /** Starts fetching what a sequential reader will want next, behind everything that is waited for. */
   #readAhead(map: LayerMap, spans: ReadonlySet<number>): void {
+    if (spans.size === 0) return; // A piece of zeros within a sparse chunk needs nothing of the layer.
     const { from, count } = this.#readahead.onMiss(map.layerId, Math.min(...spans), Math.max(...spans), map.spanCount);
-    for (let span = from; span < from + count; span++) {
+    if (count === 0) return;
+    // Whole pieces: half of one would be thrown away again.
+    let end = map.spanEnd(from + count - 1);
+    for (const { ref, tarOffset } of map.ordinaryPieces(end - 1, end)) end = Math.max(end, tarOffset + ref.length);
+    const last = map.spanAt(end - 1);
+    this.#readahead.extend(map.layerId, last + 1);
+    for (let span = from; span <= last; span++) {
       if (this.#isHere(map, span)) continue;
       this.#fetcher.fetch(map, span, Priority.prefetch).catch((error: unknown) => {
         // Nobody waits for it; a read that does will ask again and be told.

@@ -45,6 +45,12 @@ export class Readahead {
     return { from, count: Math.max(0, end - from) };
   }
 
+  /** Tells that the reader of the last miss is fetched for up to span `end`, exclusive. */
+  extend(layerId: number, end: number): void {
+    const stream = this.#streams.get(layerId)?.[0];
+    if (stream !== undefined) stream.ahead = Math.max(stream.ahead, end);
+  }
+
   forget(layerId: number): void {
     this.#streams.delete(layerId);
   }
