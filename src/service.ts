@@ -45,7 +45,11 @@ export async function runService(config: Config, configFile: string | undefined)
   const paths = new RootPaths(config.root);
   await mkdir(paths.root, { recursive: true, mode: 0o700 });
 
-  const client = new DedupdClient({ address: new RunPaths(config.run_dir).dedupdSocket, root: config.root });
+  const client: DedupdClient = new DedupdClient({
+    address: new RunPaths(config.run_dir).dedupdSocket,
+    root: config.root,
+    revive: () => supervisor.revive(),
+  });
   const supervisor = new DedupdSupervisor({ config, configFile, client, log });
   const disabled = lazyDisabledReason(config);
   if (disabled === undefined) {

@@ -76,6 +76,8 @@ export interface DedupdClientOptions {
   readonly address: string;
   /** Root directory the daemon must serve; any when absent. */
   readonly root?: string;
+  /** Called when nobody answers a Prepare or a mount; once it has resolved, the call is made again. */
+  readonly revive?: () => Promise<void>;
 }
 
 /** Deadlines, milliseconds. Release and retain are called with Prepare waiting behind them: short. */
@@ -93,6 +95,8 @@ const DEADLINE_MS = {
 } as const;
 /** Time kept back from a budget so that dedupd's own answer, with its reason, arrives before our deadline. */
 const ANSWER_MS = 200;
+/** What a start of the daemon may take while a mount waits for it. */
+const REVIVE_MS = 5_000;
 
 export class DedupdClient implements ImageMounter {
   readonly #client: InstanceType<ServiceClientConstructor>;
@@ -214,9 +218,23 @@ export class DedupdClient implements ImageMounter {
 
   async #call<T>(method: keyof typeof DEADLINE_MS | 'PrepareLayer', request: object, deadlineMs?: number): Promise<T> {
     const startedMs = performance.now();
-    await this.#compare();
     const wholeMs = deadlineMs ?? (method === 'PrepareLayer' ? ANSWER_MS : DEADLINE_MS[method]);
-    return await this.#invoke<T>(method, request, wholeMs - (performance.now() - startedMs));
+    const leftMs = (): number => wholeMs - (performance.now() - startedMs);
+    const attempt = async (): Promise<T> => {
+      await this.#compare();
+      return await this.#invoke<T>(method, request, leftMs());
+    };
+    try {
+      return await attempt();
+    } catch (error) {
+      const { revive } = this.#options;
+      const waits = method === 'PrepareLayer' || method === 'MountImage';
+      if (revive === undefined || !waits || !(error instanceof DedupError) || error.details.reached !== false)
+        throw error;
+      // Both calls may be made twice. A daemon that is just being started anew need not fail the start of a container.
+      if (!(await resolvesWithin(revive(), Math.min(leftMs(), REVIVE_MS)))) throw error;
+      return await attempt();
+    }
   }
 
   /** Hello, once for each time the daemon is reached anew. */
@@ -262,11 +280,25 @@ export class DedupdClient implements ImageMounter {
       return new DedupError('UNAVAILABLE', `dedupd does not answer on ${this.#options.address}`, {
         cause: error,
         hint: 'start dedupd, or look into its log',
+        details: { reached: false },
       });
     }
     const doing = `calling dedupd (${method}): ${text}`;
     return new DedupError(connectionCode(code), doing, { cause: error });
   }
+}
+
+/** False when the work fails or takes longer. */
+function resolvesWithin(work: Promise<void>, timeoutMs: number): Promise<boolean> {
+  return new Promise((resolve) => {
+    const timer = setTimeout(() => resolve(false), timeoutMs);
+    work.then(
+      () => resolve(true),
+      () => resolve(false), // The caller tells its own error; the supervisor has logged this one.
+    );
+    // Neither branch above rejects.
+    void work.catch(() => undefined).then(() => clearTimeout(timer));
+  });
 }
 
 function connectionCode(status: number | undefined): ErrorCode {

@@ -38,6 +38,8 @@ export class DedupdSupervisor {
   #watching: NodeJS.Timeout | undefined;
   #ensuring: Promise<void> | undefined;
   #gaveUp = false;
+  /** True while a check is under way: one failure is told once. */
+  #checking = false;
 
   constructor(options: SupervisorOptions) {
     this.#options = options;
@@ -87,6 +89,12 @@ export class DedupdSupervisor {
     });
   }
 
+  /** As ensure, for a call that found nobody; does not start one that was given up. Errors: UNAVAILABLE. */
+  async revive(): Promise<void> {
+    if (this.#gaveUp) throw new DedupError('UNAVAILABLE', 'dedupd was given up');
+    await this.ensure();
+  }
+
   async #answers(): Promise<boolean> {
     try {
       await this.#options.client.hello();
@@ -118,7 +126,7 @@ export class DedupdSupervisor {
         status = 127;
       });
       child.unref();
-      log.info({ pid: child.pid }, 'started dedupd');
+      log.info({ daemonPid: child.pid }, 'started dedupd');
     } finally {
       closeSync(logFd);
     }
@@ -131,7 +139,8 @@ export class DedupdSupervisor {
   }
 
   async #check(): Promise<void> {
-    if (this.#gaveUp) return;
+    if (this.#gaveUp || this.#checking) return;
+    this.#checking = true;
     const socket = new RunPaths(this.#options.config.run_dir).dedupdSocket;
     try {
       if (existsSync(socket) && (await this.#answers())) return;
@@ -143,6 +152,8 @@ export class DedupdSupervisor {
         this.#gaveUp = true;
         this.#options.log.fatal('giving up on dedupd; restart dedup-snapshotter once the cause is mended');
       }
+    } finally {
+      this.#checking = false;
     }
   }
 

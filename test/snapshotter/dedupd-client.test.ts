@@ -97,6 +97,28 @@ describe('the client of dedupd', () => {
     assert.equal((await call()).path, '/again');
   });
 
+  test('a mount that finds nobody waits for a daemon that is being started; other calls do not', async () => {
+    let revived = 0;
+    const image = { path: '/anew', mountId: 1, rootUid: 0, rootGid: 0 };
+    const revive = async () => {
+      revived++;
+      await sleep(100);
+      await serve({ mountImage: async () => image });
+      // What the supervisor does: asks until it answers.
+      while (!(await client?.hello().catch(() => undefined))) await sleep(25);
+    };
+    client = new DedupdClient({ address, revive });
+    await assert.rejects(client.stats(), code('UNAVAILABLE'));
+    assert.equal(revived, 0);
+    assert.deepEqual(await client.mountImage({ layers: [layer], bottom: true, below: [] }), image);
+    assert.equal(revived, 1);
+    client.close();
+    await server?.close();
+    client = new DedupdClient({ address, revive: () => Promise.reject(new Error('given up')) });
+    const call = client.mountImage({ layers: [layer], bottom: true, below: [] });
+    await assert.rejects(call, code('UNAVAILABLE', /does not answer/));
+  });
+
   test('a Prepare that takes longer than its budget ends with DEADLINE in time', async () => {
     await serve({ prepareLayer: () => sleep(3000).then(() => Promise.reject(new Error('late'))) });
     const startedMs = performance.now();

@@ -373,6 +373,10 @@ export class ContainerdClient {
         'address of the service) and restart containerd'
       );
     }
+    // containerd itself names the socket of a proxy plugin that it cannot reach.
+    if (code === 'UNAVAILABLE' && /dial unix|connection closed/.test(details)) {
+      return 'containerd does not reach the snapshotter: is dedup-snapshotter running? After its start, wait some seconds';
+    }
     if (code === 'UNAVAILABLE' && /connect|ENOENT|ECONNREFUSED|No connection/i.test(details)) {
       return `is containerd running? Its socket is expected at ${this.address}; --address names another`;
     }
