@@ -124,6 +124,20 @@ export class LazyNode {
     }
   }
 
+  /**
+   * Runs the service again and waits until containerd has found it: up to three seconds after a service that was killed
+   * (its gRPC client's backoff).
+   */
+  async startService(): Promise<void> {
+    await this.product.start();
+    const snapshots = ['snapshots', '--snapshotter', 'dedup'];
+    await waitFor('containerd to have found the service', async () => {
+      const { code } = await this.containerd.ctr([...snapshots, 'prepare', 'reached'], { allowFailure: true });
+      return code === 0;
+    });
+    await this.containerd.ctr([...snapshots, 'rm', 'reached']);
+  }
+
   /** Makes an image, pushes it, and makes a lazily loadable copy of it beside it. */
   async publish(repository: string, layers: readonly LayerSource[]): Promise<PublishedImage> {
     const image = await makeImage({ layers, tag: 'plain' });
