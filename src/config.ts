@@ -9,6 +9,7 @@ import {
   DEFAULT_LOG_DIR,
   DEFAULT_ROOT,
   DEFAULT_RUN_DIR,
+  RootPaths,
 } from './paths.ts';
 import { KiB, MiB } from './units.ts';
 
@@ -20,7 +21,7 @@ const prefetch = z.strictObject({
   enabled: z.boolean().default(true).describe('replay recorded access traces'),
   workers: z.int().min(1).max(64).default(4).describe('parallel prefetch requests'),
   queue_size: z.int().min(1).max(1_000_000).default(1000).describe('prefetch requests waiting at most'),
-  trace_dir: absolute.optional().describe('where traces are kept; default ROOT/traces'),
+  trace_dir: absolute.optional().describe('where traces are kept; always below the root unless given'),
 });
 
 const ksm = z.strictObject({
@@ -101,7 +102,8 @@ const schema = z.strictObject({
 });
 
 type DeepReadonly<T> = T extends object ? { readonly [K in keyof T]: DeepReadonly<T[K]> } : T;
-export type Config = DeepReadonly<z.infer<typeof schema>>;
+type Parsed = z.infer<typeof schema>;
+export type Config = DeepReadonly<Parsed & { prefetch: { trace_dir: string } }>;
 
 /** Keys that are checked but have no effect in this version, with what will use them. */
 const NOT_YET: readonly (readonly [path: string, feature: string])[] = [
@@ -142,7 +144,9 @@ export function parseConfig(value: unknown, origin = 'configuration'): Config {
       hint: 'docs/configuration.md lists every key',
     });
   }
-  return deepFreeze(result.data);
+  const { data } = result;
+  const trace_dir = data.prefetch.trace_dir ?? new RootPaths(data.root).traces;
+  return deepFreeze({ ...data, prefetch: { ...data.prefetch, trace_dir } });
 }
 
 /** Reads a configuration file. A missing file gives the defaults unless `required`. Errors: INVALID_CONFIG, NOT_FOUND. */
