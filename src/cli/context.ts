@@ -31,6 +31,11 @@ export class CliContext {
     return registryOptions(this.config());
   }
 
+  /** Chunk size for indexes made here, bytes. */
+  get chunkBytes(): number {
+    return this.config().chunk_size;
+  }
+
   get containerdAddress(): string {
     return this.config().containerd_address;
   }

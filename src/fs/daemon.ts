@@ -16,8 +16,8 @@ import { native } from './native.ts';
 /** Exit status when another dedupd holds the root; dedupd-supervisor.ts relies on it. */
 const EXIT_LOCKED = 3;
 
-/** Runs until a signal or Shutdown. Sets the exit status; never rejects. */
-export async function runDaemon(argv: readonly string[]): Promise<void> {
+/** Runs until a signal or Shutdown, then ends the process. */
+export async function runDaemon(argv: readonly string[]): Promise<never> {
   const program = new Command('dedupd')
     .description('Data daemon of dedup-snapshotter: fetches, verifies and stores what containers read.')
     .version(VERSION)
@@ -30,15 +30,19 @@ export async function runDaemon(argv: readonly string[]): Promise<void> {
     const log = createLogger('dedupd', { level: config.verbose ? 'debug' : config.log_level });
     try {
       await serve(config, log);
+      // A transport may keep threads that only the end of the process takes away (fuse-native).
+      process.exit(0);
     } catch (error) {
       log.fatal({ err: error }, 'dedupd ends');
-      process.exitCode = errorCode(error) === 'LOCKED' ? EXIT_LOCKED : 1;
+      process.exit(errorCode(error) === 'LOCKED' ? EXIT_LOCKED : 1);
     }
   } catch (error) {
     // No configuration, no log: say it to whoever started us.
     process.stderr.write(`dedupd: ${error instanceof Error ? error.message : String(error)}\n`);
     process.exitCode = 1;
   }
+  // All is closed. A fuse-native session whose connection could not be aborted keeps a thread, and with it the loop.
+  process.exit();
 }
 
 /** Locks the root for the life of the process. Errors: LOCKED. */

@@ -38,7 +38,7 @@ import { parseManifest } from './registry/image-manifest.ts';
 import { RegistryPool } from './registry/pool.ts';
 import { inspectMachine } from './transport/machine.ts';
 import { chooseTransport, openTransport, type TransportChoice } from './transport/select.ts';
-import type { Transport } from './transport/transport.ts';
+import type { ErofsLayoutKind, Transport } from './transport/transport.ts';
 
 /** Memory for decompressed windows of gzip restart points, bytes. */
 const WINDOW_CACHE_BYTES = 8 * MiB;
@@ -51,6 +51,8 @@ export interface DataPlaneOptions {
   readonly paths: RootPaths;
   readonly run: RunPaths;
   readonly log: Logger;
+  /** Layout of EROFS metadata; what the kernel calls for when absent. Newer kernels mount the older layout too. */
+  readonly layout?: ErofsLayoutKind;
 }
 
 /** Why a layer that no snapshot names is kept. */
@@ -149,7 +151,8 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
   /** Opens store, registry, transport. The caller holds the root's lock. Errors: STORE_IO, STORE_CORRUPT, KERNEL_UNSUPPORTED. */
   static async open(options: DataPlaneOptions): Promise<DataPlane> {
     const { config, paths, run, log } = options;
-    const choice = chooseTransport(inspectMachine(), config.transport);
+    const suited = chooseTransport(inspectMachine(), config.transport);
+    const choice = { ...suited, layout: options.layout ?? suited.layout };
     log.info({ transport: choice.name, layout: choice.layout, because: choice.because }, 'transport chosen');
     const credentials = new Map<string, Credentials>();
     const registry = new RegistryPool({ ...registryOptions(config), log });

@@ -2,9 +2,6 @@
 // what many rounds leave behind. Real registry, containerd and runc on unthrottled loopback. Run by `make bench`.
 //   node test/bench/figures.ts [--pairs 10] [--rounds 50] [start|all|memory…]
 import { readdirSync, readFileSync } from 'node:fs';
-import { mkdtemp, rm } from 'node:fs/promises';
-import { tmpdir } from 'node:os';
-import { join } from 'node:path';
 import { parseArgs } from 'node:util';
 import { coldStart, dropCaches, forgetImage, type Way } from '../support/cold-start.ts';
 import { run, TestContainerd } from '../support/containerd.ts';
@@ -109,8 +106,8 @@ try {
         dropCaches();
         started = performance.now();
         await product.cli(['rpull', '-a', containerd.address, '-n', containerd.namespace, lazy]);
-        const target = await mkdtemp(join(tmpdir(), 'everything-'));
         const key = `read-${spec.tag}-${pair}`;
+        const target = await containerd.scratch(key);
         const chain = images.get(spec.tag)!.layers.at(-1)!.chainId;
         const snapshots = ['snapshots', '--snapshotter', 'dedup'];
         await containerd.ctr([...snapshots, 'view', key, chain]);
@@ -122,7 +119,6 @@ try {
         readMs.push(performance.now() - readStarted);
         bothMs.push(performance.now() - started);
         await run('umount', [target]);
-        await rm(target, { recursive: true });
         await containerd.ctr(['snapshots', '--snapshotter', 'dedup', 'rm', key]);
         await forgetImage(containerd, lazy);
       }
@@ -139,8 +135,10 @@ try {
 
   if (wanted('wire')) {
     say("\n## Bytes on the wire for the demo's commands, and what the second image fetches\n");
-    say('| image | layer bytes | data fetched | distinct spans touched | ratio | control | present before |');
-    say('| --- | --- | --- | --- | --- | --- | --- |');
+    say(
+      '| image | layer bytes | data fetched (with windows) | spans waited for | fetched ahead | ratio | control | present before |',
+    );
+    say('| --- | --- | --- | --- | --- | --- | --- | --- |');
     let before = await product.stats();
     for (const { spec, command } of IMAGES) {
       const present = before.present_bytes;
@@ -148,8 +146,9 @@ try {
       const after = await product.stats();
       const wire = after.wire_bytes - before.wire_bytes;
       const spans = after.span_bytes - before.span_bytes;
+      const ahead = after.ahead_bytes - before.ahead_bytes;
       say(
-        `| ${spec.tag} | ${MB(images.get(spec.tag)!.layers.reduce((sum, layer) => sum + layer.size, 0))} | ${MB(wire)} | ${MB(spans)} | ` +
+        `| ${spec.tag} | ${MB(images.get(spec.tag)!.layers.reduce((sum, layer) => sum + layer.size, 0))} | ${MB(wire)} | ${MB(spans)} | ${MB(ahead)} | ` +
           `${(wire / spans).toFixed(3)} | ${MB(after.control_bytes - before.control_bytes)} | ${MB(present)} |`,
       );
       before = after;
