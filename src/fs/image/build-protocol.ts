@@ -11,7 +11,7 @@ export interface ImageBuildLayer {
 
 /**
  * Where directories that no layer of this segment describes find their attributes: what lies below the segment, as
- * containerd would look. `directory`: a layer unpacked on disk. `layers`: a lazy segment.
+ * containerd would look. Together they reach down to the bottom of the chain. `directory`: a layer unpacked on disk. `layers`: a lazy segment.
  */
 export type SegmentBelow =
   | { readonly kind: 'directory'; readonly path: string }

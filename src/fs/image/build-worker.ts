@@ -5,7 +5,7 @@ import { DedupError, wrapError } from '../../errors.ts';
 import { KiB } from '../../units.ts';
 import { decodeLayerIndex } from '../index/format.ts';
 import { writeFileAtomically } from './atomic-file.ts';
-import { attributesBelow } from './below.ts';
+import { layersBelow } from './below.ts';
 import type { ImageBuildAnswer, ImageBuildRequest, ImageBuildResult } from './build-protocol.ts';
 import { writeImage } from './erofs/writer.ts';
 import { mergeLayers } from './merge.ts';
@@ -25,7 +25,7 @@ function build(request: ImageBuildRequest): ImageBuildResult {
     layers.map(({ entries }) => entries),
     {
       bottom: request.bottom,
-      ...(request.below === undefined ? {} : { attributesBelow: attributesBelow(request.below) }),
+      ...(request.bottom || request.below === undefined ? {} : { below: layersBelow(request.below) }),
     },
   );
   const summary = writeFileAtomically(request.output, (fd) => writeImage(fd, tree, layers, request.layout));

@@ -2,19 +2,17 @@
 // builder in its own process; pure computation, no I/O. The rules are listed in docs/formats/erofs-image.md.
 import { DedupError } from '../../errors.ts';
 import type { EntryTable } from '../index/layer-index.ts';
+import type { LowerLayer } from './inherit.ts';
+import { inheritedAttributes, lowerLayer } from './inherit.ts';
 import type { LayerTreeResult } from './layer-tree.ts';
 import { buildLayerTree, resolveInside } from './layer-tree.ts';
-import type { DirectoryAttributes } from './tree.ts';
 import { ImageTree } from './tree.ts';
 
 export interface MergeOptions {
   /** True when nothing lies below these layers: whiteouts are resolved away instead of kept. */
   readonly bottom: boolean;
-  /**
-   * Attributes of a directory below this segment, by path (latin1, no leading "/"), for directories that a layer uses
-   * without describing them. Undefined where nothing below is a directory.
-   */
-  readonly attributesBelow?: (path: string) => DirectoryAttributes | undefined;
+  /** The layers below this segment, top to bottom, for directories that no layer of it describes. */
+  readonly below?: readonly LowerLayer[];
 }
 
 /** Takes away every whiteout and opaque mark below `directory`: nothing beneath it can show through. */
@@ -53,22 +51,7 @@ class Stack {
       if (this.#bottom && layer.hides) seal(this.#tree, layer.root);
       return;
     }
-    this.#inherit(this.#root, layer.made);
     this.#mergeDirectory(this.#root, layer.root, this.#bottom);
-  }
-
-  /**
-   * Directories without an entry take the attributes of what lies below at their path. containerd follows symlinks in
-   * its lower directories there, though the new directory then replaces the link.
-   */
-  #inherit(root: number, made: LayerTreeResult['made']): void {
-    const tree = this.#tree;
-    for (const { inode, path } of made) {
-      if (tree.implicit[inode] === 0) continue;
-      const below = resolveInside(tree, root, path);
-      if (below === undefined || below.found < below.names.length || !tree.isDirectory(below.inode)) continue;
-      tree.copyDirectoryAttributes(inode, below.inode);
-    }
   }
 
   /** The row at `path` in the layers stacked so far, symlinks in its parents followed. */
@@ -84,10 +67,8 @@ class Stack {
   /** Stacks directory `upper` on `lower`, in place. `sealed`: nothing below this segment can show through here. */
   #mergeDirectory(lower: number, upper: number, sealed: boolean): void {
     const tree = this.#tree;
-    if (tree.implicit[upper] === 0) {
-      tree.copyDirectoryAttributes(lower, upper);
-      tree.implicit[lower] = 0;
-    }
+    // Those of a directory without an entry were taken from below when its layer was built.
+    tree.copyDirectoryAttributes(lower, upper);
     if (tree.opaque[upper] === 1) {
       seal(tree, upper);
       tree.children[lower] = tree.childrenOf(upper);
@@ -122,24 +103,6 @@ class Stack {
   }
 }
 
-/** Gives directories that no layer of the segment describes the attributes that they have below it. */
-function inheritFromBelow(
-  tree: ImageTree,
-  directory: number,
-  path: string,
-  lookUp: (path: string) => DirectoryAttributes | undefined,
-): void {
-  for (const [name, child] of tree.childrenOf(directory)) {
-    if (!tree.isDirectory(child)) continue;
-    const childPath = path === '' ? name : `${path}/${name}`;
-    if (tree.implicit[child] === 1) {
-      const attributes = lookUp(childPath);
-      if (attributes !== undefined) tree.setDirectoryAttributes(child, attributes);
-    }
-    if (tree.opaque[child] === 0) inheritFromBelow(tree, child, childPath, lookUp);
-  }
-}
-
 /**
  * Merges the entries of `layers`, given bottom to top, into one tree. `tree.layer` holds positions in `layers`.
  * Errors: IMAGE_INVALID for what containerd could not unpack either, and for a hard link to a file that no layer of
@@ -151,13 +114,18 @@ export function mergeLayers(layers: readonly EntryTable[], options: MergeOptions
   for (const entries of layers) rows += entries.count + 64;
   const tree = new ImageTree(rows);
   const stack = new Stack(tree, options.bottom);
+  /** Top to bottom. */
+  const lowers: LowerLayer[] = [...(options.below ?? [])];
   layers.forEach((entries, layer) => {
     const lowest = options.bottom && layer === 0;
-    stack.push(buildLayerTree(tree, entries, { layer, lowest, findBelow: (path) => stack.find(path) }));
+    const built = buildLayerTree(tree, entries, { layer, lowest, findBelow: (path) => stack.find(path) });
+    for (const { inode, path } of built.made) {
+      const attributes = tree.implicit[inode] === 1 ? inheritedAttributes(lowers, path) : undefined;
+      if (attributes !== undefined) tree.setDirectoryAttributes(inode, attributes);
+    }
+    stack.push(built);
+    lowers.unshift(lowerLayer(() => entries, lowest));
   });
   tree.root = stack.root!;
-  if (!options.bottom && options.attributesBelow !== undefined) {
-    inheritFromBelow(tree, tree.root, '', options.attributesBelow);
-  }
   return tree;
 }

@@ -99,14 +99,18 @@ export class ImageTree {
   }
 
   copyDirectoryAttributes(to: number, from: number): void {
-    this.setDirectoryAttributes(to, {
-      mode: this.mode[from]!,
-      uid: this.uid[from]!,
-      gid: this.gid[from]!,
-      mtimeSec: this.mtimeSec[from]!,
-      mtimeNsec: this.mtimeNsec[from]!,
-      xattrs: this.xattrs[from],
-    });
+    this.setDirectoryAttributes(to, this.directoryAttributes(from));
+  }
+
+  directoryAttributes(inode: number): DirectoryAttributes {
+    return {
+      mode: this.mode[inode]!,
+      uid: this.uid[inode]!,
+      gid: this.gid[inode]!,
+      mtimeSec: this.mtimeSec[inode]!,
+      mtimeNsec: this.mtimeNsec[inode]!,
+      xattrs: this.xattrs[inode],
+    };
   }
 
   setDirectoryAttributes(to: number, attributes: DirectoryAttributes): void {
