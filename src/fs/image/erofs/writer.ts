@@ -21,7 +21,7 @@ import {
 } from './inode.ts';
 import { SequentialFile } from './sequential-file.ts';
 import { encodeSuperblock, headBytes, NID_BYTES, NULL_BLOCK, SUPERBLOCK_OFFSET } from './superblock.ts';
-import { writeXattrArea, xattrAreaBytes } from './xattr.ts';
+import { writeXattrArea, XATTR_HEADER_BYTES, xattrAreaBytes } from './xattr.ts';
 
 /** Where the chunks of one layer are. */
 export interface LayerContent {
@@ -290,7 +290,8 @@ export function writeImage(
     }
   }
   const plan = new ImagePlan(tree, contents, layout);
-  const dataStart = roundUp(plan.inodeEnd, BLOCK_BYTES);
+  // fsck.erofs reads the place of an attribute header behind an inode that has none, which must not be the file's end.
+  const dataStart = roundUp(plan.inodeEnd + XATTR_HEADER_BYTES, BLOCK_BYTES);
   const totalBlocks = dataStart / BLOCK_BYTES + plan.dataBlocks;
   const rootNid = plan.nid[tree.root]!;
   if (rootNid > MAX_ROOT_NID) throw new DedupError('INTERNAL', `root inode number ${rootNid} has more than 16 bits`);

@@ -3,11 +3,12 @@
 import { DedupError } from '../../../errors.ts';
 import type { XattrSet } from '../tree.ts';
 
-const HEADER_BYTES = 12;
+/** struct erofs_xattr_ibody_header without shared entries. */
+export const XATTR_HEADER_BYTES = 12;
 const ENTRY_BYTES = 4;
 const MAX_VALUE_BYTES = 65_535;
 /** i_xattr_icount has 16 bits. */
-const MAX_AREA_BYTES = HEADER_BYTES + (65_535 - 1) * 4;
+const MAX_AREA_BYTES = XATTR_HEADER_BYTES + (65_535 - 1) * 4;
 
 /** Name prefixes that are numbers on disk (EROFS_XATTR_INDEX_*); the rest of the name is stored. */
 const PREFIXES: readonly (readonly [string, number])[] = [
@@ -28,7 +29,7 @@ function split(name: string): { index: number; suffix: string } {
 /** Length of the xattr area of an inode, 0 without attributes. Errors: IMAGE_INVALID for what does not fit. */
 export function xattrAreaBytes(set: XattrSet | undefined): number {
   if (set === undefined || set.length === 0) return 0;
-  let bytes = HEADER_BYTES;
+  let bytes = XATTR_HEADER_BYTES;
   for (const { name, value } of set) {
     const { suffix } = split(name);
     if (suffix.length > 255 || value.length > MAX_VALUE_BYTES) {
@@ -47,7 +48,7 @@ export function xattrAreaBytes(set: XattrSet | undefined): number {
 
 /** Writes the area of a non-empty set at `at`; its bytes must be zero before. Sorted by name, so that order is fixed. */
 export function writeXattrArea(bytes: Uint8Array, view: DataView, at: number, set: XattrSet): void {
-  let entryAt = at + HEADER_BYTES;
+  let entryAt = at + XATTR_HEADER_BYTES;
   const sorted = [...set].sort((a, b) => (a.name < b.name ? -1 : a.name > b.name ? 1 : 0));
   for (const { name, value } of sorted) {
     const { index, suffix } = split(name);
