@@ -44,6 +44,56 @@ const DIRECTORIES_WITHOUT_TIME = [
   'special/deep',
 ];
 
+/**
+ * Pulls with containerd alone and walks its overlayfs snapshot. `unpackTimes`: exactly the paths whose time is that of
+ * the unpack, because no layer says another.
+ */
+async function expectedTree(
+  node: LazyNode,
+  plain: string,
+  chainId: string,
+  unpackTimes: readonly string[],
+): Promise<TreeRow[]> {
+  const startedNs = BigInt(Date.now()) * 1_000_000n;
+  await node.containerd.ctr(['images', 'pull', '--plain-http', '--snapshotter', 'overlayfs', plain], {
+    timeoutMs: 120_000,
+  });
+  const view = await openView(node, 'overlayfs', chainId);
+  try {
+    const rows = await walkTreeApart(view.path);
+    assert.deepEqual(
+      rows.filter(({ mtimeNs }) => mtimeNs >= startedNs).map(({ path }) => path),
+      unpackTimes,
+    );
+    return rows;
+  } finally {
+    await view.close();
+    // Its content too: an rpull that comes later has nothing at hand.
+    await node.containerd.ctr(['images', 'rm', '--sync', plain]);
+  }
+}
+
+/** Pulls with rpull, walks the lazy snapshot, checks the metadata, and takes it all away again. */
+async function compareLazy(
+  node: LazyNode,
+  reference: string,
+  chainId: string,
+  expected: readonly TreeRow[],
+  options: CompareOptions,
+): Promise<void> {
+  await node.rpull(reference);
+  const view = await openView(node, 'dedup', chainId);
+  try {
+    assertSameRows(await walkTreeApart(view.path), expected, options);
+    assert.ok((await checkMetadata(node)) > 0);
+  } finally {
+    await view.close();
+    await node.containerd.ctr(['images', 'rm', '--sync', reference]);
+    await node.collect();
+  }
+  assert.deepEqual(await node.leftovers(), NOTHING_LEFT);
+}
+
 describe('the tree of a lazy image', () => {
   let node: LazyNode;
 
@@ -55,50 +105,6 @@ describe('the tree of a lazy image', () => {
     await node?.stop();
   });
 
-  /**
-   * Pulls with containerd alone and walks its overlayfs snapshot. `unpackTimes`: exactly the paths whose time is that of
-   * the unpack, because no layer says another.
-   */
-  async function expectedTree(plain: string, chainId: string, unpackTimes: readonly string[]): Promise<TreeRow[]> {
-    const startedNs = BigInt(Date.now()) * 1_000_000n;
-    await node.containerd.ctr(['images', 'pull', '--plain-http', '--snapshotter', 'overlayfs', plain], {
-      timeoutMs: 120_000,
-    });
-    const view = await openView(node, 'overlayfs', chainId);
-    try {
-      const rows = await walkTreeApart(view.path);
-      assert.deepEqual(
-        rows.filter(({ mtimeNs }) => mtimeNs >= startedNs).map(({ path }) => path),
-        unpackTimes,
-      );
-      return rows;
-    } finally {
-      await view.close();
-      // Its content too: an rpull that comes later has nothing at hand.
-      await node.containerd.ctr(['images', 'rm', '--sync', plain]);
-    }
-  }
-
-  /** Pulls with rpull, walks the lazy snapshot, checks the metadata, and takes it all away again. */
-  async function compareLazy(
-    reference: string,
-    chainId: string,
-    expected: readonly TreeRow[],
-    options: CompareOptions,
-  ): Promise<void> {
-    await node.rpull(reference);
-    const view = await openView(node, 'dedup', chainId);
-    try {
-      assertSameRows(await walkTreeApart(view.path), expected, options);
-      assert.ok((await checkMetadata(node)) > 0);
-    } finally {
-      await view.close();
-      await node.containerd.ctr(['images', 'rm', '--sync', reference]);
-      await node.collect();
-    }
-    assert.deepEqual(await node.leftovers(), NOTHING_LEFT);
-  }
-
   for (const spec of [PYTHON_IMAGE, NGINX_IMAGE]) {
     test(`of the Debian image ${spec.tag} equals containerd's unpack`, { timeout: 300_000 }, async () => {
       const { dir, images } = await debianImages([PYTHON_IMAGE, NGINX_IMAGE]);
@@ -107,8 +113,8 @@ describe('the tree of a lazy image', () => {
       const pushed = await pushLayout(dir, spec.tag, node.registry.host, spec.tag);
       await node.product.cli(['index', pushed, '--annotate', `${node.registry.host}/${spec.tag}:lazy`]);
       const chainId = image.layers.at(-1)?.chainId ?? '';
-      const expected = await expectedTree(`${node.proxy.host}/${spec.tag}:${spec.tag}`, chainId, [ROOT]);
-      await compareLazy(`${node.proxy.host}/${spec.tag}:lazy`, chainId, expected, { ignoreMtimeOf: [ROOT] });
+      const expected = await expectedTree(node, `${node.proxy.host}/${spec.tag}:${spec.tag}`, chainId, [ROOT]);
+      await compareLazy(node, `${node.proxy.host}/${spec.tag}:lazy`, chainId, expected, { ignoreMtimeOf: [ROOT] });
     });
   }
 
@@ -121,11 +127,11 @@ describe('the tree of a lazy image', () => {
     before(async () => {
       published = await node.publish('features', featureLayers());
       chainId = published.image.layers.at(-1)?.chainId ?? '';
-      expected = await expectedTree(published.plain, chainId, DIRECTORIES_WITHOUT_TIME);
+      expected = await expectedTree(node, published.plain, chainId, DIRECTORIES_WITHOUT_TIME);
     });
 
     test("equals containerd's unpack, all layers lazy", async () => {
-      await compareLazy(published.lazy, chainId, expected, options);
+      await compareLazy(node, published.lazy, chainId, expected, options);
     });
 
     test('shows zeros between the end of a file and the end of its last page', async () => {
@@ -155,8 +161,30 @@ describe('the tree of a lazy image', () => {
     ] as const) {
       test(`equals containerd's unpack with layers ${name}`, async () => {
         const reference = await withoutIndexes(node, 'features', 'lazy', ordinary);
-        await compareLazy(reference, chainId, expected, options);
+        await compareLazy(node, reference, chainId, expected, options);
       });
     }
+  });
+});
+
+describe('the tree of a lazy image over fuse-native', () => {
+  let node: LazyNode;
+
+  before(async () => {
+    node = await LazyNode.start({ config: { transport: 'fuse-native' } });
+  });
+
+  after(async () => {
+    await node?.stop();
+  });
+
+  test("equals containerd's unpack with every feature, all layers lazy and mixed", async () => {
+    assert.equal((await node.product.client.hello()).transport, 'fuse-native');
+    const { image, plain, lazy } = await node.publish('features', featureLayers());
+    const chainId = image.layers.at(-1)?.chainId ?? '';
+    const expected = await expectedTree(node, plain, chainId, DIRECTORIES_WITHOUT_TIME);
+    const options: CompareOptions = { ignoreMtimeOf: DIRECTORIES_WITHOUT_TIME };
+    await compareLazy(node, lazy, chainId, expected, options);
+    await compareLazy(node, await withoutIndexes(node, 'features', 'lazy', [1]), chainId, expected, options);
   });
 });
