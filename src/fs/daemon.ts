@@ -17,7 +17,7 @@ import { native } from './native.ts';
 const EXIT_LOCKED = 3;
 
 /** Runs until a signal or Shutdown, then ends the process. */
-export async function runDaemon(argv: readonly string[]): Promise<never> {
+export async function runDaemon(argv: readonly string[]): Promise<void> {
   const program = new Command('dedupd')
     .description('Data daemon of dedup-snapshotter: fetches, verifies and stores what containers read.')
     .version(VERSION)
@@ -41,8 +41,6 @@ export async function runDaemon(argv: readonly string[]): Promise<never> {
     process.stderr.write(`dedupd: ${error instanceof Error ? error.message : String(error)}\n`);
     process.exitCode = 1;
   }
-  // All is closed. A fuse-native session whose connection could not be aborted keeps a thread, and with it the loop.
-  process.exit();
 }
 
 /** Locks the root for the life of the process. Errors: LOCKED. */
