@@ -11,7 +11,7 @@ import type { LayerIndex } from './index/layer-index.ts';
 import type { LayerBlobSource, LayerProvider, LoadableLayer, WindowReader } from './loadable-layer.ts';
 import type { Repository } from './registry/blob-reader.ts';
 
-/** Identity of a layer; an empty `index` matches any. */
+/** Identity of a layer; an empty `index` stands for one that was made here. */
 export interface LayerIdentity {
   readonly digest: string;
   readonly index: string;
@@ -47,11 +47,14 @@ export class LayerBook implements LayerProvider {
     for (const row of rows) this.#byId.set(row.id, row);
   }
 
+  /**
+   * Without an index in the key only one made here counts: what another image's annotation says of the same layer is
+   * not this image's, and may be wrong on purpose.
+   */
   find(key: LayerIdentity): LayerRecord | undefined {
     for (const row of this.#byId.values()) {
-      if (row.digest === key.digest && row.scope === key.scope && (key.index === '' || row.indexDigest === key.index)) {
-        return row;
-      }
+      if (row.digest !== key.digest || row.scope !== key.scope) continue;
+      if (key.index === '' ? row.trust === 'local' : row.indexDigest === key.index) return row;
     }
     return undefined;
   }

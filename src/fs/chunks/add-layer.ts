@@ -33,6 +33,8 @@ export function addLayer(
     if (chunkCount !== count)
       throw new DedupError('STORE_CORRUPT', `layer ${layer.digest} is stored with ${chunkCount} chunks, not ${count}`);
     insertSources(db, layerId, layer);
+    // Made here from the whole layer: whatever named the same index before, now it is known to be right.
+    if (layer.trust === 'local') db.prepare("UPDATE layers SET trust = 'local' WHERE id = ?").run(layerId);
     const addresses = new Float64Array(count);
     const rows = db
       .prepare('SELECT seq, ifnull(placement, chunk_id) FROM layer_chunks WHERE layer_id = ?')
