@@ -284,15 +284,23 @@ export class MountTable {
     return this.#layers.get(id) ?? [];
   }
 
-  /** Detaches what a previous daemon left mounted: its session is gone, so those mounts can only answer EIO. */
+  /**
+   * Detaches what a previous daemon left mounted, standalone mounts included: its session is gone, so those mounts can
+   * only answer EIO.
+   */
   async removeLeftovers(): Promise<void> {
     const { paths, log } = this.#options;
     await mkdir(paths.mounts, { recursive: true, mode: 0o700 });
-    const mounts = (await readFile('/proc/self/mountinfo', 'utf8'))
-      .split('\n')
-      .map((line) => line.split(' ')[4] ?? '')
-      .filter((path) => path.startsWith(`${paths.mounts}/`));
-    for (const path of mounts.reverse()) {
+    // proc(5), mountinfo: the third field is the device, the fifth the mount point with blanks as octal.
+    const all = (await readFile('/proc/self/mountinfo', 'utf8')).split('\n').map((line) => {
+      const [, , device = '', , path = ''] = line.split(' ');
+      return {
+        device,
+        path: path.replace(/\\([0-7]{3})/g, (_, octal) => String.fromCharCode(Number.parseInt(octal, 8))),
+      };
+    });
+    const devices = new Set(all.filter(({ path }) => path.startsWith(`${paths.mounts}/`)).map(({ device }) => device));
+    for (const { path } of all.filter(({ device }) => devices.has(device)).reverse()) {
       log.info({ path }, 'detaching an image of an earlier dedupd');
       await unmountErofs(path);
     }

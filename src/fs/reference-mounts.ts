@@ -155,8 +155,12 @@ export class ReferenceMounts {
     }
     try {
       await native().umount(directory, 0);
-    } catch (error) {
-      throw wrapError(error, `unmounting ${directory}`);
+    } catch (cause) {
+      const { code, message } = wrapError(cause, `unmounting ${directory}`);
+      throw new DedupError(code, message, {
+        cause,
+        hint: `is it in use? \`fuser -vm ${directory}\` names the processes`,
+      });
     }
     this.#byDirectory.delete(directory);
     image.holders.delete(directory);
