@@ -93,7 +93,7 @@ const schema = z.strictObject({
     .int()
     .min(MiB)
     .max(1024 * MiB)
-    .default(24 * MiB)
+    .default(8 * MiB)
     .describe('memory for decompressed spans, bytes'),
   prefetch: prefetch.default(prefetch.parse({})),
   ksm: ksm.default(ksm.parse({})),

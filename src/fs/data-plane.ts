@@ -41,7 +41,10 @@ import { chooseTransport, openTransport, type TransportChoice } from './transpor
 import type { ErofsLayoutKind, Transport } from './transport/transport.ts';
 
 /** Memory for decompressed windows of gzip restart points, bytes. */
-const WINDOW_CACHE_BYTES = 8 * MiB;
+const WINDOW_CACHE_BYTES = 4 * MiB;
+
+/** A burst of reads is over when none came for this long. */
+const IDLE_CHECK_MS = 1_000;
 
 /** How long a layer that was fetched ahead waits for its Prepare. */
 const EXPECTED_MS = 600_000;
@@ -92,6 +95,7 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
   readonly #expected = new Map<number, Expectation>();
   /** Mount ids that keys of the snapshotter were given, as told last. */
   #inUse: ReadonlySet<number> = new Set();
+  #idleTimer: NodeJS.Timeout | undefined;
   readonly #stop = new AbortController();
 
   private constructor(
@@ -186,6 +190,7 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
       });
       opened.push(transport);
       plane = new DataPlane(options, { choice, registry, catalog, store, book, loader, transport, credentials });
+      plane.#collectWhenIdle();
       await plane.#mounts.removeLeftovers();
       await plane.#removeOrphanFiles();
       await store.unpinAll();
@@ -194,6 +199,25 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
       for (const resource of opened.reverse()) await resource[Symbol.asyncDispose]();
       throw error;
     }
+  }
+
+  /**
+   * Collects garbage once after every burst of reads. Buffers of fetched spans are outside the JavaScript heap, which
+   * alone is too small to make the engine look for them; a node has better use for that memory.
+   */
+  #collectWhenIdle(): void {
+    const { gc } = globalThis;
+    if (gc === undefined) return; // Only the launcher starts us with it.
+    let collected = 0;
+    let seen = 0;
+    this.#idleTimer = setInterval(() => {
+      const { reads, waiting } = this.#loader.stats();
+      if (reads === seen && reads !== collected && waiting === 0) {
+        gc();
+        collected = reads;
+      }
+      seen = reads;
+    }, IDLE_CHECK_MS).unref();
   }
 
   get transportName(): string {
@@ -565,6 +589,7 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
 
   /** Unmounts everything, answers what is outstanding, flushes the store. Idempotent. */
   async close(): Promise<void> {
+    clearInterval(this.#idleTimer);
     this.#stop.abort(new DedupError('CLOSED', 'dedupd is stopping'));
     await this.#references.close();
     await this.#mounts.close();

@@ -27,8 +27,8 @@ export const DEFAULT_FETCH_LIMITS: FetchLimits = Object.freeze({
   requestsPerHost: 4,
   decodes: 2,
   maxRunBytes: 4 * MiB,
-  maxRunOutputBytes: 8 * MiB,
-  edgeBytes: 24 * MiB,
+  maxRunOutputBytes: 4 * MiB,
+  edgeBytes: 8 * MiB,
   attemptTimeoutMs: 25_000,
 });
 
