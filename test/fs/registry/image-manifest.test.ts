@@ -1,9 +1,9 @@
 // The pure part of a pull: which manifest of an index, which layers, and what is refused.
 import assert from 'node:assert/strict';
 import { describe, test } from 'node:test';
-import { chooseManifest, imageLayers, parseManifest, parsePlatform } from '../../../src/fs/registry/image-manifest.ts';
 import { digestOf } from '../../../src/digest.ts';
 import { errorCode } from '../../../src/errors.ts';
+import { chooseManifest, imageLayers, parseManifest, parsePlatform } from '../../../src/fs/registry/image-manifest.ts';
 
 const MANIFEST = 'application/vnd.oci.image.manifest.v1+json';
 const a = digestOf('a');
