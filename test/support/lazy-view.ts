@@ -1,7 +1,7 @@
 // What end-to-end tests of file trees need of a LazyNode beside running containers: images that are lazy in some layers
 // only, and snapshots mounted where the test can walk them.
 import { createHash } from 'node:crypto';
-import { mkdir, readdir, rmdir } from 'node:fs/promises';
+import { readdir, rmdir } from 'node:fs/promises';
 import { join } from 'node:path';
 import { run } from './containerd.ts';
 import type { LazyNode } from './lazy-node.ts';
@@ -106,11 +106,4 @@ export async function checkMetadata(node: LazyNode): Promise<number> {
     await run('fsck.erofs', [`--device=${join(root, 'chunks', 'store')}`, join(root, 'images', name)]);
   }
   return names.length;
-}
-
-/** A directory of the test's own beside the views. */
-export async function scratchDirectory(node: LazyNode, name: string): Promise<string> {
-  const path = join(node.containerd.dir, name);
-  await mkdir(path, { recursive: true });
-  return path;
 }
