@@ -4,11 +4,11 @@ import cliProgress from 'cli-progress';
 import type { Command } from 'commander';
 import { DedupError } from '../errors.ts';
 import { type Credentials, parseUserPassword } from '../fs/registry/credentials.ts';
+import { hostPlatform, parsePlatform } from '../fs/registry/image-manifest.ts';
 import { type RegistryOptions, RegistryPool } from '../fs/registry/pool.ts';
 import { type ImageReference, parseReference } from '../fs/registry/reference.ts';
 import { formatBytes } from '../units.ts';
 import { ContainerdClient } from './containerd/client.ts';
-import { hostPlatform, parsePlatform } from '../fs/registry/image-manifest.ts';
 import { DEFAULT_LEASE_LIFETIME_MS, type PullEvent, type PullResult, pullImage } from './containerd/pull.ts';
 
 /** What the verb needs of the command line around it. */
