@@ -76,10 +76,15 @@ export function snapshotsService(snapshotter: Snapshotter, log: Logger): Untyped
     return serviceError(error);
   };
 
-  function unary<Request, Response>(method: string, handle: (request: Request) => Promise<Response>) {
+  function unary<Request, Response>(
+    method: string,
+    handle: (request: Request, signal: AbortSignal) => Promise<Response>,
+  ) {
     return (call: ServerUnaryCall<Request, Response>, answer: sendUnaryData<Response>): void => {
       const startedMs = performance.now();
-      handle(call.request).then(
+      const abort = new AbortController();
+      call.once('cancelled', () => abort.abort());
+      handle(call.request, abort.signal).then(
         (response) => {
           log.debug({ method, request: call.request, tookMs: performance.now() - startedMs }, 'snapshots call');
           answer(null, response);
@@ -102,11 +107,11 @@ export function snapshotsService(snapshotter: Snapshotter, log: Logger): Untyped
   }
 
   return {
-    Prepare: unary<PrepareRequest, MountsMessage>('Prepare', async ({ key, parent, labels }) => ({
-      mounts: await snapshotter.prepare(key, parent, labels),
+    Prepare: unary<PrepareRequest, MountsMessage>('Prepare', async ({ key, parent, labels }, signal) => ({
+      mounts: await snapshotter.prepare(key, parent, labels, signal),
     })),
-    View: unary<PrepareRequest, MountsMessage>('View', async ({ key, parent, labels }) => ({
-      mounts: await snapshotter.view(key, parent, labels),
+    View: unary<PrepareRequest, MountsMessage>('View', async ({ key, parent, labels }, signal) => ({
+      mounts: await snapshotter.view(key, parent, labels, signal),
     })),
     Mounts: unary<KeyRequest, MountsMessage>('Mounts', async ({ key }) => ({ mounts: await snapshotter.mounts(key) })),
     Commit: unary<CommitRequest, object>('Commit', async ({ name, key, labels, parent }) => {

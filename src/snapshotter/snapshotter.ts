@@ -74,25 +74,26 @@ export class Snapshotter {
   /**
    * A writable snapshot on top of `parent` ("" for none). With a `containerd.io/snapshot.ref` label whose layer can be
    * loaded lazily there is nothing to write: it is committed at once and the answer is ALREADY_EXISTS.
-   * Errors: ALREADY_EXISTS, NOT_FOUND or INVALID_ARGUMENT for the parent, UNAVAILABLE when a lazy parent cannot be mounted.
+   * Errors: ALREADY_EXISTS, NOT_FOUND or INVALID_ARGUMENT for the parent, UNAVAILABLE when a lazy parent cannot be mounted,
+   * CANCELLED: a caller that has gone never hears of the snapshot, so none is left.
    */
-  async prepare(key: string, parent: string, labels: Labels): Promise<Mount[]> {
+  async prepare(key: string, parent: string, labels: Labels, signal = NEVER): Promise<Mount[]> {
     requireName(key, 'key');
     return this.#gate.shared(async () => {
       await this.#refuseExisting(key);
       const chain = await this.#metastore.chain(parent);
       const wanted = layerLabels(labels);
-      if (wanted !== undefined) await this.#prepareRemote(key, parent, labels, wanted);
-      return this.#create({ name: key, kind: 'active', parent, labels }, chain);
+      if (wanted !== undefined) await this.#prepareRemote(key, parent, labels, wanted, signal);
+      return this.#create({ name: key, kind: 'active', parent, labels }, chain, signal);
     });
   }
 
   /** A read-only snapshot of `parent`. Errors as prepare. */
-  async view(key: string, parent: string, labels: Labels): Promise<Mount[]> {
+  async view(key: string, parent: string, labels: Labels, signal = NEVER): Promise<Mount[]> {
     requireName(key, 'key');
     return this.#gate.shared(async () => {
       await this.#refuseExisting(key);
-      return this.#create({ name: key, kind: 'view', parent, labels }, await this.#metastore.chain(parent));
+      return this.#create({ name: key, kind: 'view', parent, labels }, await this.#metastore.chain(parent), signal);
     });
   }
 
@@ -199,7 +200,13 @@ export class Snapshotter {
   }
 
   /** Throws ALREADY_EXISTS when there is, or can be, a committed snapshot for (ref, parent); else returns. */
-  async #prepareRemote(key: string, parent: string, labels: Labels, wanted: LayerLabels): Promise<void> {
+  async #prepareRemote(
+    key: string,
+    parent: string,
+    labels: Labels,
+    wanted: LayerLabels,
+    signal: AbortSignal,
+  ): Promise<void> {
     const { ref } = wanted;
     const existing = await this.#metastore.findByRef(ref, parent);
     if (existing !== undefined) {
@@ -212,23 +219,34 @@ export class Snapshotter {
     }
     const layer = await this.#remote.tryPrepare(wanted);
     if (layer === undefined) return;
-    await this.#commitRemote(key, parent, labels, ref, layer);
+    await this.#commitRemote(key, parent, labels, ref, layer, signal);
     throw alreadyThere(ref);
   }
 
-  async #commitRemote(key: string, parent: string, labels: Labels, ref: string, layer: LayerKey): Promise<void> {
+  async #commitRemote(
+    key: string,
+    parent: string,
+    labels: Labels,
+    ref: string,
+    layer: LayerKey,
+    signal: AbortSignal,
+  ): Promise<void> {
     const id = ++this.#lastId;
     const wanted = remoteName(key, ref);
     const name = (await this.#metastore.find(wanted)) === undefined ? wanted : `${wanted}#${id}`;
     const snapshot: NewSnapshot = { id, name, kind: 'committed', parent, labels, lowers: [], layer };
-    await this.#insert(snapshot, () => this.#makeDirectories(snapshot, undefined));
+    await this.#insert(snapshot, () => this.#makeDirectories(snapshot, undefined), signal);
     this.#log.info(
       { layer: layer.digest, name, id },
       'layer committed as a remote snapshot, its content is loaded lazily',
     );
   }
 
-  async #create(wanted: Omit<NewSnapshot, 'id' | 'lowers'>, chain: readonly SnapshotRecord[]): Promise<Mount[]> {
+  async #create(
+    wanted: Omit<NewSnapshot, 'id' | 'lowers'>,
+    chain: readonly SnapshotRecord[],
+    signal: AbortSignal,
+  ): Promise<Mount[]> {
     const id = ++this.#lastId;
     const lowers: Lower[] = [];
     let owner: Owner | undefined;
@@ -244,7 +262,7 @@ export class Snapshotter {
       if (lowers.length === 1) owner = { uid: rootUid ?? 0, gid: rootGid ?? 0 };
     }
     const snapshot = { ...wanted, id, lowers };
-    await this.#insert(snapshot, () => this.#makeDirectories(snapshot, owner));
+    await this.#insert(snapshot, () => this.#makeDirectories(snapshot, owner), signal);
     return mountsOf({ id, kind: mountedKind(wanted.kind) }, lowers, this.#paths, this.#overlayOptions());
   }
 
@@ -255,9 +273,14 @@ export class Snapshotter {
   }
 
   /** Makes the directory, then the record; a record never stands without its directory. */
-  async #insert(snapshot: NewSnapshot, makeDirectories: () => Promise<void>): Promise<void> {
+  async #insert(snapshot: NewSnapshot, makeDirectories: () => Promise<void>, signal: AbortSignal): Promise<void> {
+    const requireCaller = (): void => {
+      if (signal.aborted) throw new DedupError('CANCELLED', `the caller of snapshot ${snapshot.name} has gone`);
+    };
     try {
+      requireCaller();
       await makeDirectories();
+      requireCaller();
       await this.#metastore.insert(snapshot);
     } catch (error) {
       await deleteTree(this.#paths.snapshot(snapshot.id)).catch((cause: unknown) => {
@@ -266,6 +289,11 @@ export class Snapshotter {
       });
       throw error instanceof DedupError ? error : wrapError(error, 'making a snapshot directory', 'STORE_IO');
     }
+    // A committed one may have been found by somebody else already; a key belongs to its caller alone.
+    if (!signal.aborted || snapshot.kind === 'committed') return;
+    // containerd removes what it does not know only together with something else of this snapshotter.
+    await this.remove(snapshot.name);
+    requireCaller();
   }
 
   async #makeDirectories(snapshot: NewSnapshot, lazyOwner: Owner | undefined): Promise<void> {
@@ -330,6 +358,9 @@ export class Snapshotter {
     this.#cleanupTimer.unref();
   }
 }
+
+/** The signal of callers that stay. */
+const NEVER = new AbortController().signal;
 
 /** What is mounted is written to unless it is a view. */
 function mountedKind(kind: SnapshotKind): 'active' | 'view' {

@@ -6,10 +6,11 @@ import { mkdir, mkdtemp, readdir, readFile, rm, stat, writeFile } from 'node:fs/
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterEach, beforeEach, describe, test } from 'node:test';
+import { setTimeout as sleep } from 'node:timers/promises';
 import { pino } from 'pino';
 import { digestOf } from '../../src/digest.ts';
 import { refused } from '../suites/snapshotter.ts';
-import { run, TestContainerd, unmountBelow } from '../support/containerd.ts';
+import { run, TestContainerd, unmountBelow, waitFor } from '../support/containerd.ts';
 import { FakeImages } from '../support/fake-images.ts';
 import { SnapshotsClient, TestService } from '../support/snapshots-service.ts';
 
@@ -62,6 +63,31 @@ describe('remote snapshots', () => {
     await service.client.commit(name, `key ${name}`);
     return name;
   }
+
+  test('a caller that goes away during its Prepare leaves no snapshot behind, remote or not', async () => {
+    const { promise, resolve } = Promise.withResolvers<void>();
+    const prepareLayer = images.prepareLayer.bind(images);
+    images.prepareLayer = async (args) => {
+      const answer = await prepareLayer(args);
+      await promise;
+      return answer;
+    };
+    const gone = new AbortController();
+    const calls: Promise<unknown>[] = [];
+    for (const name of ['a', 'unknown']) {
+      const call = service.client.prepare(`ns/1/extract-${name}`, '', labelsOf(name), gone.signal);
+      call.catch(() => undefined);
+      calls.push(call);
+      await waitFor('the call', () => images.prepared.some(({ layer }) => layer.digest === digestOf(name)));
+    }
+    gone.abort();
+    for (const call of calls) await assert.rejects(call, { code: 1 });
+    await sleep(50); // The service hears of it a moment later.
+    resolve();
+    await service.client.cleanup(); // After everything that was prepared meanwhile.
+    assert.deepEqual(await service.client.names(), []);
+    assert.deepEqual(await readdir(service.paths.snapshots), []);
+  });
 
   test('a layer that can be loaded lazily is answered AlreadyExists and found by ref and parent', async () => {
     const name = await remote('a');

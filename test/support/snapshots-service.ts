@@ -50,21 +50,24 @@ export class SnapshotsClient {
     );
   }
 
-  #call<T>(method: string, request: object): Promise<T> {
+  #call<T>(method: string, request: object, signal?: AbortSignal): Promise<T> {
     return new Promise((resolve, reject) => {
       const invoke = this.#client[method] as (
         request: object,
         metadata: Metadata,
         done: (error: Error | null, value: T) => void,
-      ) => void;
-      invoke.call(this.#client, { snapshotter: this.#snapshotter, ...request }, this.#metadata, (error, value) =>
+      ) => { cancel(): void };
+      const whole = { snapshotter: this.#snapshotter, ...request };
+      const call = invoke.call(this.#client, whole, this.#metadata, (error, value) =>
         error === null ? resolve(value) : reject(error),
       );
+      signal?.addEventListener('abort', () => call.cancel(), { once: true });
     });
   }
 
-  async prepare(key: string, parent = '', labels: Record<string, string> = {}): Promise<Mount[]> {
-    return (await this.#call<{ mounts: Mount[] }>('Prepare', { key, parent, labels })).mounts;
+  /** The signal cancels the call, as a client does that ends. */
+  async prepare(key: string, parent = '', labels: Record<string, string> = {}, signal?: AbortSignal): Promise<Mount[]> {
+    return (await this.#call<{ mounts: Mount[] }>('Prepare', { key, parent, labels }, signal)).mounts;
   }
   async view(key: string, parent = '', labels: Record<string, string> = {}): Promise<Mount[]> {
     return (await this.#call<{ mounts: Mount[] }>('View', { key, parent, labels })).mounts;
