@@ -17,6 +17,7 @@ Napi::Object init(Napi::Env env, Napi::Object exports) {
   register_fuse(env, exports);
   register_inflate(env, exports);
   register_store(env, exports);
+  register_hash(env, exports);
   return exports;
 }
 

@@ -13,5 +13,6 @@ void register_presence(Napi::Env env, Napi::Object exports);
 void register_fuse(Napi::Env env, Napi::Object exports);
 void register_inflate(Napi::Env env, Napi::Object exports);
 void register_store(Napi::Env env, Napi::Object exports);
+void register_hash(Napi::Env env, Napi::Object exports);
 
 }  // namespace dedup

@@ -15,6 +15,7 @@
 #include "kept_alive.h"
 #include "promise_thread.h"
 #include "registry.h"
+#include "strand.h"
 
 namespace dedup {
 namespace {
@@ -47,7 +48,13 @@ Napi::Value to_js_points(Napi::Env env, const inflate::PushResult& pushed) {
   return points;
 }
 
-/** The JS object of one GzipIndexer. `close` may come while a push runs: the push ends normally and is the last. */
+/** Each queued call holds its input and, when it is over, its output: a caller bounds both. */
+constexpr std::size_t kMaxQueued = 8;
+
+/**
+ * The JS object of one GzipIndexer. Calls are worked on in order, so that the next is at hand when one ends. `close`
+ * may come while pushes are queued: they end normally and are the last.
+ */
 class JsGzipIndexer : public Napi::ObjectWrap<JsGzipIndexer> {
  public:
   static Napi::Function define(Napi::Env env) {
@@ -60,7 +67,8 @@ class JsGzipIndexer : public Napi::ObjectWrap<JsGzipIndexer> {
     try {
       const std::uint64_t span_bytes = to_u64(to_object(info[0], "options").Get("spanBytes"), "spanBytes");
       if (span_bytes == 0) throw Error("INVALID_ARGUMENT", "spanBytes must be above 0");
-      session_ = std::make_shared<Session>(span_bytes);
+      indexer_ = std::make_shared<inflate::GzipIndexer>(span_bytes);
+      strand_ = std::make_shared<Strand>(AddonState::of(info.Env()).pool());
     } catch (const Napi::Error&) {
       throw;
     } catch (...) {
@@ -69,44 +77,22 @@ class JsGzipIndexer : public Napi::ObjectWrap<JsGzipIndexer> {
   }
 
  private:
-  struct Session {
-    explicit Session(std::uint64_t span_bytes) : indexer(span_bytes) {}
-    inflate::GzipIndexer indexer;  // whoever set busy
-    std::atomic<bool> busy{false};
-  };
-  /** Marks the session as in use; throws when it is closed or used. */
-  class Turn {
-   public:
-    explicit Turn(const std::shared_ptr<Session>& session) : session_(session) {
-      if (session_ == nullptr) throw Error("CLOSED", "the gzip indexer is closed");
-      if (session_->busy.exchange(true)) {
-        session_.reset();
-        throw Error("INVALID_ARGUMENT", "the gzip indexer takes one call at a time");
-      }
-    }
-    ~Turn() {
-      if (session_ != nullptr) session_->busy.store(false);
-    }
-    Turn(const Turn&) = delete;
-    Turn& operator=(const Turn&) = delete;
-    inflate::GzipIndexer& indexer() { return session_->indexer; }
-
-   private:
-    std::shared_ptr<Session> session_;
-  };
+  /** Throws when it is closed, or when more is queued than a caller can have reason to. */
+  std::shared_ptr<inflate::GzipIndexer> open_indexer() const {
+    if (indexer_ == nullptr) throw Error("CLOSED", "the gzip indexer is closed");
+    if (strand_->waiting() >= kMaxQueued)
+      throw Error("INVALID_ARGUMENT", "the gzip indexer takes " + std::to_string(kMaxQueued) + " calls at a time");
+    return indexer_;
+  }
 
   Napi::Value push_checked(const Napi::CallbackInfo& info) {
     Napi::Uint8Array input = to_bytes(info[0], "input");
-    auto turn = std::make_shared<Turn>(session_);
+    auto indexer = open_indexer();
     auto kept = std::make_shared<KeptAlive>(info.Env());
     kept->keep(input);
-    return run_on_pool(
-        info.Env(),
-        [turn, kept, data = input.Data(), length = input.ByteLength()]() mutable {
-          // Over before the promise is settled: the next call may follow at once.
-          auto mine = std::exchange(turn, nullptr);
-          return mine->indexer().push(data, length);
-        },
+    return run_on_strand(
+        info.Env(), *strand_,
+        [indexer, kept, data = input.Data(), length = input.ByteLength()] { return indexer->push(data, length); },
         [](Napi::Env env, inflate::PushResult& pushed) -> Napi::Value {
           auto result = Napi::Object::New(env);
           result.Set("points", to_js_points(env, pushed));
@@ -116,9 +102,9 @@ class JsGzipIndexer : public Napi::ObjectWrap<JsGzipIndexer> {
   }
 
   Napi::Value finish_checked(const Napi::CallbackInfo& info) {
-    auto turn = std::make_shared<Turn>(session_);
-    return run_on_pool(
-        info.Env(), [turn]() mutable { std::exchange(turn, nullptr)->indexer().finish(); }, to_undefined);
+    auto indexer = open_indexer();
+    return run_on_strand(
+        info.Env(), *strand_, [indexer] { indexer->finish(); }, to_undefined);
   }
 
   /** As edge_async, for a method. */
@@ -133,11 +119,12 @@ class JsGzipIndexer : public Napi::ObjectWrap<JsGzipIndexer> {
   Napi::Value push(const Napi::CallbackInfo& info) { return guarded<&JsGzipIndexer::push_checked>(info); }
   Napi::Value finish(const Napi::CallbackInfo& info) { return guarded<&JsGzipIndexer::finish_checked>(info); }
   Napi::Value close(const Napi::CallbackInfo& info) {
-    session_.reset();
+    indexer_.reset();
     return info.Env().Undefined();
   }
 
-  std::shared_ptr<Session> session_;  // JS thread; null after close
+  std::shared_ptr<inflate::GzipIndexer> indexer_;  // JS thread; null after close. The object itself: the strand
+  std::shared_ptr<Strand> strand_;
 };
 
 Napi::Value gzip_indexer(const Napi::CallbackInfo& info) {

@@ -114,11 +114,29 @@ export interface RestartPoint {
 
 /** Inflates a gzip stream (one or more members) and collects restart points. */
 export interface GzipIndexer {
-  /** Feeds compressed bytes; the output and points they gave. One call at a time. Errors: LAYER_INVALID. */
+  /**
+   * Feeds compressed bytes, which must not change until they are inflated; the output and points they gave. Up to 8
+   * calls wait for their turn, in order; more: INVALID_ARGUMENT. Errors: LAYER_INVALID, for all that follow too.
+   */
   push(input: Uint8Array): Promise<{ output: Buffer; points: RestartPoint[] }>;
   /** Declares the end of input. Errors: LAYER_INVALID when the stream is not complete. */
   finish(): Promise<void>;
   close(): void;
+}
+
+/** `offset` of a range of StreamHasher.push that stands for zeros which are not in the stream. */
+export const HOLE_OFFSET = 0xffff_ffff;
+
+/** SHA-256 of a stream as a whole and of the pieces that lie in it, on the pool's threads. */
+export interface StreamHasher {
+  /**
+   * The next bytes of the stream; they must not change until the promise settles. `ranges`: three numbers each —
+   * offset in `bytes` (or HOLE_OFFSET) and length of bytes that continue the current piece, and 1 when it ends with
+   * them. The digests of the pieces that end, 32 bytes each. Any number of calls is queued and worked on in order.
+   */
+  push(bytes: Uint8Array, ranges: Uint32Array): Promise<Buffer>;
+  /** SHA-256 of the whole stream; the last call. */
+  finish(): Promise<Buffer>;
 }
 
 /** One restartable part of a compressed layer inside a fetched run. */
@@ -179,6 +197,7 @@ interface Addon {
   presenceTest(presence: Uint8Array, firstBlock: number, count: number): boolean;
   fuseStart(args: FuseSessionArgs): Promise<FuseSession>;
   gzipIndexer(options: { spanBytes: number }): GzipIndexer;
+  streamHasher(): StreamHasher;
   /** Inflates spans in parallel on native threads. Errors: LAYER_INVALID. */
   decodeSpans(job: DecodeJob): Promise<Buffer>;
   /**

@@ -205,13 +205,20 @@ describe('gzip indexer', () => {
     await assert.rejects(async () => indexer.finish(), { code: 'CLOSED' });
   });
 
-  it('takes one call at a time, and survives a close during it', async () => {
+  it('works on queued pushes in order, refuses too many, and survives a close while they wait', async () => {
     const plain = mixed(4_000_000);
+    const gzip = gzipSync(plain);
     const indexer = native().gzipIndexer({ spanBytes: 100_000 });
-    const running = indexer.push(gzipSync(plain));
+    const step = Math.ceil(gzip.length / 4);
+    const queued = [0, 1, 2, 3].map((i) => indexer.push(gzip.subarray(i * step, (i + 1) * step)));
+    const ending = indexer.finish();
+    const more = Array.from({ length: 20 }, () => assert.rejects(async () => indexer.push(Buffer.alloc(1_000))));
     await assert.rejects(async () => indexer.push(Buffer.alloc(1)), { code: 'INVALID_ARGUMENT' });
     indexer.close();
-    assert.ok((await running).output.equals(plain));
+    const outputs = await Promise.all(queued);
+    await ending;
+    assert.ok(Buffer.concat(outputs.map(({ output }) => output)).equals(plain));
+    await Promise.all(more);
   });
 
   it('refuses options that make no sense', async () => {
