@@ -5,9 +5,9 @@ import { createHash } from 'node:crypto';
 import { type Digest, digestFromBytes, digestOf } from '../../digest.ts';
 import { DedupError } from '../../errors.ts';
 import { MiB } from '../../units.ts';
-import type { RestartPoint } from '../native.ts';
+import { native, type RestartPoint } from '../native.ts';
 import { buildChunkTable } from './chunk-table.ts';
-import { Chunker, type IndexedPiece } from './chunker.ts';
+import { Chunker, type OnPiece } from './chunker.ts';
 import { EntryColumns } from './entry-columns.ts';
 import { encodeLayerIndex } from './format.ts';
 import { MAX_SPAN_OUTPUT_BYTES } from './format-limits.ts';
@@ -16,8 +16,11 @@ import { type Compression, EntryType, type LayerIndex } from './layer-index.ts';
 import { FramingWriter, SpanWriter } from './restart-blob.ts';
 import { type TarMember, TarReader, type TarSink } from './tar-reader.ts';
 
+/** Uncompressed bytes that may wait to be hashed. */
+const MAX_UNNAMED_BYTES = 4 * MiB;
+
 export interface BuildOptions {
-  /** The layer as it is in the registry. */
+  /** The layer as it is in the registry; its buffers must not change after they were given. */
   readonly stream: AsyncIterable<Buffer>;
   readonly layerDigest: Digest;
   readonly layerBytes: number;
@@ -32,10 +35,10 @@ export interface BuildOptions {
   /** Called after every buffer with the compressed bytes read so far. */
   readonly onProgress?: ((layerBytes: number) => void) | undefined;
   /**
-   * Called with every whole piece, for a node that keeps chunks while it indexes; a promise holds the build up. Pieces
-   * of a chunk that turns out to be all zeros may come too: `index.chunks.zero` tells at the end.
+   * Called with every whole piece, for a node that keeps chunks while it indexes; a promise holds the build up, and
+   * there are never more than a few MiB of tar between pieces that wait. Pieces of a chunk that turns out to be all zeros may come too: `index.chunks.zero` tells at the end.
    */
-  readonly onPiece?: ((piece: IndexedPiece) => Promise<void> | undefined) | undefined;
+  readonly onPiece?: OnPiece | undefined;
   readonly signal?: AbortSignal | undefined;
 }
 
@@ -51,36 +54,29 @@ export interface BuiltIndex {
  */
 export async function buildLayerIndex(options: BuildOptions): Promise<BuiltIndex> {
   const { spanBytes = MiB, chunkBytes = 4 * MiB, pieceBytes = MiB } = options;
-  const pending: Promise<void>[] = [];
-  const onPiece = options.onPiece;
-  const chunker = new Chunker({
-    chunkBytes,
-    pieceBytes,
-    onPiece:
-      onPiece === undefined
-        ? undefined
-        : (piece) => {
-            const waiting = onPiece(piece);
-            if (waiting !== undefined) pending.push(waiting);
-          },
-  });
+  const chunker = new Chunker({ chunkBytes, pieceBytes, onPiece: options.onPiece });
   const entries = new EntryColumns();
   const framing = new FramingWriter();
   const spans = new SpanWriter();
   const tar = new TarReader(new LayerSink(entries, chunker, framing, chunkBytes));
 
-  const tarHash = createHash('sha256');
+  const names = new Naming(chunker);
   const source = checked(options);
   let compression: Compression;
+  let diffId: Buffer;
   try {
-    compression = await readThrough(source, spanBytes, spans, (output) => {
-      tarHash.update(output);
+    compression = await readThrough(source, spanBytes, spans, async (output) => {
+      chunker.startBuffer(output);
       tar.push(output);
-      return pending.length === 0 ? undefined : Promise.all(pending.splice(0));
+      names.add(output);
+      await names.room();
+      await spans.room();
+      await framing.room();
     });
     tar.finish();
+    diffId = await names.finish();
   } catch (error) {
-    await Promise.allSettled(pending);
+    await names.settled();
     // Bytes damaged on the way would else pass for a layer that is malformed for everyone.
     if (error instanceof DedupError && error.code === 'LAYER_INVALID') for await (const _rest of source);
     throw error;
@@ -90,14 +86,14 @@ export async function buildLayerIndex(options: BuildOptions): Promise<BuiltIndex
   if (tar.offset - spans.lastOutOffset > MAX_SPAN_OUTPUT_BYTES) throw tooFar(spans.lastOutOffset);
 
   const { files, zero, storedPieces } = chunker.finish();
-  const framingBlob = framing.finish();
-  const { spans: spanTable, windows } = spans.finish(framingBlob.length);
-  const empty = new SpanWriter().finish(framingBlob.length);
+  const framingBlob = await framing.finish();
+  const { spans: spanTable, windows } = await spans.finish(framingBlob.length);
+  const empty = await new SpanWriter().finish(framingBlob.length);
   const restartBlob = Buffer.concat([framingBlob, windows]);
   const index: LayerIndex = {
     layerDigest: options.layerDigest,
     layerBytes: options.layerBytes,
-    diffId: digestFromBytes(tarHash.digest()),
+    diffId: digestFromBytes(diffId),
     tarBytes: tar.offset,
     compression,
     spanBytes,
@@ -110,6 +106,53 @@ export async function buildLayerIndex(options: BuildOptions): Promise<BuiltIndex
     spans: tar.offset === 0 ? empty.spans : spanTable,
   };
   return { index, indexBlob: encodeLayerIndex(index), restartBlob };
+}
+
+/** Has buffers of the tar hashed on a native thread while the next are read, and gives the digests to the chunker. */
+class Naming {
+  readonly #chunker: Chunker;
+  readonly #hasher = native().streamHasher();
+  readonly #queue: { readonly done: Promise<unknown>; readonly bytes: number }[] = [];
+  #bytes = 0;
+
+  constructor(chunker: Chunker) {
+    this.#chunker = chunker;
+  }
+
+  /** Takes the buffer that the chunker has just read. */
+  add(output: Buffer): void {
+    const { ranges, named } = this.#chunker.endBuffer();
+    // Promises of one hasher settle in order.
+    const done = this.#hasher.push(output, ranges).then(named);
+    // The rejection is seen at its await; until then it must not count as unhandled.
+    done.catch(() => undefined);
+    this.#queue.push({ done, bytes: output.length });
+    this.#bytes += output.length;
+  }
+
+  /** Waits until no more than MAX_UNNAMED_BYTES, or one buffer, are unhashed or with `onPiece`. */
+  async room(): Promise<void> {
+    while (this.#bytes > MAX_UNNAMED_BYTES && this.#queue.length > 1) await this.#next();
+  }
+
+  async #next(): Promise<void> {
+    const { done, bytes } = this.#queue.shift()!;
+    this.#bytes -= bytes;
+    await done;
+  }
+
+  /** The digest of the whole tar, after the chunker has got all of its own. */
+  async finish(): Promise<Buffer> {
+    const digest = this.#hasher.finish();
+    digest.catch(() => undefined);
+    while (this.#queue.length > 0) await this.#next();
+    return await digest;
+  }
+
+  /** Waits until nobody works on a buffer any more, whatever the outcome. */
+  async settled(): Promise<void> {
+    await Promise.allSettled(this.#queue.map(({ done }) => done));
+  }
 }
 
 /** Sends members to the entry table, content to the chunker and all other bytes to the framing. */
@@ -180,7 +223,7 @@ async function readThrough(
   source: AsyncGenerator<Buffer>,
   spanBytes: number,
   spans: SpanWriter,
-  take: (output: Buffer) => Promise<unknown> | undefined,
+  take: (output: Buffer) => Promise<void>,
 ): Promise<Compression> {
   const head: Buffer[] = [];
   let length = 0;
@@ -201,8 +244,7 @@ async function readThrough(
     spans.add(point);
   };
   for await (const output of decodeLayer(slices(), compression, spanBytes, onPoint)) {
-    const waiting = take(output);
-    if (waiting !== undefined) await waiting;
+    await take(output);
   }
   return compression;
 }

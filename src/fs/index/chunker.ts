@@ -1,7 +1,8 @@
-// Cuts the content of a layer's files into chunks and pieces while it streams by, and names them. Called by builder.ts
-// with one file after the other; it keeps digests, and bytes only as long as a piece is incomplete.
-import { createHash, type Hash, hash } from 'node:crypto';
+// Cuts the content of a layer's files into chunks and pieces while it streams by, and collects their names. Called by
+// builder.ts with one buffer of the tar after the other, one file after the other in it; the digests come later, for a
+// native thread computes them from the ranges of `endBuffer`. It keeps digests, and bytes only for `onPiece`.
 import { DedupError } from '../../errors.ts';
+import { HOLE_OFFSET } from '../native.ts';
 import type { FileExtents } from './chunk-table.ts';
 import { canonicalFragments } from './chunk-table.ts';
 import { MAX_CHUNKS, MAX_FRAGMENTS, MAX_PIECES, MAX_ZERO_CHUNKS } from './format-limits.ts';
@@ -18,7 +19,23 @@ export interface IndexedPiece {
   readonly bytes: Buffer;
 }
 
+/** What a node that keeps chunks does with a whole piece; the promise holds the build up. */
+export type OnPiece = (piece: IndexedPiece) => Promise<void> | undefined;
+
+/** What came to its end in a buffer, in order. */
+type Ended = { readonly piece: number; readonly parts: readonly Buffer[] } | { readonly zeroChunk: boolean };
+
+/** What a hasher is to be told about a buffer of the tar, and what its answer is to be given to. */
+export interface BufferRanges {
+  /** As StreamHasher.push takes them. */
+  readonly ranges: Uint32Array;
+  /** Takes the digests of the pieces that ended, 32 bytes each; buffer after buffer, in order. */
+  readonly named: (digests: Buffer) => Promise<unknown> | undefined;
+}
+
 const ZEROS = Buffer.alloc(64 * 1024);
+/** Most zeros in one range, bytes. */
+const MAX_HOLE_RANGE_BYTES = 2 ** 31;
 
 function allZero(bytes: Buffer): boolean {
   for (let at = 0; at < bytes.length; at += ZEROS.length) {
@@ -28,10 +45,15 @@ function allZero(bytes: Buffer): boolean {
   return true;
 }
 
+/** Without `onPiece` nothing is kept of what ended but that it did. */
+const PIECE: Ended = { piece: 0, parts: [] };
+const CHUNK: Ended = { zeroChunk: false };
+const ZERO_CHUNK: Ended = { zeroChunk: true };
+
 export class Chunker {
   readonly #chunkBytes: number;
   readonly #pieceBytes: number;
-  readonly #onPiece: ((piece: IndexedPiece) => void) | undefined;
+  readonly #onPiece: OnPiece | undefined;
 
   readonly #sizes: number[] = [];
   readonly #bases: number[] = [];
@@ -39,29 +61,38 @@ export class Chunker {
   readonly #zero: number[] = [];
   #zeroCount = 0;
   #fragmentCount = 0;
-  /** Piece digests of chunks that are not zeros, 32 bytes each. */
+  /** Digests of pieces whose chunk is not known to be zeros, 32 bytes each, and where the last ended chunk's end. */
   #digests = Buffer.allocUnsafe(256 * 1024);
   #digestBytes = 0;
+  #namedBytes = 0;
+  /** Chunks that ended in named buffers. */
+  #namedChunks = 0;
+  /** Pieces of chunks that are not zeros, and of the chunk being read. */
+  #pieces = 0;
+
+  /** The buffer being read: its ranges, three numbers each, and what ended in it. */
+  #bufferOffset = 0;
+  #ranges = new Uint32Array(3 * 1024);
+  #rangeNumbers = 0;
+  #ended: Ended[] = [];
 
   /** The file being read: its size, the place of the next byte in it, and its fragments when it is sparse. */
   #size = 0;
   #at = 0;
   #fragments: readonly Fragment[] | undefined;
   #fragment = 0;
-  /** The chunk being read: bytes of it so far, whether all were zeros, where its digests start. */
+  /** The chunk being read: bytes of it so far, whether all were zeros, pieces that ended. */
   #chunkAt = 0;
   #chunkZero = true;
-  #chunkDigestsAt = 0;
   #pieceOfChunk = 0;
-  /** The piece being read, when its bytes come in parts. */
+  /** The piece being read: its bytes so far, and for `onPiece` the bytes themselves. */
   #pieceAt = 0;
-  #pieceHash: Hash | undefined;
   #pieceParts: Buffer[] = [];
 
   constructor(options: {
     readonly chunkBytes: number;
     readonly pieceBytes: number;
-    readonly onPiece?: ((piece: IndexedPiece) => void) | undefined;
+    readonly onPiece?: OnPiece | undefined;
   }) {
     this.#chunkBytes = options.chunkBytes;
     this.#pieceBytes = options.pieceBytes;
@@ -70,6 +101,20 @@ export class Chunker {
 
   get chunkCount(): number {
     return this.#zero.length;
+  }
+
+  /** Starts the next buffer of the tar; content until `endBuffer` is views of it. */
+  startBuffer(bytes: Buffer): void {
+    this.#bufferOffset = bytes.byteOffset;
+  }
+
+  /** Ends the buffer. `bytes` must not change until it is hashed, nor ever when there is an `onPiece`. */
+  endBuffer(): BufferRanges {
+    const ranges = this.#ranges.slice(0, this.#rangeNumbers);
+    const ended = this.#ended;
+    this.#rangeNumbers = 0;
+    this.#ended = [];
+    return { ranges, named: (digests) => this.#named(ended, digests) };
   }
 
   /** Starts a file of `size` > 0 bytes whose content starts at `base` in the tar. */
@@ -93,13 +138,13 @@ export class Chunker {
   /** The next bytes of the file as they stand in the tar. */
   content(bytes: Buffer): void {
     if (this.#fragments === undefined) {
-      this.#feed(bytes);
+      this.#feed(bytes, bytes.length);
       return;
     }
     for (let at = 0; at < bytes.length; ) {
       const fragment = this.#fragments[this.#fragment]!;
       const length = Math.min(bytes.length - at, fragment.offset + fragment.length - this.#at);
-      this.#feed(bytes.subarray(at, at + length));
+      this.#feed(bytes.subarray(at, at + length), length);
       at += length;
       if (this.#at === fragment.offset + fragment.length) {
         this.#fragment++;
@@ -119,72 +164,105 @@ export class Chunker {
         this.#endChunk(true);
         left -= inChunk;
       } else {
-        const length = Math.min(left, ZEROS.length);
-        this.#feed(ZEROS.subarray(0, length));
+        const length = Math.min(left, MAX_HOLE_RANGE_BYTES);
+        this.#feed(undefined, length);
         left -= length;
       }
     }
   }
 
-  #feed(bytes: Buffer): void {
-    for (let at = 0; at < bytes.length; ) {
-      const inFile = this.#size - this.#at;
-      const inPiece = Math.min(this.#pieceBytes - this.#pieceAt, inFile);
-      const length = Math.min(inPiece, bytes.length - at);
-      const part = length === bytes.length ? bytes : bytes.subarray(at, at + length);
-      if (this.#chunkZero && (part[0] !== 0 || !allZero(part))) this.#chunkZero = false;
-      if (length === inPiece && this.#pieceAt === 0) {
-        this.#endPiece(hash('sha256', part, 'buffer'), part);
+  /** `bytes` undefined: `total` zeros of a hole. */
+  #feed(bytes: Buffer | undefined, total: number): void {
+    for (let at = 0; at < total; ) {
+      const inPiece = Math.min(this.#pieceBytes - this.#pieceAt, this.#size - this.#at);
+      const length = Math.min(inPiece, total - at);
+      const ends = length === inPiece;
+      if (bytes === undefined) {
+        this.#range(HOLE_OFFSET, length, ends);
+        if (this.#onPiece !== undefined) this.#pieceParts.push(Buffer.alloc(length));
       } else {
-        this.#pieceHash ??= createHash('sha256');
-        this.#pieceHash.update(part);
-        // ZEROS and the caller's buffer are never changed, so parts can be kept without a copy.
-        if (this.#onPiece !== undefined) this.#pieceParts.push(part);
-        this.#pieceAt += length;
-        if (length === inPiece) {
-          this.#endPiece(
-            this.#pieceHash.digest(),
-            this.#onPiece === undefined ? part : Buffer.concat(this.#pieceParts),
-          );
-        }
+        if (this.#chunkZero && !(bytes[at] === 0 && allZero(bytes.subarray(at, at + length)))) this.#chunkZero = false;
+        this.#range(bytes.byteOffset - this.#bufferOffset + at, length, ends);
+        if (this.#onPiece !== undefined) this.#pieceParts.push(bytes.subarray(at, at + length));
       }
+      this.#pieceAt = ends ? 0 : this.#pieceAt + length;
       at += length;
       this.#at += length;
       this.#chunkAt += length;
+      if (ends) this.#endPiece();
       if (this.#chunkAt === this.#chunkBytes || this.#at === this.#size) this.#endChunk(this.#chunkZero);
     }
   }
 
-  #endPiece(digest: Buffer, bytes: Buffer): void {
-    if (this.#digestBytes + 32 > this.#digests.length) {
-      const larger = Buffer.allocUnsafe(this.#digests.length * 2);
-      this.#digests.copy(larger);
-      this.#digests = larger;
+  #range(offset: number, length: number, ends: boolean): void {
+    const i = this.#rangeNumbers;
+    if (i === this.#ranges.length) {
+      const larger = new Uint32Array(i * 2);
+      larger.set(this.#ranges);
+      this.#ranges = larger;
     }
-    digest.copy(this.#digests, this.#digestBytes);
-    this.#digestBytes += 32;
-    this.#pieceHash = undefined;
-    this.#pieceParts = [];
-    this.#pieceAt = 0;
-    this.#onPiece?.({ chunk: this.#zero.length, piece: this.#pieceOfChunk, digest, bytes });
+    this.#ranges[i] = offset;
+    this.#ranges[i + 1] = length;
+    this.#ranges[i + 2] = ends ? 1 : 0;
+    this.#rangeNumbers = i + 3;
+  }
+
+  #endPiece(): void {
+    this.#ended.push(this.#onPiece === undefined ? PIECE : { piece: this.#pieceOfChunk, parts: this.#pieceParts });
+    if (this.#pieceParts.length > 0) this.#pieceParts = [];
     this.#pieceOfChunk++;
+    this.#pieces++;
   }
 
   #endChunk(zero: boolean): void {
     this.#zero.push(zero ? 1 : 0);
+    this.#ended.push(zero ? ZERO_CHUNK : CHUNK);
     if (zero) {
       // The names of zero chunks are derived, not stored.
-      this.#digestBytes = this.#chunkDigestsAt;
+      this.#pieces -= this.#pieceOfChunk;
       if (++this.#zeroCount > MAX_ZERO_CHUNKS) throw tooMuch(`${MAX_ZERO_CHUNKS} chunks of zeros`);
     }
-    this.#chunkDigestsAt = this.#digestBytes;
     this.#chunkAt = 0;
     this.#chunkZero = true;
     this.#pieceOfChunk = 0;
-    if (this.#zero.length > MAX_CHUNKS || this.#digestBytes > MAX_PIECES * 32) throw tooMuch(`${MAX_CHUNKS} chunks`);
+    if (this.#zero.length > MAX_CHUNKS || this.#pieces > MAX_PIECES) throw tooMuch(`${MAX_CHUNKS} chunks`);
   }
 
-  /** Files, zero marks and stored piece digests of everything read. */
+  /** Files what a buffer's digests say about what ended in it. */
+  #named(ended: readonly Ended[], digests: Buffer): Promise<unknown> | undefined {
+    this.#reserve(digests.length);
+    const waiting: Promise<void>[] = [];
+    let from = 0;
+    for (const item of ended) {
+      if ('zeroChunk' in item) {
+        if (item.zeroChunk) this.#digestBytes = this.#namedBytes;
+        this.#namedBytes = this.#digestBytes;
+        this.#namedChunks++;
+        continue;
+      }
+      digests.copy(this.#digests, this.#digestBytes, from, from + 32);
+      this.#digestBytes += 32;
+      if (this.#onPiece !== undefined) {
+        const { piece, parts } = item;
+        const digest = digests.subarray(from, from + 32);
+        const bytes = parts.length === 1 ? parts[0]! : Buffer.concat(parts);
+        const promise = this.#onPiece({ chunk: this.#namedChunks, piece, digest, bytes });
+        if (promise !== undefined) waiting.push(promise);
+      }
+      from += 32;
+    }
+    if (from !== digests.length) throw new DedupError('INTERNAL', 'the hasher named other pieces than it was given');
+    return waiting.length === 0 ? undefined : Promise.all(waiting);
+  }
+
+  #reserve(bytes: number): void {
+    if (this.#digestBytes + bytes <= this.#digests.length) return;
+    const larger = Buffer.allocUnsafe(Math.max(this.#digests.length * 2, this.#digestBytes + bytes));
+    this.#digests.copy(larger, 0, 0, this.#digestBytes);
+    this.#digests = larger;
+  }
+
+  /** Files, zero marks and stored piece digests of everything read; every buffer has been named. */
   finish(): { files: FileExtents; zero: Uint8Array; storedPieces: Buffer } {
     return {
       files: {

@@ -8,11 +8,13 @@ import type { Compression } from './layer-index.ts';
 import { ZstdFrames } from './zstd-frames.ts';
 
 /**
- * Compressed bytes given to the inflater at a time. Its output may be 1032 times as much, so slices are small until
- * the stream has shown to be ordinary, and while it is not; else large, for each costs two hops between threads.
+ * Compressed bytes given to the inflater at a time, and slices that wait for it or for the consumer: it never waits
+ * for JavaScript while that is busy. Output may be 1032 times as much, with the consumer's buffer 500 MiB at worst, so
+ * they are small until the stream has shown to be ordinary, and one alone while it is not.
  */
-const MAX_SLICE_BYTES = 256 * KiB;
+const MAX_SLICE_BYTES = 96 * KiB;
 const MIN_SLICE_BYTES = 32 * KiB;
+const MAX_QUEUED_SLICES = 4;
 /** Output per slice that is aimed at, bytes. */
 const SLICE_OUTPUT_BYTES = 4 * MiB;
 
@@ -30,8 +32,8 @@ export function compressionOf(head: Buffer): Compression {
 }
 
 /**
- * The uncompressed bytes of `slices`. A consumer works on one buffer while the next is being inflated on a native
- * thread. Errors: LAYER_INVALID; LAYER_NOT_LAZY when there is no place to restart for too long.
+ * The uncompressed bytes of `slices`. A consumer works on one buffer while the next ones are inflated on a native
+ * thread; no buffer is changed after it was given out. Errors: LAYER_INVALID; LAYER_NOT_LAZY when there is no place to restart for too long.
  */
 export async function* decodeLayer(
   slices: AsyncIterable<Buffer>,
@@ -108,50 +110,54 @@ async function* unframed(slices: AsyncIterable<Buffer>, spanBytes: number, onPoi
 
 async function* inflated(slices: AsyncIterable<Buffer>, spanBytes: number, onPoint: OnPoint): AsyncGenerator<Buffer> {
   const indexer = native().gzipIndexer({ spanBytes });
-  let running: ReturnType<GzipIndexer['push']> | undefined;
+  const queue: { pushed: ReturnType<GzipIndexer['push']>; bytes: number }[] = [];
+  let sliceBytes = MIN_SLICE_BYTES;
+  let depth = 1;
+  const next = async (): Promise<Buffer> => {
+    const { pushed, bytes } = queue.shift()!;
+    const { output, points } = await pushed;
+    const ratio = output.length / bytes;
+    sliceBytes = Math.max(MIN_SLICE_BYTES, Math.min(MAX_SLICE_BYTES, Math.floor(SLICE_OUTPUT_BYTES / ratio)));
+    depth = sliceBytes === MAX_SLICE_BYTES ? MAX_QUEUED_SLICES : 1;
+    for (const point of points) onPoint(point);
+    return output;
+  };
   try {
-    let sliceBytes = MIN_SLICE_BYTES;
-    let inFlightBytes = 0;
     for await (const slice of coalesced(slices, () => sliceBytes)) {
-      const done = await running;
-      if (done !== undefined) {
-        const ratio = done.output.length / inFlightBytes;
-        sliceBytes = Math.max(MIN_SLICE_BYTES, Math.min(MAX_SLICE_BYTES, Math.floor(SLICE_OUTPUT_BYTES / ratio)));
+      const pushed = indexer.push(slice);
+      // The rejection is seen at its await; until then it must not count as unhandled.
+      pushed.catch(() => undefined);
+      queue.push({ pushed, bytes: slice.length });
+      while (queue.length > depth) {
+        const output = await next();
+        if (output.length > 0) yield output;
       }
-      inFlightBytes = slice.length;
-      running = indexer.push(slice);
-      // The rejection is seen at the next await; until then it must not count as unhandled.
-      running.catch(() => undefined);
-      if (done === undefined) continue;
-      for (const point of done.points) onPoint(point);
-      if (done.output.length > 0) yield done.output;
     }
-    const done = await running;
-    running = undefined;
-    if (done !== undefined) {
-      for (const point of done.points) onPoint(point);
-      if (done.output.length > 0) yield done.output;
+    while (queue.length > 0) {
+      const output = await next();
+      if (output.length > 0) yield output;
     }
     await indexer.finish();
   } finally {
-    // A consumer that stops early must not free the indexer below a running push.
-    await running?.catch(() => undefined);
     indexer.close();
+    // What is queued ends normally; until then it reads the slices.
+    await Promise.allSettled(queue.map(({ pushed }) => pushed));
   }
 }
 
 /**
- * Buffers of `sliceBytes()`, the last shorter: fewer hops to the native thread than the network's own sizes. Two buffers
- * are used in turns, so a slice is valid until the next but one is asked for.
+ * Buffers of `sliceBytes()`, the last shorter: fewer hops to the native thread than the network's own sizes. Buffers are
+ * used in turns, so a slice is valid until MAX_QUEUED_SLICES more have been asked for and given.
  */
 async function* coalesced(source: AsyncIterable<Buffer>, sliceBytes: () => number): AsyncGenerator<Buffer> {
-  const buffers = [Buffer.allocUnsafeSlow(MAX_SLICE_BYTES), Buffer.allocUnsafeSlow(MAX_SLICE_BYTES)] as const;
+  // One more than can be queued: the one that is being filled.
+  const buffers = Array.from({ length: MAX_QUEUED_SLICES + 1 }, () => Buffer.allocUnsafeSlow(MAX_SLICE_BYTES));
   let current = 0;
   let length = 0;
   let wanted = sliceBytes();
   for await (const buffer of source) {
     for (let at = 0; at < buffer.length; ) {
-      const slice = buffers[current & 1]!;
+      const slice = buffers[current % buffers.length]!;
       const copied = buffer.copy(slice, length, at, at + wanted - length);
       length += copied;
       at += copied;
@@ -162,5 +168,5 @@ async function* coalesced(source: AsyncIterable<Buffer>, sliceBytes: () => numbe
       wanted = sliceBytes();
     }
   }
-  if (length > 0) yield buffers[current & 1]!.subarray(0, length);
+  if (length > 0) yield buffers[current % buffers.length]!.subarray(0, length);
 }
