@@ -113,6 +113,25 @@ describe('LazyLoader with a registry that misbehaves', () => {
     assert.equal(test.node.store.isPresent(stored.addresses[5]!, 64 * KiB), false);
   });
 
+  it('asks anew for bytes that were kept from an earlier fetch and turn out wrong', async () => {
+    const registry = new MemoryBlobs(plain);
+    const { tarOffset, length } = plain.index.chunks;
+    // The file that lies across the first border of spans, and the one behind it.
+    const across = [...tarOffset].findIndex((at, i) => at < sizes.spanBytes && at + length[i]! > sizes.spanBytes);
+    assert.ok(across >= 0, 'no file crosses the border');
+    const wrongAt = sizes.spanBytes + 10;
+    registry.misbehave = ({ range, bytes }) => {
+      if (wrongAt >= range.offset && wrongAt < range.offset + range.length) bytes[wrongAt - range.offset]! ^= 1;
+      return bytes;
+    };
+    const test = await rig();
+    const stored = await test.add(plain, [{ host: 'one', reader: registry }]);
+    const behind = files[across + 1]!;
+    assert.ok((await test.readFile(stored, behind.name)).equals(behind.content));
+    registry.misbehave = undefined;
+    assert.ok((await test.readFile(stored, files[across]!.name)).equals(files[across]!.content));
+  });
+
   it('decodes the good spans of a joined request by themselves when one is damaged', async () => {
     const layer = await layerOf([{ name: 'big', content: prose('big', 3 * MiB) }], sizes);
     const registry = new MemoryBlobs(layer);
