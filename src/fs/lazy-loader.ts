@@ -321,7 +321,7 @@ export class LazyLoader {
         ref.map.layer.windows.forget?.(span, 1);
       }
       // What was kept from an earlier fetch was not verified then and may be what is wrong: once more, all of it anew.
-      if (rejected === undefined && outputs.length < spansOf(ref).size) continue;
+      if (outputs.length < spansOf(ref).size) continue;
       if (source === undefined) break;
       this.#fetcher.distrust(ref.map, source);
       const others = ref.map.layer.sources().some((other) => nameOf(other) !== source && !bad.has(nameOf(other)));
