@@ -15,7 +15,16 @@ import { KiB, MiB } from './units.ts';
 
 const powerOfTwo = (value: number): boolean => Number.isInteger(Math.log2(value));
 const absolute = z.string().regex(/^\//, 'must be an absolute path');
+const WRITE_ENDPOINT = 'must be host, host:port, or a URL such as https://registry.example.com (without a path)';
+const endpoint = z.string().refine((value) => value === '' || isEndpoint(value), WRITE_ENDPOINT);
 const hostName = z.string().regex(/^[A-Za-z0-9.-]+(:\d+)?$|^\[[0-9a-fA-F:]+\](:\d+)?$/, 'must be host or host:port');
+
+/** A server of registry requests. A path would not be part of what is asked, so none is taken. */
+function isEndpoint(value: string): boolean {
+  const text = /^https?:\/\//.test(value) ? value : `https://${value}`;
+  const url = URL.parse(text);
+  return url !== null && url.href === `${url.origin}/`;
+}
 
 const prefetch = z.strictObject({
   enabled: z.boolean().default(true).describe('replay recorded access traces'),
@@ -34,7 +43,7 @@ const ksm = z.strictObject({
 const dedupd = z.strictObject({
   enabled: z.boolean().default(true).describe('start dedupd when none runs; without it no layer is lazy'),
   workers: z.int().min(1).max(64).default(4).describe('parallel on-demand fetches per registry'),
-  registry: z.string().default('https://registry-1.docker.io').describe('endpoint that serves docker.io'),
+  registry: endpoint.min(1).default('https://registry-1.docker.io').describe('endpoint that serves docker.io'),
   fscache_domain: z.string().min(1).default('dedup-snapshotter').describe('domain_id of fscache mounts'),
 });
 
@@ -54,7 +63,7 @@ const schema = z.strictObject({
   enable_fscache: z.boolean().default(true).describe('use fscache on-demand where the kernel has it'),
   enable_lazy: z.boolean().default(true).describe('load layers lazily; false: ordinary layers only'),
   enable_mem_dedup: z.boolean().default(true).describe('deduplicate memory with KSM'),
-  registry: z.string().default('').describe('endpoint that serves docker.io, before dedupd.registry'),
+  registry: endpoint.default('').describe('endpoint that serves docker.io, before dedupd.registry'),
   chunk_size: z
     .int()
     .min(64 * KiB)
@@ -84,7 +93,7 @@ const schema = z.strictObject({
     .default([])
     .describe('registries reached over plain HTTP or with unverified certificates'),
   mirrorRegistry: z
-    .array(z.strictObject({ host: z.string().min(1), insecure: z.boolean().default(false) }))
+    .array(z.strictObject({ host: hostName, insecure: z.boolean().default(false) }))
     .default([])
     .describe('registries tried before the one named in the reference'),
   rwMode: z.literal('overlayfs').default('overlayfs').describe('writable layer of containers; only overlayfs'),

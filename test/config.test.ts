@@ -107,6 +107,11 @@ describe('the configuration', () => {
       ['ksm.scan_interval', -1],
       ['exporterConfig.port', 70_000],
       ['mirrorRegistry', [{ host: '' }]],
+      ['mirrorRegistry', [{ host: 'https://m' }]],
+      ['registry', 'http://'],
+      ['registry', 'https://a.example/prefix'],
+      ['registry', 'user:secret@a.example'],
+      ['dedupd.registry', ''],
     ];
     for (const [path, value] of bad) {
       const [first = '', second] = path.split('.');
@@ -173,7 +178,7 @@ describe('the configuration', () => {
     assert.equal(server({ dedupd: { registry: 'http://127.0.0.1:5000' } }), 'http://127.0.0.1:5000');
     assert.equal(server({ dedupd: { registry: 'a.example' } }), 'https://a.example');
     assert.equal(server({ registry: 'b.example:5000', dedupd: { registry: 'a.example' } }), 'https://b.example:5000');
-    assert.throws(() => server({ registry: 'http://' }), refused('INVALID_CONFIG', '"registry"'));
+    assert.equal(server({ registry: 'https://b.example/' }), 'https://b.example');
   });
 
   test('is described key by key', () => {
