@@ -9,7 +9,7 @@ import { DEFAULT_CONFIG_FILE, RootPaths, RunPaths } from './paths.ts';
 import { isRoot } from './runtime.ts';
 import { DedupdClient } from './snapshotter/dedupd-client.ts';
 import { DedupdSupervisor } from './snapshotter/dedupd-supervisor.ts';
-import { startSnapshotsServer } from './snapshotter/grpc-server.ts';
+import { claimAddress, startSnapshotsServer } from './snapshotter/grpc-server.ts';
 import { type ImageMounter, noImages } from './snapshotter/images.ts';
 import { openMetastore } from './snapshotter/metastore-client.ts';
 import { Snapshotter } from './snapshotter/snapshotter.ts';
@@ -32,7 +32,10 @@ export function stopSignal(): Promise<NodeJS.Signals> {
   });
 }
 
-/** Runs until a signal. Errors: NOT_ROOT, LOCKED, UNAVAILABLE, STORE_IO. dedupd goes on when this ends. */
+/**
+ * Runs until a signal. Errors: NOT_ROOT, LOCKED when one runs already, UNAVAILABLE, STORE_IO. dedupd goes on when this
+ * ends.
+ */
 export async function runService(config: Config, configFile: string | undefined): Promise<void> {
   const log = createLogger('dedup-snapshotter', { level: config.verbose ? 'debug' : config.log_level });
   if (!isRoot()) {
@@ -42,6 +45,7 @@ export async function runService(config: Config, configFile: string | undefined)
   }
   const stopped = stopSignal();
   await reportUnusedKeys(configFile, log);
+  await claimAddress(config.address);
   const paths = new RootPaths(config.root);
   await mkdir(paths.root, { recursive: true, mode: 0o700 });
 

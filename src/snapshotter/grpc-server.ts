@@ -30,7 +30,7 @@ const CLOSE_TIMEOUT_MS = 5000;
  */
 export async function startSnapshotsServer(options: SnapshotsServerOptions): Promise<{ close(): Promise<void> }> {
   const { address, snapshotter, log } = options;
-  await claim(address);
+  await claimAddress(address);
   const packages = loadProto('snapshots.proto') as unknown as {
     containerd: { services: { snapshots: { v1: { Snapshots: ServiceClientConstructor } } } };
   };
@@ -56,8 +56,11 @@ export async function startSnapshotsServer(options: SnapshotsServerOptions): Pro
   };
 }
 
-/** Makes the directory and removes a socket nobody listens on. */
-async function claim(address: string): Promise<void> {
+/**
+ * Makes the directory and removes a socket nobody listens on. Called before the database is touched, too: a second
+ * service must not tidy up below the first. Errors: LOCKED when another server answers; UNAVAILABLE.
+ */
+export async function claimAddress(address: string): Promise<void> {
   await mkdir(dirname(address), { recursive: true, mode: 0o711 });
   const answers = await new Promise<boolean>((resolve, reject) => {
     const socket = connect(address, () => {
