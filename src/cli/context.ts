@@ -2,7 +2,7 @@
 // reach a person. Verbs declare the part they use.
 import type { Command } from 'commander';
 import { type Config, lazyDisabledReason, loadConfig } from '../config.ts';
-import { DedupError } from '../errors.ts';
+import { DedupError, errorCode } from '../errors.ts';
 import type { RegistryOptions } from '../fs/registry/pool.ts';
 import { createLogger, type Logger } from '../log.ts';
 import { DEFAULT_CONFIG_FILE } from '../paths.ts';
@@ -40,21 +40,31 @@ export class CliContext {
     return this.config().containerd_address;
   }
 
-  /** Hands credentials of a verb to a running dedupd: lazy reads need them after the verb has ended. */
+  /**
+   * Hands credentials of a verb to a running dedupd: lazy reads need them after the verb has ended. Where no layer is
+   * lazy, by configuration or because no dedupd runs, nobody needs them.
+   */
   async onCredentials(host: string, username: string, password: string): Promise<void> {
+    if (lazyDisabledReason(this.config()) !== undefined) return;
     const { connectDaemon } = await import('./daemon-client.ts');
-    const daemon = await connectDaemon(this, { start: false });
     try {
-      await daemon.giveCredentials(host, `${username}:${password}`);
-    } finally {
-      daemon.close();
+      const daemon = await connectDaemon(this, { start: false });
+      try {
+        await daemon.giveCredentials(host, `${username}:${password}`);
+      } finally {
+        daemon.close();
+      }
+    } catch (error) {
+      if (errorCode(error) !== 'UNAVAILABLE') throw error;
+      this.log.warn({ err: error }, 'dedupd does not run: layers are pulled and unpacked the normal way');
     }
   }
 
-  /** Warnings and errors of a verb, to stderr; more with log_level "debug". */
+  /** Warnings and errors of a verb, to stderr; as configured when log_level is not "info". */
   get log(): Logger {
     const { log_level: level, verbose } = this.config();
-    return createLogger('dedup-snapshotter', { level: verbose || level === 'debug' ? 'debug' : 'warn', fd: 2 });
+    const wanted = verbose ? 'debug' : level;
+    return createLogger('dedup-snapshotter', { level: wanted === 'info' ? 'warn' : wanted, fd: 2 });
   }
 
   /** Errors: NOT_ROOT with what to do. */

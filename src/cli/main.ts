@@ -32,6 +32,8 @@ export async function runCommandLine(argv: readonly string[]): Promise<void> {
   try {
     // Verbs are loaded when named: the service should not carry them, nor one verb the others.
     await registerVerb(program, context, argv);
+    program.helpCommand(true);
+    refuseUnknownVerb(program, argv);
     await program.parseAsync(argv);
   } catch (error) {
     printError('dedup-snapshotter', error);
@@ -49,9 +51,21 @@ const VERBS: Readonly<Record<string, (program: Command, context: CliContext) => 
   doctor: async (program, context) => (await import('./doctor-command.ts')).registerDoctorCommand(program, context),
 };
 
+/** The words after the program, without the value of --config. */
+function wordsOf(argv: readonly string[]): string[] {
+  return argv.slice(2).filter((_word, at, all) => all[at - 1] !== '--config');
+}
+
+/** Without this, a word that is no verb would be an argument too many of the service. */
+function refuseUnknownVerb(program: Command, argv: readonly string[]): void {
+  const first = wordsOf(argv).find((word) => !word.startsWith('-'));
+  if (first === undefined || first === 'help' || Object.hasOwn(VERBS, first)) return;
+  program.error(`error: unknown command ${JSON.stringify(first)}`);
+}
+
 async function registerVerb(program: Command, context: CliContext, argv: readonly string[]): Promise<void> {
-  const words = argv.slice(2).filter((_word, at, all) => all[at - 1] !== '--config');
-  const named = words.find((word) => VERBS[word] !== undefined);
+  const words = wordsOf(argv);
+  const named = words.find((word) => Object.hasOwn(VERBS, word));
   const service = words.every((word) => word.startsWith('--config'));
   for (const [verb, register] of Object.entries(VERBS)) {
     // Help and unknown words need the whole list, a known verb only itself, the service none.

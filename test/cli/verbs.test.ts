@@ -2,11 +2,12 @@
 // that say what to do. Verbs that pull, index or mount have test files of their own.
 import assert from 'node:assert/strict';
 import { execFileSync, spawnSync } from 'node:child_process';
-import { chmodSync, existsSync, mkdtempSync, readdirSync, rmSync, writeFileSync } from 'node:fs';
+import { chmodSync, existsSync, mkdirSync, mkdtempSync, readdirSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { after, before, describe, test } from 'node:test';
 import { parseConfig } from '../../src/config.ts';
+import { SqliteMetastore } from '../../src/snapshotter/metastore.ts';
 import { Product } from '../support/product.ts';
 
 const REPOSITORY = join(import.meta.dirname, '..', '..');
@@ -66,11 +67,13 @@ describe('the command line', () => {
   });
 
   test('an unknown verb and a missing argument are refused with a word on where to look', () => {
-    for (const args of [['rpul', 'x'], ['rpull'], ['mount', 'x'], ['images', '--colour']]) {
+    for (const args of [['rpul', 'x'], ['toString'], ['rpull'], ['mount', 'x'], ['images', '--colour']]) {
       const { code, stderr } = cli(args);
       assert.equal(code, 1, args.join(' '));
       assert.match(stderr, /error: .*\n[\s\S]*--help/);
     }
+    assert.match(cli(['rpul', 'x']).stderr, /unknown command "rpul"/);
+    assert.equal(cli(['help', 'rpull']).stdout, cli(['rpull', '--help']).stdout);
   });
 
   test('"config" prints the configuration in effect', () => {
@@ -176,6 +179,25 @@ describe('the command line', () => {
       assert.equal(code, 1);
       assert.equal(stdout, '');
       assert.match(stderr, new RegExp(`^${name}: needs Node\\.js 22\\.19 or later, this is [0-9.]+; .*\\n$`));
+    }
+  });
+
+  test('a second service on the same address is refused before it touches anything', async () => {
+    const product = await Product.create({ enable_lazy: false });
+    try {
+      await product.start();
+      // As a Prepare under way looks from outside: a directory that the database does not know yet.
+      const underWay = join(product.root, 'snapshots', '1');
+      mkdirSync(underWay);
+      const { code, stderr } = cli(['--config', product.configFile]);
+      assert.equal(code, 1);
+      assert.match(stderr, /another server answers on .*\[LOCKED\]\n.*stop it/);
+      await product.stopService();
+      const metastore = new SqliteMetastore(join(product.root, 'metadata.db'));
+      assert.deepEqual(metastore.removedIds(), []);
+      metastore.close();
+    } finally {
+      await product.stop();
     }
   });
 

@@ -192,7 +192,9 @@ describe('a restart with no container running', () => {
     assert.match(refused.stderr, /dedupd does not answer on .*start dedupd/);
     await node.containerd.ctr(['image', 'rm', '--sync', lazy]);
     await node.containerd.gc();
-    const { stdout } = await node.rpull(lazy);
+    // Credentials for lazy reads have nowhere to go, which is no reason to refuse the pull.
+    const { stdout, stderr } = await node.rpull(lazy, ['-u', 'somebody:secret']);
+    assert.match(stderr, /dedupd does not run/);
     assert.match(stdout, /0 lazy, 2 fetched and unpacked/);
     assert.match(node.product.log(), /"reason":"dedupd does not answer/);
     assert.equal((await node.runScript(lazy, 'cat /mark')).stdout, 'whole');
