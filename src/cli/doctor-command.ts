@@ -5,7 +5,7 @@ import { existsSync, readFileSync, statfsSync } from 'node:fs';
 import { dirname } from 'node:path';
 import type { Command } from 'commander';
 import { lazyDisabledReason, notYetInEffect } from '../config.ts';
-import { atLeast, inspectMachine, type Machine } from '../fs/transport/machine.ts';
+import { atLeast, inspectMachine, type Machine, majorMinor } from '../fs/transport/machine.ts';
 import { chooseTransport, obstacles } from '../fs/transport/select.ts';
 import { DEFAULT_CONFIG_FILE, RunPaths } from '../paths.ts';
 import { formatBytes } from '../units.ts';
@@ -73,6 +73,37 @@ function transportFinding(machine: Machine, context: CliContext): Finding {
   return { verdict: 'ok', subject: 'transport', text: `${choice.name}, ${layout}: ${choice.because}` };
 }
 
+/** What docs/clients.md asks of containerd's configuration, by containerd's version. */
+function clientFindings(version: readonly [number, number], text: string): Finding[] {
+  const found: Finding[] = [];
+  if (atLeast(version, 2, 0) && !text.includes('unpack_config')) {
+    found.push({
+      verdict: 'problem',
+      subject: 'containerd unpack_config',
+      text: 'containerd 2 unpacks into dedup only when told so',
+      advice:
+        "list overlayfs and dedup in [[plugins.'io.containerd.transfer.v1.local'.unpack_config]], with the platform",
+    });
+  }
+  if (atLeast(version, 2, 1) && !/enable_remote_snapshot_annotations\s*=\s*["']true["']/.test(text)) {
+    found.push({
+      verdict: 'note',
+      subject: 'containerd annotations',
+      text: 'without them a pull through the transfer service (ctr image pull) is not lazy',
+      advice: `add to ${CONTAINERD_CONFIG}:  [proxy_plugins.dedup.exports]  enable_remote_snapshot_annotations = "true"`,
+    });
+  }
+  if (!/disable_snapshot_annotations\s*=\s*false/.test(text) || !/snapshotter\s*=\s*["']dedup["']/.test(text)) {
+    found.push({
+      verdict: 'note',
+      subject: 'containerd CRI',
+      text: 'pulls of Kubernetes are not lazy',
+      advice: 'for Kubernetes set snapshotter = "dedup" and disable_snapshot_annotations = false (docs/clients.md)',
+    });
+  }
+  return found;
+}
+
 function containerdFindings(context: CliContext): Finding[] {
   const found: Finding[] = [];
   const version = commandOutput('containerd', ['--version']);
@@ -102,20 +133,11 @@ function containerdFindings(context: CliContext): Finding[] {
       advice,
     });
   } else found.push({ verdict: 'ok', subject: 'containerd plugin', text: `configured in ${CONTAINERD_CONFIG}` });
-  const major = Number(/v?(\d+)\.\d+/.exec(version ?? '')?.[1] ?? 0);
-  if (major >= 2 && !text.includes('unpack_config')) {
-    found.push({
-      verdict: 'problem',
-      subject: 'containerd unpack_config',
-      text: 'containerd 2 unpacks into dedup only when told so',
-      advice:
-        "list overlayfs and dedup in [[plugins.'io.containerd.transfer.v1.local'.unpack_config]], with the platform",
-    });
-  }
+  found.push(...clientFindings(majorMinor(/\d+\.\d+.*/.exec(version ?? '')?.[0] ?? ''), text));
   return found;
 }
 
-function storageFindings(context: CliContext): Finding[] {
+function storageFindings(context: CliContext, machine: Machine): Finding[] {
   const config = context.config();
   const found: Finding[] = [];
   let probe = config.root;
@@ -138,7 +160,11 @@ function storageFindings(context: CliContext): Finding[] {
   found.push({
     verdict: existsSync(socket) ? 'ok' : 'note',
     subject: 'dedupd',
-    text: existsSync(socket) ? `socket ${socket}` : 'does not run (the service starts it)',
+    text: existsSync(socket)
+      ? `socket ${socket}`
+      : machine.root
+        ? 'does not run (the service starts it)'
+        : 'only root can see whether it runs',
   });
   const file = context.configFile ?? DEFAULT_CONFIG_FILE;
   if (existsSync(file)) {
@@ -166,7 +192,7 @@ export function registerDoctorCommand(program: Command, context: CliContext): vo
         ...machineFindings(machine),
         transportFinding(machine, context),
         ...containerdFindings(context),
-        ...storageFindings(context),
+        ...storageFindings(context, machine),
       ];
       if (options.json === true) process.stdout.write(`${JSON.stringify(findings, null, 2)}\n`);
       else {

@@ -47,8 +47,8 @@ function hasFilesystem(name: string): boolean {
   return listed();
 }
 
-/** Parses a kernel release such as "6.18.44-generic". */
-export function kernelVersion(text: string): readonly [number, number] {
+/** Major and minor number of a version such as "6.18.44-generic". */
+export function majorMinor(text: string): readonly [number, number] {
   const match = /^(\d+)\.(\d+)/.exec(text);
   return [Number(match?.[1] ?? 0), Number(match?.[2] ?? 0)];
 }
@@ -62,7 +62,7 @@ export function inspectMachine(): Machine {
   const kernel = release();
   return {
     kernel,
-    version: kernelVersion(kernel),
+    version: majorMinor(kernel),
     pageBytes: pageBytes(),
     root: isRoot(),
     erofs: hasFilesystem('erofs'),
