@@ -50,6 +50,8 @@ interface Request {
 export class ReferenceMounts {
   readonly #options: ReferenceMountsOptions;
   readonly #byDirectory = new Map<string, MountedImage>();
+  /** Directories that a mount is under way for. */
+  readonly #claimed = new Set<string>();
 
   constructor(options: ReferenceMountsOptions) {
     this.#options = options;
@@ -62,11 +64,25 @@ export class ReferenceMounts {
     signal: AbortSignal,
   ): Promise<string> {
     const { directory } = request;
-    if (this.#byDirectory.has(directory)) {
+    if (this.#byDirectory.has(directory) || this.#claimed.has(directory)) {
       throw new DedupError('ALREADY_EXISTS', `an image is mounted on ${directory} already`, {
         hint: `dedup-snapshotter umount ${directory}`,
       });
     }
+    this.#claimed.add(directory);
+    try {
+      return await this.#mount(request, progress, signal);
+    } finally {
+      this.#claimed.delete(directory);
+    }
+  }
+
+  async #mount(
+    request: Request,
+    progress: (message: MountProgressMessage) => void,
+    signal: AbortSignal,
+  ): Promise<string> {
+    const { directory } = request;
     const reference = parseReference(request.reference);
     const repository = this.#options.repository(reference, request.credentials);
     progress({ step: `resolving ${formatReference(reference)}`, bytes_done: 0, bytes_total: 0 });
@@ -84,7 +100,7 @@ export class ReferenceMounts {
       const flags = MS_BIND | MS_REMOUNT | MS_RDONLY;
       await native().mount({ source: '', target: directory, fstype: '', flags, data: '' });
     } catch (error) {
-      image.holders.delete(directory);
+      await this.#release(image, directory);
       throw wrapError(error, `showing ${formatReference(reference)} on ${directory}`);
     }
     this.#byDirectory.set(directory, image);
@@ -163,6 +179,11 @@ export class ReferenceMounts {
       });
     }
     this.#byDirectory.delete(directory);
+    await this.#release(image, directory);
+  }
+
+  /** Unmounts the image itself when neither a directory nor a snapshot shows it any more. */
+  async #release(image: MountedImage, directory: string): Promise<void> {
     image.holders.delete(directory);
     if (image.holders.size === 0 && !image.used) await this.#options.mounts.drop(image.id);
   }

@@ -167,6 +167,17 @@ describe('mount and umount', () => {
     assertNothingMounted();
   });
 
+  test('of two mounts on one directory at once one is refused, and nothing stays', async () => {
+    const path = await target('both');
+    const results = await Promise.all(
+      [lazy, lazy].map((reference) => product.cli(['mount', reference, path], { allowFailure: true })),
+    );
+    assert.deepEqual(results.map(({ code }) => code).sort(), [0, 1]);
+    await assertWhole(path);
+    await product.cli(['umount', path]);
+    assertNothingMounted();
+  });
+
   test('a directory in use is not taken away under its user', async () => {
     const path = await target('busy');
     await product.cli(['mount', lazy, path]);
