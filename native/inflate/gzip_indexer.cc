@@ -10,15 +10,22 @@
 namespace dedup::inflate {
 
 // The output of one push. It starts with room for 32 KiB that repeat the end of the output before, so that a window
-// is one contiguous copy wherever the point lies. Grown with realloc, which moves pages, not bytes, when it is large.
+// is one contiguous copy wherever the point lies. It fills memory of the caller's while that is enough; its own is
+// grown with realloc, which moves pages, not bytes, when it is large.
 class GzipIndexer::Output {
  public:
-  explicit Output(std::size_t input_length, const std::vector<std::uint8_t>& tail) : tail_length_(tail.size()) {
-    grow(std::max<std::size_t>(input_length * 4, kMinGrowBytes));
-    if (!tail.empty()) std::memcpy(memory_.get() + kWindowBytes - tail.size(), tail.data(), tail.size());
+  Output(std::size_t input_length, const std::vector<std::uint8_t>& tail, std::span<std::uint8_t> into)
+      : tail_length_(tail.size()) {
+    if (into.size() >= kWindowBytes + kMinGrowBytes) {
+      base_ = into.data();
+      capacity_ = into.size() - kWindowBytes;
+    } else {
+      grow(std::max<std::size_t>(input_length * 4, kMinGrowBytes));
+    }
+    if (!tail.empty()) std::memcpy(base_ + kWindowBytes - tail.size(), tail.data(), tail.size());
   }
 
-  std::uint8_t* next() { return memory_.get() + kWindowBytes + length_; }
+  std::uint8_t* next() { return base_ + kWindowBytes + length_; }
   std::size_t room() const { return capacity_ - length_; }
   std::size_t length() const { return length_; }
   void advance(std::size_t count) { length_ += count; }
@@ -30,8 +37,10 @@ class GzipIndexer::Output {
     const std::size_t capacity = std::min(capacity_ + more, kMaxPushOutputBytes);
     void* grown = std::realloc(memory_.get(), kWindowBytes + capacity);
     if (grown == nullptr) throw std::bad_alloc();
+    if (memory_ == nullptr && base_ != nullptr) std::memcpy(grown, base_, kWindowBytes + length_);
     (void)memory_.release();
     memory_.reset(static_cast<std::uint8_t*>(grown));
+    base_ = memory_.get();
     capacity_ = capacity;
   }
 
@@ -41,13 +50,13 @@ class GzipIndexer::Output {
 
   /** The last `length` bytes of all output so far; the caller asks for no more than 32 KiB and than there were. */
   std::vector<std::uint8_t> last(std::size_t length) const {
-    const std::uint8_t* end = memory_.get() + kWindowBytes + length_;
+    const std::uint8_t* end = base_ + kWindowBytes + length_;
     return std::vector<std::uint8_t>(end - std::min(length, tail_length_ + length_), end);
   }
 
   PushResult take() {
     // Give back what was not needed: the Buffer lives as long as its user likes.
-    if (capacity_ - length_ > kMinGrowBytes) {
+    if (memory_ != nullptr && capacity_ - length_ > kMinGrowBytes) {
       void* shrunk = std::realloc(memory_.get(), kWindowBytes + length_);
       if (shrunk != nullptr) {
         (void)memory_.release();
@@ -63,7 +72,9 @@ class GzipIndexer::Output {
 
  private:
   static constexpr std::size_t kMinGrowBytes = 16 * 1024;
+  /** Null while the caller's memory is used. */
   MallocBytes memory_;
+  std::uint8_t* base_ = nullptr;
   std::size_t capacity_ = 0;
   std::size_t length_ = 0;
   std::size_t tail_length_;
@@ -81,11 +92,11 @@ void GzipIndexer::fail(const char* what) {
                                    std::to_string(in_offset_) + ": " + detail);
 }
 
-PushResult GzipIndexer::push(const std::uint8_t* input, std::size_t length) {
+PushResult GzipIndexer::push(const std::uint8_t* input, std::size_t length, std::span<std::uint8_t> into) {
   if (failed_) throw Error("LAYER_INVALID", "gzip stream was found invalid before");
   // Set until the push is over: after any exception the state of zlib and ours no longer agree.
   failed_ = true;
-  Output output(length, tail_);
+  Output output(length, tail_, into);
   std::vector<RestartPoint> points;
   std::size_t fed = 0;
   while (fed < length) {

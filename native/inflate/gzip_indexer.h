@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <span>
 #include <vector>
 
 #include "aligned_memory.h"
@@ -25,7 +26,7 @@ struct RestartPoint {
   std::vector<std::uint8_t> window;
 };
 
-/** What one push gave. The output is `length` bytes at `memory.get() + start`. */
+/** What one push gave. The output is `length` bytes from `start` in `memory`, or in the caller's if that is null. */
 struct PushResult {
   MallocBytes memory;
   std::size_t start = 0;
@@ -47,8 +48,11 @@ class GzipIndexer {
   GzipIndexer(const GzipIndexer&) = delete;
   GzipIndexer& operator=(const GzipIndexer&) = delete;
 
-  /** Throws Error LAYER_INVALID (bad stream), INVALID_ARGUMENT (too much output); fails for good then. */
-  PushResult push(const std::uint8_t* input, std::size_t length);
+  /**
+   * The output goes to `into` if it fits after 32 KiB that are left to the indexer, else to memory of its own. Throws
+   * Error LAYER_INVALID (bad stream), INVALID_ARGUMENT (too much output); fails for good then.
+   */
+  PushResult push(const std::uint8_t* input, std::size_t length, std::span<std::uint8_t> into = {});
   /** Throws Error LAYER_INVALID when the input so far does not end at the end of a member. */
   void finish();
 

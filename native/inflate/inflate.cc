@@ -90,13 +90,27 @@ class JsGzipIndexer : public Napi::ObjectWrap<JsGzipIndexer> {
     auto indexer = open_indexer();
     auto kept = std::make_shared<KeptAlive>(info.Env());
     kept->keep(input);
+    std::span<std::uint8_t> into;
+    if (!info[1].IsUndefined()) {
+      Napi::Uint8Array given = to_bytes(info[1], "into");
+      kept->keep(given);
+      into = {given.Data(), given.ByteLength()};
+    }
     return run_on_strand(
         info.Env(), *strand_,
-        [indexer, kept, data = input.Data(), length = input.ByteLength()] { return indexer->push(data, length); },
+        [indexer, kept, data = input.Data(), length = input.ByteLength(), into] {
+          return indexer->push(data, length, into);
+        },
         [](Napi::Env env, inflate::PushResult& pushed) -> Napi::Value {
           auto result = Napi::Object::New(env);
           result.Set("points", to_js_points(env, pushed));
-          result.Set("output", to_buffer(env, pushed.memory, pushed.start, pushed.length));
+          if (pushed.memory == nullptr) {
+            // The caller, who has the Buffer, makes the view.
+            result.Set("start", static_cast<double>(pushed.start));
+            result.Set("length", static_cast<double>(pushed.length));
+          } else {
+            result.Set("output", to_buffer(env, pushed.memory, pushed.start, pushed.length));
+          }
           return result;
         });
   }

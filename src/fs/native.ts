@@ -119,6 +119,14 @@ export interface GzipIndexer {
    * calls wait for their turn, in order; more: INVALID_ARGUMENT. Errors: LAYER_INVALID, for all that follow too.
    */
   push(input: Uint8Array): Promise<{ output: Buffer; points: RestartPoint[] }>;
+  /**
+   * As above, but output that fits is written to `into`, `length` bytes from `start`, and there is no `output` then.
+   * The first 32 KiB of `into` are the indexer's; nobody else may use it until the promise settles.
+   */
+  push(
+    input: Uint8Array,
+    into: Uint8Array,
+  ): Promise<{ output?: Buffer; start?: number; length?: number; points: RestartPoint[] }>;
   /** Declares the end of input. Errors: LAYER_INVALID when the stream is not complete. */
   finish(): Promise<void>;
   close(): void;

@@ -221,6 +221,38 @@ describe('gzip indexer', () => {
     await Promise.all(more);
   });
 
+  it('writes output to memory it is given, again and again, and to its own when that is too small', async () => {
+    const plain = mixed(1_000_000);
+    const gzip = Buffer.concat([gzipSync(plain), gzipSync(Buffer.alloc(3_000_000)), gzipSync(plain)]);
+    const expected = await index(gzip, 100_000);
+    const indexer = native().gzipIndexer({ spanBytes: 100_000 });
+    const memory = Buffer.alloc(WINDOW_BYTES + 300_000, 0xee);
+    const outputs: Buffer[] = [];
+    const points: RestartPoint[] = [];
+    const used = { given: 0, own: 0 };
+    for (let at = 0; at < gzip.length; at += 20_000) {
+      const pushed = await indexer.push(gzip.subarray(at, at + 20_000), memory);
+      if (pushed.output === undefined) {
+        assert.equal(pushed.start, WINDOW_BYTES);
+        outputs.push(Buffer.from(memory.subarray(pushed.start, pushed.start + pushed.length!)));
+        used.given++;
+      } else {
+        outputs.push(pushed.output);
+        used.own++;
+      }
+      points.push(...pushed.points);
+    }
+    await indexer.finish();
+    const small = native().gzipIndexer({ spanBytes: 100_000 });
+    assert.ok((await small.push(gzipSync(plain), Buffer.alloc(100))).output!.equals(plain));
+    assert.ok(used.given > 1 && used.own > 0, JSON.stringify(used));
+    assert.ok(Buffer.concat(outputs).equals(expected.output));
+    assert.deepEqual(points, expected.points);
+    await assert.rejects(async () => small.push(Buffer.alloc(1), 'text' as unknown as Buffer), {
+      code: 'INVALID_ARGUMENT',
+    });
+  });
+
   it('refuses options that make no sense', async () => {
     for (const spanBytes of [0, -1, 1.5, Number.NaN]) {
       assert.throws(() => native().gzipIndexer({ spanBytes }), { code: 'INVALID_ARGUMENT' });

@@ -11,7 +11,7 @@ import { Chunker, type OnPiece } from './chunker.ts';
 import { EntryColumns } from './entry-columns.ts';
 import { encodeLayerIndex } from './format.ts';
 import { MAX_SPAN_OUTPUT_BYTES } from './format-limits.ts';
-import { compressionOf, decodeLayer, tooFar } from './layer-decoder.ts';
+import { compressionOf, decodeLayer, OutputBuffers, tooFar } from './layer-decoder.ts';
 import { type Compression, EntryType, type LayerIndex } from './layer-index.ts';
 import { FramingWriter, SpanWriter } from './restart-blob.ts';
 import { type TarMember, TarReader, type TarSink } from './tar-reader.ts';
@@ -60,12 +60,14 @@ export async function buildLayerIndex(options: BuildOptions): Promise<BuiltIndex
   const spans = new SpanWriter();
   const tar = new TarReader(new LayerSink(entries, chunker, framing, chunkBytes));
 
-  const names = new Naming(chunker);
+  // Pieces that are handed out stay where they are.
+  const outputs = options.onPiece === undefined ? new OutputBuffers() : undefined;
+  const names = new Naming(chunker, outputs);
   const source = checked(options);
   let compression: Compression;
   let diffId: Buffer;
   try {
-    compression = await readThrough(source, spanBytes, spans, async (output) => {
+    compression = await readThrough(source, spanBytes, spans, outputs, async (output) => {
       chunker.startBuffer(output);
       tar.push(output);
       names.add(output);
@@ -111,19 +113,24 @@ export async function buildLayerIndex(options: BuildOptions): Promise<BuiltIndex
 /** Has buffers of the tar hashed on a native thread while the next are read, and gives the digests to the chunker. */
 class Naming {
   readonly #chunker: Chunker;
+  readonly #outputs: OutputBuffers | undefined;
   readonly #hasher = native().streamHasher();
   readonly #queue: { readonly done: Promise<unknown>; readonly bytes: number }[] = [];
   #bytes = 0;
 
-  constructor(chunker: Chunker) {
+  constructor(chunker: Chunker, outputs: OutputBuffers | undefined) {
     this.#chunker = chunker;
+    this.#outputs = outputs;
   }
 
   /** Takes the buffer that the chunker has just read. */
   add(output: Buffer): void {
     const { ranges, named } = this.#chunker.endBuffer();
     // Promises of one hasher settle in order.
-    const done = this.#hasher.push(output, ranges).then(named);
+    const done = this.#hasher.push(output, ranges).then((digests) => {
+      this.#outputs?.give(output);
+      return named(digests);
+    });
     // The rejection is seen at its await; until then it must not count as unhandled.
     done.catch(() => undefined);
     this.#queue.push({ done, bytes: output.length });
@@ -223,6 +230,7 @@ async function readThrough(
   source: AsyncGenerator<Buffer>,
   spanBytes: number,
   spans: SpanWriter,
+  outputs: OutputBuffers | undefined,
   take: (output: Buffer) => Promise<void>,
 ): Promise<Compression> {
   const head: Buffer[] = [];
@@ -243,7 +251,7 @@ async function readThrough(
     if (point.outOffset - spans.lastOutOffset > MAX_SPAN_OUTPUT_BYTES) throw tooFar(spans.lastOutOffset);
     spans.add(point);
   };
-  for await (const output of decodeLayer(slices(), compression, spanBytes, onPoint)) {
+  for await (const output of decodeLayer(slices(), compression, spanBytes, onPoint, outputs)) {
     await take(output);
   }
   return compression;

@@ -18,6 +18,32 @@ const MAX_QUEUED_SLICES = 4;
 /** Output per slice that is aimed at, bytes. */
 const SLICE_OUTPUT_BYTES = 4 * MiB;
 
+/** Room for one slice's output and what the indexer keeps before it; what does not fit gets memory of its own, bytes. */
+const REUSED_BYTES = MiB;
+
+/**
+ * Memory that is used for output again and again: new memory for each would cost the kernel's clearing of its pages
+ * and keep the garbage collector busy. For a consumer that says when it is done with a buffer.
+ */
+export class OutputBuffers {
+  readonly #free: Buffer[] = [];
+  readonly #owned = new Map<ArrayBufferLike, Buffer>();
+
+  take(): Buffer {
+    const free = this.#free.pop();
+    if (free !== undefined) return free;
+    const buffer = Buffer.allocUnsafeSlow(REUSED_BYTES);
+    this.#owned.set(buffer.buffer, buffer);
+    return buffer;
+  }
+
+  /** Takes back what the caller is done with: a view of a buffer that was taken; any other is let alone. */
+  give(view: Buffer): void {
+    const buffer = this.#owned.get(view.buffer);
+    if (buffer !== undefined) this.#free.push(buffer);
+  }
+}
+
 /** Receives restart points in order. `window` is valid during the call. */
 export type OnPoint = (point: RestartPoint) => void;
 
@@ -33,13 +59,14 @@ export function compressionOf(head: Buffer): Compression {
 
 /**
  * The uncompressed bytes of `slices`. A consumer works on one buffer while the next ones are inflated on a native
- * thread; no buffer is changed after it was given out. Errors: LAYER_INVALID; LAYER_NOT_LAZY when there is no place to restart for too long.
+ * thread; a buffer is changed after it was given out only if `outputs` gets it back. Errors: LAYER_INVALID; LAYER_NOT_LAZY when there is no place to restart for too long.
  */
 export async function* decodeLayer(
   slices: AsyncIterable<Buffer>,
   compression: Compression,
   spanBytes: number,
   onPoint: OnPoint,
+  outputs?: OutputBuffers | undefined,
 ): AsyncGenerator<Buffer> {
   let lastPoint = 0;
   let tarBytes = 0;
@@ -47,7 +74,7 @@ export async function* decodeLayer(
     lastPoint = next.outOffset;
     onPoint(next);
   };
-  for await (const output of decoderOf(compression)(slices, spanBytes, point)) {
+  for await (const output of decoderOf(compression)(slices, spanBytes, point, outputs)) {
     tarBytes += output.length;
     if (tarBytes - lastPoint > 2 * MAX_SPAN_OUTPUT_BYTES + output.length) throw tooFar(lastPoint);
     yield output;
@@ -62,7 +89,12 @@ export function tooFar(outOffset: number): DedupError {
   );
 }
 
-type Decoder = (slices: AsyncIterable<Buffer>, spanBytes: number, onPoint: OnPoint) => AsyncGenerator<Buffer>;
+type Decoder = (
+  slices: AsyncIterable<Buffer>,
+  spanBytes: number,
+  onPoint: OnPoint,
+  outputs: OutputBuffers | undefined,
+) => AsyncGenerator<Buffer>;
 
 function decoderOf(compression: Compression): Decoder {
   switch (compression) {
@@ -75,7 +107,7 @@ function decoderOf(compression: Compression): Decoder {
   }
 }
 
-const NO_WINDOW = Buffer.alloc(0);
+const NO_BYTES = Buffer.alloc(0);
 
 async function* copied(slices: AsyncIterable<Buffer>, spanBytes: number, onPoint: OnPoint): AsyncGenerator<Buffer> {
   let offset = 0;
@@ -83,7 +115,7 @@ async function* copied(slices: AsyncIterable<Buffer>, spanBytes: number, onPoint
   for await (const slice of slices) {
     offset += slice.length;
     for (; next < offset; next += spanBytes) {
-      onPoint({ outOffset: next, inOffset: next, bits: 0, window: NO_WINDOW, memberStart: false });
+      onPoint({ outOffset: next, inOffset: next, bits: 0, window: NO_BYTES, memberStart: false });
     }
     yield slice;
   }
@@ -98,7 +130,7 @@ async function* unframed(slices: AsyncIterable<Buffer>, spanBytes: number, onPoi
       if (output.length === 0) continue;
       // Neighbouring small frames make one span; a skippable frame belongs to the span before it.
       if (spanStart < 0 || outOffset + output.length - spanStart > spanBytes) {
-        onPoint({ outOffset, inOffset: spanStart < 0 ? 0 : inOffset, bits: 0, window: NO_WINDOW, memberStart: true });
+        onPoint({ outOffset, inOffset: spanStart < 0 ? 0 : inOffset, bits: 0, window: NO_BYTES, memberStart: true });
         spanStart = outOffset;
       }
       outOffset += output.length;
@@ -108,9 +140,14 @@ async function* unframed(slices: AsyncIterable<Buffer>, spanBytes: number, onPoi
   frames.finish();
 }
 
-async function* inflated(slices: AsyncIterable<Buffer>, spanBytes: number, onPoint: OnPoint): AsyncGenerator<Buffer> {
+async function* inflated(
+  slices: AsyncIterable<Buffer>,
+  spanBytes: number,
+  onPoint: OnPoint,
+  outputs: OutputBuffers | undefined,
+): AsyncGenerator<Buffer> {
   const indexer = native().gzipIndexer({ spanBytes });
-  const queue: { pushed: ReturnType<GzipIndexer['push']>; bytes: number }[] = [];
+  const queue: { pushed: ReturnType<typeof push>; bytes: number }[] = [];
   let sliceBytes = MIN_SLICE_BYTES;
   let depth = 1;
   const next = async (): Promise<Buffer> => {
@@ -124,7 +161,7 @@ async function* inflated(slices: AsyncIterable<Buffer>, spanBytes: number, onPoi
   };
   try {
     for await (const slice of coalesced(slices, () => sliceBytes)) {
-      const pushed = indexer.push(slice);
+      const pushed = push(indexer, slice, outputs);
       // The rejection is seen at its await; until then it must not count as unhandled.
       pushed.catch(() => undefined);
       queue.push({ pushed, bytes: slice.length });
@@ -143,6 +180,19 @@ async function* inflated(slices: AsyncIterable<Buffer>, spanBytes: number, onPoi
     // What is queued ends normally; until then it reads the slices.
     await Promise.allSettled(queue.map(({ pushed }) => pushed));
   }
+}
+
+async function push(
+  indexer: GzipIndexer,
+  slice: Buffer,
+  outputs: OutputBuffers | undefined,
+): Promise<{ output: Buffer; points: RestartPoint[] }> {
+  if (outputs === undefined) return await indexer.push(slice);
+  const into = outputs.take();
+  const { output, start = 0, length = 0, points } = await indexer.push(slice, into);
+  if (output === undefined && length > 0) return { output: into.subarray(start, start + length), points };
+  outputs.give(into);
+  return { output: output ?? NO_BYTES, points };
 }
 
 /**
