@@ -31,6 +31,13 @@ const MAX_CHUNK_BLOCKS = 16384;
 
 const now = (): number => Math.floor(Date.now() / 1000);
 
+/** True when what is in the database file is wrong, as opposed to what kept it from being read. */
+function isDamage(cause: unknown): boolean {
+  if (cause instanceof DedupError) return cause.code === 'STORE_CORRUPT';
+  const code = (cause as { code?: unknown } | null)?.code;
+  return typeof code === 'string' && /^SQLITE_(CORRUPT|NOTADB|SCHEMA|ERROR)/.test(code);
+}
+
 export class IndexWriter {
   readonly #db: Database.Database;
   readonly #walFile: string;
@@ -52,8 +59,9 @@ export class IndexWriter {
     try {
       db = openSound(request.file);
     } catch (cause) {
-      // What is in index.db can be learned again from registries; a store without a database cannot be read at all.
-      if (!existsSync(request.file)) throw cause;
+      // What is in index.db can be learned again from registries; a store without a database cannot be read at all. But a
+      // full disk, a lock or a newer schema is no damage: with a new database every pulled image would be unknown.
+      if (!isDamage(cause) || !existsSync(request.file)) throw cause;
       movedTo = `${request.file}.damaged-${Date.now()}`;
       renameSync(request.file, movedTo);
       for (const suffix of ['-wal', '-shm']) rmSync(request.file + suffix, { force: true });

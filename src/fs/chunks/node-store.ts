@@ -55,6 +55,8 @@ export class NodeStore {
   #generation: number;
   #storedBytes = 0;
   #mismatches = 0;
+  /** Counts the times blocks were made absent: a read that spans one looks at presence again. */
+  #takenAway = 0;
   /** Chain of calls that change generation or high water: one at a time. */
   #exclusive: Promise<unknown> = Promise.resolve();
   #closed = false;
@@ -84,7 +86,7 @@ export class NodeStore {
         record: async (pieces) => {
           await db.call('markDurable', pieces);
         },
-        forget: (firstBlock, blocks) => options.native.presenceSet(presence, firstBlock, blocks, false),
+        forget: (firstBlock, blocks) => this.#clear(firstBlock, blocks),
       },
       { delayMs: options.flushDelayMs ?? 2000, maxBytes: options.flushBytes ?? 64 * MiB },
       options.log,
@@ -254,7 +256,7 @@ export class NodeStore {
   async #punch(ranges: readonly StoreRange[]): Promise<void> {
     const done: StoreRange[] = [];
     for (const range of ranges) {
-      this.#native.presenceSet(this.presence, range.address / BLOCK_BYTES, range.length / BLOCK_BYTES, false);
+      this.#clear(range.address / BLOCK_BYTES, range.length / BLOCK_BYTES);
       try {
         await this.#native.punchHole(this.#file.buffered.fd, range.address, range.length);
         done.push(range);
@@ -281,10 +283,21 @@ export class NodeStore {
     return this.#native.presenceTest(this.presence, address / BLOCK_BYTES, Math.ceil(length / BLOCK_BYTES));
   }
 
-  /** Reads present bytes into `target`. The caller has seen that they are present. Errors: STORE_IO, CLOSED. */
+  /**
+   * Reads present bytes into `target`. The caller has seen, in this turn of the loop, that they are present.
+   * Errors: STORE_IO, also when they were taken away meanwhile; CLOSED.
+   */
   async read(target: Buffer, at: number, length: number, address: number): Promise<void> {
     this.#mustBeOpen();
-    await this.#file.read(target, at, length, address);
+    for (;;) {
+      const takenAway = this.#takenAway;
+      await this.#file.read(target, at, length, address);
+      if (this.#takenAway === takenAway) return;
+      // Something was punched while the disk was read. Present again is not enough: the read may have met the hole.
+      if (!this.isPresent(address, length)) {
+        throw new DedupError('STORE_IO', `address ${address} of the store was taken away while it was read`);
+      }
+    }
   }
 
   /**
@@ -338,7 +351,7 @@ export class NodeStore {
     }
     if (this.#durability.failures !== failures) {
       // A flush failed while this was being written: the disk may have lost it.
-      for (const piece of fresh) this.#native.presenceSet(this.presence, piece.firstBlock, piece.blocks, false);
+      for (const piece of fresh) this.#clear(piece.firstBlock, piece.blocks);
       throw new DedupError('STORE_IO', 'the store could not be flushed while pieces were written');
     }
     this.#storedBytes += bytes;
@@ -347,7 +360,13 @@ export class NodeStore {
   }
 
   #forget(address: number, length: number): void {
-    this.#native.presenceSet(this.presence, address / BLOCK_BYTES, Math.ceil(length / BLOCK_BYTES), false);
+    this.#clear(address / BLOCK_BYTES, Math.ceil(length / BLOCK_BYTES));
+  }
+
+  /** Makes blocks absent: before they are punched, so that whoever reads them meanwhile can tell. */
+  #clear(firstBlock: number, blocks: number): void {
+    this.#takenAway++;
+    this.#native.presenceSet(this.presence, firstBlock, blocks, false);
   }
 
   #maskOf(piece: PieceToStore): number {

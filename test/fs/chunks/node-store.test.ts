@@ -400,6 +400,49 @@ describe('NodeStore', () => {
     assert.ok(Math.min(...again.addresses) > Math.max(...stored.addresses));
   });
 
+  it('refuses a database of a newer version and leaves it as it is', async () => {
+    const test = await rig();
+    const stored = await test.add(await layerOf(files('a'), sizes), []);
+    await test.node.store.close();
+    const setVersion = (version: number): void => {
+      const db = new Database(test.node.paths.indexDb);
+      db.pragma(`user_version = ${version}`);
+      db.close();
+    };
+    setVersion(99);
+    await assert.rejects(test.node.open(), code('FAILED_PRECONDITION'));
+    setVersion(1);
+    await test.node.open();
+    assert.deepEqual(
+      (await test.node.store.layers()).map(({ id }) => id),
+      [stored.layerId],
+    );
+  });
+
+  it('never gives a reader the hole of a range that is punched while it is read', async () => {
+    const test = await rig();
+    const stored = await test.add(await layerOf([{ name: 'a', content: noise('a', 64 * KiB) }], sizes), []);
+    const [address = 0] = stored.addresses;
+    const { store } = test.node;
+    const handle = await open(test.node.paths.store, 'r+');
+    try {
+      await handle.write(noise('a', 64 * KiB), 0, 64 * KiB, address);
+      native().presenceSet(store.presence, address / 4096, 16, true);
+      const bytes = Buffer.alloc(64 * KiB);
+      const prototype = Object.getPrototypeOf(handle) as typeof handle;
+      const original = prototype.read;
+      // The disk is slow: the range is gone before it is read.
+      mock.method(prototype, 'read', async function (this: typeof handle, ...args: Parameters<typeof original>) {
+        await store.retainLayers([]);
+        return await Reflect.apply(original, this, args);
+      });
+      await assert.rejects(store.read(bytes, 0, bytes.length, address), code('STORE_IO'));
+    } finally {
+      mock.restoreAll();
+      await handle.close();
+    }
+  });
+
   it('refuses a store of another size and a header it cannot read', async () => {
     const test = keep(await TestStore.create());
     await test.store.close();
