@@ -293,6 +293,29 @@ describe('the index builder', () => {
     }
   });
 
+  test('gives the same blobs whether memory is used again or pieces are handed out, sudden zeros in between', async () => {
+    const tar = tarOf([
+      { name: 'many', content: noise(1.5 * MiB) },
+      { name: 'zeros', content: Buffer.alloc(20 * MiB) },
+      ...Array.from({ length: 300 }, (_, i) => ({ name: `small${i}`, content: noise(i * 7) })),
+      { name: 'last', content: Buffer.concat([noise(2 * MiB), Buffer.alloc(5 * MiB), noise(10)]) },
+    ]);
+    const layer = gzipSync(tar);
+    const reused = await indexOf(layer);
+    holds(reused, tar);
+    const kept: IndexedPiece[] = [];
+    const handedOut = await indexOf(layer, {
+      onPiece: (piece) => {
+        kept.push(piece);
+        return undefined;
+      },
+    });
+    assert.ok(handedOut.indexBlob.equals(reused.indexBlob));
+    assert.ok(handedOut.restartBlob.equals(reused.restartBlob));
+    assert.ok(kept.length > 300);
+    for (const { bytes, digest } of kept) assert.equal(digestFromBytes(digest), digestOf(bytes));
+  });
+
   test('indexes layers of nothing', async () => {
     for (const layer of [
       Buffer.alloc(0),
