@@ -79,8 +79,12 @@ export class MountTable {
   readonly #mounting = new Map<string, Promise<MountedImage>>();
   readonly #layers = new Map<number, readonly number[]>();
   readonly #building = new Map<number, Promise<void>>();
+  /** Unmounts under way: the same image is mounted again only after its own has ended. */
+  readonly #leaving = new Map<number, Promise<void>>();
   /** Regions of the store that hold metadata of flat images, by image. */
   readonly #regions = new Map<number, number>();
+  /** Where the search for a free region begins. */
+  #nextRegion = 0;
   #closed = false;
 
   constructor(options: MountTableOptions) {
@@ -120,6 +124,8 @@ export class MountTable {
       key,
       layers.map((layer) => layer.layerId),
     );
+    // Its failure is told to whoever wanted the unmount.
+    await this.#leaving.get(id)?.catch(() => undefined);
     const known = this.#mounted.get(id);
     if (known !== undefined) return known;
     const startedMs = performance.now();
@@ -160,12 +166,17 @@ export class MountTable {
     return image;
   }
 
-  /** A free region of the store's reserved part for the metadata of a flat image. Errors: STORE_FULL. */
+  /**
+   * A free region of the store's reserved part for the metadata of a flat image; one given back is taken again last,
+   * because a process may still hold the detached mount that read it. Errors: STORE_FULL.
+   */
   #takeRegion(id: number): number {
     const taken = new Set(this.#regions.values());
-    for (let slot = 0; slot < FLAT_REGIONS; slot++) {
+    for (let step = 0; step < FLAT_REGIONS; step++) {
+      const slot = (this.#nextRegion + step) % FLAT_REGIONS;
       const offset = FLAT_FIRST + slot * FLAT_REGION_BYTES;
       if (taken.has(offset)) continue;
+      this.#nextRegion = slot + 1;
       this.#regions.set(id, offset);
       return offset;
     }
@@ -263,11 +274,22 @@ export class MountTable {
     return unmounted;
   }
 
-  async #unmount(image: MountedImage): Promise<void> {
+  #unmount(image: MountedImage): Promise<void> {
     this.#mounted.delete(image.id);
+    const left = this.#takeDown(image).finally(() => this.#leaving.delete(image.id));
+    this.#leaving.set(image.id, left);
+    return left;
+  }
+
+  async #takeDown(image: MountedImage): Promise<void> {
+    try {
+      await this.#options.transport.unmount(image.path);
+    } catch (error) {
+      this.#mounted.set(image.id, image); // It still is.
+      throw error;
+    }
     this.#regions.delete(image.id);
     this.#layers.delete(image.id);
-    await this.#options.transport.unmount(image.path);
     await rmdir(image.path);
     await this.#options.images.unpin(image.id);
     this.#options.log.debug({ image: image.id }, 'image unmounted');
