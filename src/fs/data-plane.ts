@@ -144,7 +144,11 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
           ? this.#repository({ host: reference.host, repository: reference.path })
           : this.#registry.repository(reference, this.#remember(reference.host, given)),
       scopeOf: (source) => this.#scopeOf(source),
-      known: (wanted, signal) => this.#layer(wanted, signal),
+      known: async (wanted, signal) => {
+        const row = await this.#layer(wanted, signal);
+        this.#expect(row);
+        return row;
+      },
       indexHere: (wanted, blob, repository, progress, signal) =>
         this.#indexHere(wanted, blob, repository, progress, signal),
       mountable: (row) => this.#mountable(row),
@@ -342,8 +346,8 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
   async #layer(wanted: WantedLayer, signal: AbortSignal): Promise<LayerRecord> {
     const { index_trust } = this.#options.config;
     const known = this.#book.find(wanted.key);
-    if (known !== undefined && (known.trust === 'local' || index_trust.includes(known.trust))) {
-      if (known.condemned) throw new DedupError('LAYER_NOT_LAZY', 'its index was found to be wrong');
+    if (known?.condemned === true) throw new DedupError('LAYER_NOT_LAZY', 'its index was found to be wrong');
+    if (known !== undefined && index_trust.includes(known.trust)) {
       await this.#book.addSources(known.id, wanted.sources);
       return known;
     }
@@ -396,6 +400,15 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
     progress: (bytesDone: number) => void,
     signal: AbortSignal,
   ): Promise<LayerRecord> {
+    if (!this.#options.config.index_trust.includes('local')) {
+      throw new DedupError(
+        'LAYER_NOT_LAZY',
+        `layer ${blob.digest} has no index, and "index_trust" allows none made here`,
+        {
+          hint: 'add "local" to "index_trust", or give the image an index: dedup-snapshotter index',
+        },
+      );
+    }
     const { index, indexBlob, restartBlob } = await buildLayerIndex({
       stream: repository.readAll(blob, signal),
       layerDigest: blob.digest,
@@ -407,8 +420,13 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
     });
     const indexDigest = await this.#catalog.keep(indexBlob, restartBlob);
     const row = await this.#add(index, indexDigest, wanted, 'local');
-    this.#expected.set(row.id, { untilMs: performance.now() + EXPECTED_MS, image: [] });
+    this.#expect(row);
     return row;
+  }
+
+  /** Keeps a layer of a standalone mount under way, which no snapshot names. */
+  #expect(row: LayerRecord): void {
+    this.#expected.set(row.id, { untilMs: performance.now() + EXPECTED_MS, image: [] });
   }
 
   async #add(index: LayerIndex, indexDigest: Digest, wanted: WantedLayer, trust: LayerTrust): Promise<LayerRecord> {

@@ -155,6 +155,20 @@ describe('mount and umount', () => {
     assertNothingMounted();
   });
 
+  test('an image without an index is refused where "index_trust" allows none made here', async () => {
+    const path = await target('untrusted');
+    await product.stopDaemon();
+    await product.configure({ index_trust: ['annotation'] });
+    const { stderr } = await refused(['mount', plain, path]);
+    assert.match(stderr, /has no index, and "index_trust" allows none made here.*add "local"/s);
+    await product.cli(['mount', lazy, path]);
+    await assertWhole(path);
+    await product.cli(['umount', path]);
+    await product.stopDaemon();
+    await product.configure({});
+    assertNothingMounted();
+  });
+
   test('a directory can show one image at a time, and one image can be shown on two', async () => {
     const [one, two] = [await target('one'), await target('two')];
     await product.cli(['mount', lazy, one]);
