@@ -17,6 +17,7 @@ fi
 
 if [ "${1:-}" = --uninstall ]; then
   rm -rf "$lib" "$bin/dedup-snapshotter" "$bin/dedupd" "$units/dedup-snapshotter.service" "$units/dedupd.service"
+  if [ -z "$dest" ] && command -v systemctl >/dev/null && [ -d /run/systemd/system ]; then systemctl daemon-reload; fi
   echo "removed; images in /var/lib/containerd and the configuration in /etc/dedup-snapshotter stay"
   exit 0
 fi

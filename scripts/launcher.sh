@@ -1,10 +1,11 @@
 #!/bin/sh
-# Starts the program of the same name with the Node.js that belongs to it. Works from a checkout (bin/) and, copied
-# anywhere, with the files that scripts/install.sh put under /usr/local/lib/dedup-snapshotter.
+# Starts the program of the same name with the Node.js that belongs to it. Works from a checkout (bin/), from the tree
+# that scripts/install.sh made (bin/ beside lib/), and, copied anywhere, with what lies in /usr/local/lib/dedup-snapshotter.
 set -eu
 self=$(readlink -f "$0")
 name=$(basename "$0")
 home=$(dirname "$(dirname "$self")")
+[ -f "$home/dist/$name.js" ] || home=$home/lib/dedup-snapshotter
 [ -f "$home/dist/$name.js" ] || home=/usr/local/lib/dedup-snapshotter
 if [ ! -f "$home/dist/$name.js" ]; then
   echo "$name: the program's files are not installed; run scripts/install.sh" >&2
