@@ -26,7 +26,8 @@ install_debian() {
   # Packages must not start services: tests and demo run their own, on their own paths.
   local policy=/usr/sbin/policy-rc.d made_policy=
   if [ ! -e "$policy" ]; then printf '#!/bin/sh\nexit 101\n' >"$policy"; chmod 755 "$policy"; made_policy=1; fi
-  trap '[ -z "$made_policy" ] || rm -f "$policy"' RETURN
+  # On exit, because a failing apt ends this script: the file must not stay.
+  [ -z "$made_policy" ] || trap "rm -f '$policy'" EXIT
   apt-get update -q >/dev/null
   DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends "${missing[@]}" >/dev/null
 }
