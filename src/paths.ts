@@ -10,7 +10,7 @@ export const DEFAULT_RUN_DIR = '/run/dedup-snapshotter';
 export const DEFAULT_LOG_DIR = '/var/log/dedup-snapshotter';
 export const DEFAULT_CONTAINERD_ADDRESS = '/run/containerd/containerd.sock';
 
-/** Paths below the root directory (CONTRACT §2). */
+/** Paths below the root directory. */
 export class RootPaths {
   readonly root: string;
 

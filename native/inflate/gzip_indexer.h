@@ -1,5 +1,5 @@
 // Inflates a gzip stream of one or more members once, from the front, and collects the points where inflation can be
-// restarted (DESIGN §6). Used by the JS class GzipIndexer, one push at a time, each on some native thread; it knows
+// restarted. Used by the JS class GzipIndexer, one push at a time, each on some native thread; it knows
 // nothing of JS. Where the points lie depends on the stream and spanBytes alone, never on how the input was split.
 #pragma once
 

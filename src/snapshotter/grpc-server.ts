@@ -19,7 +19,7 @@ export interface SnapshotsServerOptions {
   readonly log: Logger;
 }
 
-/** Labels of a pull can be large (DESIGN §9); messages of containerd stay below its own limit of 16 MiB. */
+/** Labels of a pull can be large; messages of containerd stay below its own limit of 16 MiB. */
 const MAX_MESSAGE_BYTES = 16 * MiB;
 /** How long calls under way may take when the server is closed. */
 const CLOSE_TIMEOUT_MS = 5000;

@@ -1,5 +1,5 @@
 // Pushes a copy of an image whose layer descriptors name their indexes, as an image index that also lists the artifacts
-// holding them, so that copies, mirrors and garbage collection keep both (DESIGN §6). Called by publish.ts. Layers and
+// holding them, so that copies, mirrors and garbage collection keep both. Called by publish.ts. Layers and
 // configuration stay as they are, byte for byte.
 import { type Digest, digestOf, isDigest } from '../../digest.ts';
 import { DedupError } from '../../errors.ts';

@@ -1,4 +1,4 @@
-// Finds, fetches and keeps the verified indexes of layers (DESIGN §6, "Where it is found"). dedupd owns one IndexCatalog
+// Finds, fetches and keeps the verified indexes of layers (docs/formats/layer-index.md). dedupd owns one IndexCatalog
 // per root. It decides from `index_trust` whether referrers are asked; it never reads a layer itself.
 import { mkdir, open, readFile, rename, rm } from 'node:fs/promises';
 import { dirname } from 'node:path';
