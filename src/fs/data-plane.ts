@@ -212,7 +212,7 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
   #collectWhenIdle(): void {
     const { gc } = globalThis;
     if (gc === undefined) return; // Only the launcher starts us with it.
-    let collected = 0;
+    let collected = -1; // What starting left behind counts as the first burst.
     let seen = 0;
     this.#idleTimer = setInterval(() => {
       const { reads, waiting } = this.#loader.stats();
