@@ -93,6 +93,10 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
   readonly #prepared = new LRUCache<string, true>({ max: 1000, ttl: EXPECTED_MS });
   /** Layers that no snapshot names yet, kept for whoever is about to: the rest of a pull, or a standalone mount. */
   readonly #expected = new Map<number, Expectation>();
+  /** When a layer was last said to be lazy, by performance.now(): a list of layers to retain may be older than that. */
+  readonly #promised = new Map<number, number>();
+  /** Indexes made here that are on the disk, while their layers get rows. */
+  readonly #keeping = new Set<Promise<LayerRecord>>();
   /** Mount ids that keys of the snapshotter were given, as told last. */
   #inUse: ReadonlySet<number> = new Set();
   #idleTimer: NodeJS.Timeout | undefined;
@@ -196,7 +200,7 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
       plane = new DataPlane(options, { choice, registry, catalog, store, book, loader, transport, credentials });
       plane.#collectWhenIdle();
       await plane.#mounts.removeLeftovers();
-      await plane.#removeOrphanFiles();
+      await plane.#removeOrphanFiles(true);
       await store.unpinAll();
       return plane;
     } catch (error) {
@@ -293,6 +297,7 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
       const row = await abandonOn(budget, this.#layer(layer, this.#stop.signal));
       // From here on the snapshotter names it among those to retain.
       this.#expected.delete(row.id);
+      this.#promised.set(row.id, performance.now());
       return { lazy: true, reason: '', layer: { digest: row.digest, index: row.indexDigest, scope: row.scope } };
     } catch (error) {
       const reason = budget.aborted
@@ -351,7 +356,8 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
       await this.#book.addSources(known.id, wanted.sources);
       return known;
     }
-    const id = JSON.stringify([wanted.key.scope, wanted.key.digest, wanted.key.index]);
+    // What one image's referrers say is not another image's word, and one source's failure not another source's.
+    const id = JSON.stringify([wanted.key, wanted.sources, wanted.manifest]);
     let adding = this.#adding.get(id);
     if (adding === undefined) {
       adding = this.#discover(wanted, signal).finally(() => this.#adding.delete(id));
@@ -418,10 +424,17 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
       onProgress: progress,
       signal,
     });
-    const indexDigest = await this.#catalog.keep(indexBlob, restartBlob);
-    const row = await this.#add(index, indexDigest, wanted, 'local');
-    this.#expect(row);
-    return row;
+    const keeping = this.#catalog
+      .keep(indexBlob, restartBlob)
+      .then((indexDigest) => this.#add(index, indexDigest, wanted, 'local'));
+    this.#keeping.add(keeping);
+    try {
+      const row = await keeping;
+      this.#expect(row);
+      return row;
+    } finally {
+      this.#keeping.delete(keeping);
+    }
   }
 
   /** Keeps a layer of a standalone mount under way, which no snapshot names. */
@@ -501,12 +514,17 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
   }
 
   async retainLayers(layers: readonly LayerKeyMessage[]): Promise<number> {
+    const startedMs = performance.now();
+    const before = new Set(this.#book.all().map(({ id }) => id));
+    for (const [id, promisedMs] of this.#promised) if (promisedMs < startedMs) this.#promised.delete(id);
     const keep = new Set<number>();
     for (const key of layers) {
       const row = this.#book.find(key);
       if (row !== undefined) keep.add(row.id);
     }
-    await this.#mounts.release(this.#inUse, (layerId) => keep.has(layerId));
+    // The caller may give up waiting and let others prepare: what they are told meanwhile is not on its list.
+    const kept = (id: number): boolean => keep.has(id) || this.#promised.has(id) || !before.has(id);
+    await this.#mounts.release(this.#inUse, kept);
     const named = new Set(keep);
     for (const image of this.#mounts.list()) for (const layer of image.layers) keep.add(layer.layerId);
     // Layers of an image that is just being pulled have no snapshot yet.
@@ -517,20 +535,38 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
       if (goesOn && performance.now() < untilMs) keep.add(layerId);
       else this.#expected.delete(layerId);
     }
-    const dropped = await this.#store.retainLayers([...keep]);
-    if (dropped.length > 0) {
-      await this.#book.reload();
-      await this.#removeOrphanFiles();
+    let asked = false;
+    let dropped: number[] = [];
+    try {
+      dropped = await this.#store.retainLayers((id) => {
+        asked = true;
+        const stays = kept(id) || this.#expected.has(id);
+        // Nobody is told any more that it is here.
+        if (!stays) this.#book.forget(id);
+        return stays;
+      });
+    } finally {
+      if (asked) await this.#book.reload();
     }
+    this.#loader.forget(dropped);
+    if (dropped.length > 0) await this.#removeOrphanFiles();
     return dropped.length;
   }
 
-  /** Deletes metadata and index files that no row names any more. */
-  async #removeOrphanFiles(): Promise<void> {
+  /** Deletes metadata and index files that no row names any more; at the start also what builds that died have left. */
+  async #removeOrphanFiles(starting = false): Promise<void> {
     const { paths } = this.#options;
+    // Files are listed before rows are looked at: one that is being made has its row by then.
+    const metadata = await readdir(paths.images).catch(() => []);
+    const indexes = await readdir(paths.layers).catch(() => []);
+    await Promise.allSettled([...this.#adding.values(), ...this.#keeping]);
     const images = new Set((await this.#store.images()).map((image) => `${image.id}.erofs`));
-    for (const name of await readdir(paths.images).catch(() => [])) {
-      if (/\.erofs/.test(name) && !images.has(name)) await rm(join(paths.images, name), { force: true });
+    for (const name of metadata) {
+      const file = /^\d+\.erofs|.*\.erofs.*/.exec(name)?.[0];
+      if (file === undefined) continue;
+      // N.erofs.tmp-PID is what the build of image N is writing.
+      const named = images.has(starting ? name : file);
+      if (!named) await rm(join(paths.images, name), { force: true });
     }
     const kept = new Set(
       this.#book
@@ -540,7 +576,7 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
           paths.layerRestart(row.restartDigest as Digest),
         ]),
     );
-    for (const name of await readdir(paths.layers).catch(() => [])) {
+    for (const name of indexes) {
       const path = join(paths.layers, name);
       if (!kept.has(path) && !name.endsWith('.tmp')) await rm(path, { force: true });
     }

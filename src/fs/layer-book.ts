@@ -47,6 +47,11 @@ export class LayerBook implements LayerProvider {
     for (const row of rows) this.#byId.set(row.id, row);
   }
 
+  /** Forgets a layer that is being dropped: nobody may be told any more that it is here. */
+  forget(layerId: number): void {
+    this.#byId.delete(layerId);
+  }
+
   /**
    * Without an index in the key only one made here counts: what another image's annotation says of the same layer is
    * not this image's, and may be wrong on purpose.

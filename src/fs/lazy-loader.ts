@@ -146,6 +146,15 @@ export class LazyLoader {
     }
   }
 
+  /** Forgets what is kept about layers that were dropped. */
+  forget(layerIds: readonly number[]): void {
+    for (const layerId of layerIds) {
+      this.#maps.delete(layerId);
+      this.#readahead.forget(layerId);
+    }
+    this.#fetcher.forget(layerIds);
+  }
+
   #mustBeOpen(): void {
     if (this.#abort.signal.aborted) throw new DedupError('CLOSED', 'the loader is closed');
   }

@@ -197,6 +197,13 @@ export class SpanFetcher {
     this.#distrusted.set(`${map.layerId} ${source}`, performance.now() + DISTRUST_MS);
   }
 
+  /** Forgets what is kept about layers that were dropped, and distrust that has ended. */
+  forget(layerIds: readonly number[]): void {
+    for (const layerId of layerIds) this.#touched.delete(layerId);
+    const now = performance.now();
+    for (const [key, until] of this.#distrusted) if (until <= now) this.#distrusted.delete(key);
+  }
+
   /** Takes a flight and its wanted neighbours that wait too, as far as one request may reach. */
   #gather(seed: Flight): Run {
     const { map } = seed;

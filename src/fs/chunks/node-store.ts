@@ -225,15 +225,16 @@ export class NodeStore {
   }
 
   /**
-   * Drops every layer but those named, except pinned ones; then punches out the chunks only they used. Their rows are
+   * Drops every layer but those named, or those a function that is asked at the last moment names, except pinned ones;
+   * then punches out the chunks only they used. Their rows are
    * gone for good before anything is punched, and their addresses are not given again.
    * Returns the ids of the layers dropped. Errors: STORE_IO.
    */
-  retainLayers(keep: readonly number[]): Promise<number[]> {
+  retainLayers(keep: readonly number[] | ((layerId: number) => boolean)): Promise<number[]> {
     this.#mustBeOpen();
+    const keeps = typeof keep === 'function' ? keep : (id: number) => keep.includes(id);
     return this.#serially(async () => {
-      const kept = new Set(keep);
-      const drop = (await this.layers()).map((layer) => layer.id).filter((id) => !kept.has(id));
+      const drop = (await this.layers()).map((layer) => layer.id).filter((id) => !keeps(id));
       if (drop.length === 0) return [];
       const next = this.#generation + 1;
       await this.#file.writeHeader({ pendingGeneration: next });

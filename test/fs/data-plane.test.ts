@@ -1,0 +1,98 @@
+import assert from 'node:assert/strict';
+import { mkdir, mkdtemp, rm, writeFile } from 'node:fs/promises';
+import { createServer, type Server } from 'node:http';
+import type { AddressInfo } from 'node:net';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { after, before, describe, it } from 'node:test';
+import { parseConfig } from '../../src/config.ts';
+import { digestOf } from '../../src/digest.ts';
+import { DataPlane } from '../../src/fs/data-plane.ts';
+import { buildLayerIndex } from '../../src/fs/index/builder.ts';
+import { RootPaths, RunPaths } from '../../src/paths.ts';
+import { isRoot } from '../../src/runtime.ts';
+import { noise, quiet } from '../support/lazy-store.ts';
+import { tarOf } from '../support/tar.ts';
+
+const skip = isRoot() ? false : 'needs root: a FUSE session';
+
+describe('DataPlane', { skip }, () => {
+  let dir: string;
+  let plane: DataPlane;
+  let registry: Server;
+  let host: string;
+  /** Ends the registry's silence: everything is answered with 404. */
+  const speak = Promise.withResolvers<void>();
+  const asked = Promise.withResolvers<void>();
+
+  before(async () => {
+    dir = await mkdtemp(join(tmpdir(), 'dedup-plane-'));
+    registry = createServer((request, response) => {
+      if (request.url !== '/v2/') asked.resolve();
+      void speak.promise.then(() => response.writeHead(404).end());
+    });
+    await new Promise<void>((resolve) => registry.listen(0, '127.0.0.1', resolve));
+    host = `127.0.0.1:${(registry.address() as AddressInfo).port}`;
+    const config = parseConfig({ root: join(dir, 'root'), run_dir: join(dir, 'run') });
+    plane = await DataPlane.open({
+      config,
+      paths: new RootPaths(config.root),
+      run: new RunPaths(config.run_dir),
+      log: quiet,
+    });
+  });
+
+  after(async () => {
+    speak.resolve();
+    await plane?.close();
+    registry?.closeAllConnections();
+    registry?.close();
+    await rm(dir, { recursive: true, force: true });
+  });
+
+  /** A layer whose index is on this node. */
+  async function layerHere(seed: string): Promise<{ digest: string; index: string; scope: string }> {
+    const blob = tarOf([{ name: seed, content: noise(seed, 5000) }]);
+    const made = await buildLayerIndex({
+      stream: (async function* () {
+        yield blob;
+      })(),
+      layerDigest: digestOf(blob),
+      layerBytes: blob.length,
+    });
+    const paths = new RootPaths(plane.root);
+    const index = digestOf(made.indexBlob);
+    await mkdir(paths.layers, { recursive: true });
+    await writeFile(paths.layerIndex(index), made.indexBlob);
+    return { digest: digestOf(blob), index, scope: '' };
+  }
+
+  const prepare = (layer: { digest: string; index: string; scope: string }) =>
+    plane.prepareLayer({
+      layer,
+      sources: [{ host, repository: 'app' }],
+      manifest: '',
+      siblings: [],
+      budget_ms: 300,
+      size: 0,
+    });
+
+  it('keeps a layer that is promised while an older list of layers to retain is worked on', async () => {
+    const layer = await layerHere('one');
+    assert.equal((await prepare(layer)).lazy, true);
+    // Another pull waits for its registry, and with it whoever retains layers.
+    const silent = { digest: digestOf('nothing'), index: digestOf('no index'), scope: '' };
+    assert.equal((await prepare(silent)).lazy, false);
+    await asked.promise;
+    const retaining = plane.retainLayers([]);
+    // The caller has given up meanwhile, and others may prepare again.
+    const answer = await prepare(layer);
+    assert.equal(answer.lazy, true);
+    speak.resolve();
+    await retaining;
+    assert.ok((await plane.layerUsage(answer.layer)).bytes > 0);
+    // A list that was made after that decides.
+    assert.equal(await plane.retainLayers([]), 1);
+    await assert.rejects(plane.layerUsage(answer.layer));
+  });
+});
