@@ -1,8 +1,8 @@
 // The merged images that are mounted: builds the metadata of one when it is first wanted, mounts it through the
 // transport, and takes it away when nobody refers to it. The same layers always give the same path.
 import { createHash } from 'node:crypto';
-import { existsSync } from 'node:fs';
-import { mkdir, open, readdir, readFile, rmdir } from 'node:fs/promises';
+import { existsSync, readdirSync, readFileSync } from 'node:fs';
+import { mkdir, open, readdir, readFile, rmdir, stat } from 'node:fs/promises';
 import { join } from 'node:path';
 import { DedupError, wrapError } from '../errors.ts';
 import type { Logger } from '../log.ts';
@@ -55,6 +55,8 @@ export interface MountTableOptions {
   readonly images: ImageRegistry;
   readonly build: (request: ImageBuildRequest) => Promise<ImageBuildResult>;
   readonly log: Logger;
+  /** Where loop devices begin in their files; for tests. Default: those of this machine. */
+  readonly loopOffsets?: () => readonly number[];
 }
 
 export interface MountedImage {
@@ -127,7 +129,11 @@ export class MountTable {
     // Its failure is told to whoever wanted the unmount.
     await this.#leaving.get(id)?.catch(() => undefined);
     const known = this.#mounted.get(id);
-    if (known !== undefined) return known;
+    if (known !== undefined) {
+      // Whoever asks is about to use it, and release() has not been told of that yet.
+      known.idleSinceMs = undefined;
+      return known;
+    }
     const startedMs = performance.now();
     const metadata = paths.imageMetadata(id);
     const flatOffset = layout === 'flat' ? this.#takeRegion(id) : undefined;
@@ -138,7 +144,14 @@ export class MountTable {
       // Metadata is renamed into place complete and synced; a key stands for addresses that never change. That of the
       // flat layout counts from where it lies, which may be elsewhere each time.
       await this.#built(id, layers, bottom, below, flatOffset);
-      if (flatOffset !== undefined) await images.placeMetadata(flatOffset, metadata);
+      if (flatOffset !== undefined) {
+        const { size } = await stat(metadata);
+        if (size > FLAT_REGION_BYTES) {
+          // It would lie over the metadata of another image, which may be mounted.
+          throw new DedupError('IMAGE_INVALID', `${size} bytes of metadata are more than ${FLAT_REGION_BYTES}`);
+        }
+        await images.placeMetadata(flatOffset, metadata);
+      }
       const builtMs = performance.now();
       const path = paths.mountPoint(id);
       await mkdir(path, { recursive: true, mode: 0o700 });
@@ -168,10 +181,11 @@ export class MountTable {
 
   /**
    * A free region of the store's reserved part for the metadata of a flat image; one given back is taken again last,
-   * because a process may still hold the detached mount that read it. Errors: STORE_FULL.
+   * and never while a loop device lies over it: a process may still hold the detached mount that reads it.
+   * Errors: STORE_FULL.
    */
   #takeRegion(id: number): number {
-    const taken = new Set(this.#regions.values());
+    const taken = new Set([...this.#regions.values(), ...(this.#options.loopOffsets ?? loopOffsets)()]);
     for (let step = 0; step < FLAT_REGIONS; step++) {
       const slot = (this.#nextRegion + step) % FLAT_REGIONS;
       const offset = FLAT_FIRST + slot * FLAT_REGION_BYTES;
@@ -339,6 +353,20 @@ export class MountTable {
 
 function idOf(layer: MountableLayer): number {
   return layer.layerId;
+}
+
+/** Where the loop devices of this machine begin in their files, bytes; ours go with their last user. */
+function loopOffsets(): number[] {
+  const offsets: number[] = [];
+  for (const name of readdirSync('/sys/block')) {
+    if (!name.startsWith('loop')) continue;
+    try {
+      offsets.push(Number(readFileSync(`/sys/block/${name}/loop/offset`, 'utf8')));
+    } catch {
+      // Not attached: no such file.
+    }
+  }
+  return offsets;
 }
 
 /** The same layers, layout and surroundings give the same key. */
