@@ -6,7 +6,7 @@ import type { MountProgressMessage } from './control-server.ts';
 import type { WantedLayer } from './data-plane.ts';
 import { INDEX_ANNOTATION } from './index/layer-index.ts';
 import type { MountableLayer, MountedImage, MountTable } from './mount-table.ts';
-import { MNT_DETACH, MS_RDONLY, native } from './native.ts';
+import { MS_RDONLY, native } from './native.ts';
 import type { BlobId, Repository } from './registry/blob-reader.ts';
 import {
   chooseManifest,
@@ -18,6 +18,7 @@ import {
   parsePlatform,
 } from './registry/image-manifest.ts';
 import { formatReference, type ImageReference, parseReference, tagOrDigest } from './registry/reference.ts';
+import { unmountErofs } from './transport/erofs-mount.ts';
 
 /** mount(2): MS_BIND. */
 const MS_BIND = 4096;
@@ -172,7 +173,13 @@ export class ReferenceMounts {
     try {
       await native().umount(directory, 0);
     } catch (cause) {
-      const { code, message } = wrapError(cause, `unmounting ${directory}`);
+      const { code, message, details } = wrapError(cause, `unmounting ${directory}`);
+      if (details.syscallError === 'EINVAL' || details.syscallError === 'ENOENT') {
+        // Somebody used umount(8): the image is not shown there any more.
+        this.#byDirectory.delete(directory);
+        await this.#release(image, directory);
+        return;
+      }
       throw new DedupError(code, message, {
         cause,
         hint: `is it in use? \`fuser -vm ${directory}\` names the processes`,
@@ -191,7 +198,8 @@ export class ReferenceMounts {
   /** Takes every standalone mount away, used or not. Idempotent. */
   async close(): Promise<void> {
     for (const [directory, image] of this.#byDirectory) {
-      await native().umount(directory, MNT_DETACH);
+      // Not there any more when somebody used umount(8): that must not keep the rest from being closed.
+      await unmountErofs(directory);
       image.holders.delete(directory);
     }
     this.#byDirectory.clear();
