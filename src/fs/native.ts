@@ -298,6 +298,7 @@ export function native(): Addon {
 
 /** mount(2) flags (include/uapi/linux/mount.h). */
 export const MS_RDONLY = 1;
-export const MS_NOSUID = 2;
 export const MS_NODEV = 4;
+export const MS_REMOUNT = 32;
+export const MS_BIND = 4096;
 export const MNT_DETACH = 2;

@@ -5,24 +5,21 @@ import type { LayerRecord, LayerSourceName } from './chunks/index-protocol.ts';
 import type { MountProgressMessage } from './control-server.ts';
 import type { WantedLayer } from './data-plane.ts';
 import { INDEX_ANNOTATION } from './index/layer-index.ts';
+import { classifyLayer } from './index/media-types.ts';
 import type { MountableLayer, MountedImage, MountTable } from './mount-table.ts';
-import { MS_RDONLY, native } from './native.ts';
+import { MS_BIND, MS_RDONLY, MS_REMOUNT, native } from './native.ts';
 import type { BlobId, Repository } from './registry/blob-reader.ts';
 import {
   chooseManifest,
   hostPlatform,
-  INDEX_TYPES,
   imageLayers,
   MAX_JSON_BYTES,
   parseManifest,
   parsePlatform,
 } from './registry/image-manifest.ts';
+import { INDEX_TYPES } from './registry/manifest-json.ts';
 import { formatReference, type ImageReference, parseReference, tagOrDigest } from './registry/reference.ts';
 import { unmountErofs } from './transport/erofs-mount.ts';
-
-/** mount(2): MS_BIND. */
-const MS_BIND = 4096;
-const MS_REMOUNT = 32;
 
 export interface ReferenceMountsOptions {
   readonly repository: (reference: ImageReference, credentials: string) => Repository;
@@ -145,7 +142,7 @@ export class ReferenceMounts {
   }
 
   async #layer(
-    { wanted, blob }: { wanted: WantedLayer; blob: BlobId },
+    { wanted, blob, mediaType }: { wanted: WantedLayer; blob: BlobId; mediaType: string },
     name: string,
     repository: Repository,
     progress: (message: MountProgressMessage) => void,
@@ -155,6 +152,8 @@ export class ReferenceMounts {
       return await this.#options.known(wanted, signal);
     } catch (error) {
       if (!(error instanceof DedupError) || error.code !== 'LAYER_NOT_LAZY') throw error;
+      const kind = classifyLayer({ mediaType });
+      if (!kind.lazy) throw new DedupError('LAYER_NOT_LAZY', `${name} cannot be loaded lazily: ${kind.reason}`);
       const step = `indexing ${name} (${error.message})`;
       const report = (done: number): void => progress({ step, bytes_done: done, bytes_total: blob.size });
       report(0);

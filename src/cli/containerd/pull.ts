@@ -8,13 +8,12 @@ import type { ManifestBytes, Repository } from '../../fs/registry/blob-reader.ts
 import {
   chooseManifest,
   type ImageLayer,
-  INDEX_TYPES,
   imageLayers,
-  MANIFEST_TYPES,
   MAX_JSON_BYTES,
   type Platform,
   parseManifest,
 } from '../../fs/registry/image-manifest.ts';
+import { INDEX_TYPES, MANIFEST_TYPES } from '../../fs/registry/manifest-json.ts';
 import { formatReference, type ImageReference, tagOrDigest } from '../../fs/registry/reference.ts';
 import {
   LABEL_IMAGE_LAYERS,

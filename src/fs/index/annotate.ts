@@ -5,6 +5,7 @@ import { type Digest, digestOf, isDigest } from '../../digest.ts';
 import { DedupError } from '../../errors.ts';
 import { GiB } from '../../units.ts';
 import type { BlobId, Repository } from '../registry/blob-reader.ts';
+import { OCI_INDEX, OCI_MANIFEST } from '../registry/manifest-json.ts';
 import {
   type ImageLocation,
   type ImageReport,
@@ -24,7 +25,7 @@ import {
   platformName,
   toBytes,
 } from './manifests.ts';
-import { classifyLayer, isImageIndex, isImageManifest, OCI_INDEX, OCI_MANIFEST, ociMediaType } from './media-types.ts';
+import { classifyLayer, isImageIndex, isImageManifest, ociMediaType } from './media-types.ts';
 
 /** What a repository may offer beside Repository to take large blobs; without it they pass through memory. */
 interface BlobReceiver {

@@ -2,6 +2,7 @@
 // indexes, and annotate.ts, which pushes re-annotated copies.
 import { type Digest, digestOf } from '../../digest.ts';
 import type { Repository } from '../registry/blob-reader.ts';
+import { OCI_MANIFEST } from '../registry/manifest-json.ts';
 import {
   INDEX_ARTIFACT_TYPE,
   INDEX_LAYER_MEDIA_TYPE,
@@ -9,7 +10,7 @@ import {
   RESTART_LAYER_MEDIA_TYPE,
 } from './layer-index.ts';
 import { type Json, type ManifestDescriptor, type ParsedManifest, toBytes } from './manifests.ts';
-import { OCI_EMPTY, OCI_MANIFEST } from './media-types.ts';
+import { OCI_EMPTY } from './media-types.ts';
 
 const EMPTY_JSON = Buffer.from('{}');
 

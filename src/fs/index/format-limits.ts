@@ -14,8 +14,6 @@ export type SectionName = (typeof SECTION_NAMES)[number];
 /** Largest index blob that is fetched or decoded, and largest section after decompression, bytes. */
 export const MAX_INDEX_BYTES = 256 * MiB;
 export const MAX_SECTION_BYTES = 1024 * MiB;
-/** Largest decompressed framing, bytes. */
-export const MAX_FRAMING_BYTES = 16 * 1024 * MiB;
 export const MAX_ENTRIES = 1 << 24;
 export const MAX_CHUNKS = 1 << 24;
 export const MAX_PIECES = 1 << 23;

@@ -1,11 +1,16 @@
 // Media types of manifests and layers: which layers can be loaded lazily, and what Docker's schema 2 types are called
 // in OCI. Used by publish.ts, annotate.ts and the data plane; sources: OCI image spec 1.1, Docker image manifest v2.2.
-export const OCI_MANIFEST = 'application/vnd.oci.image.manifest.v1+json';
-export const OCI_INDEX = 'application/vnd.oci.image.index.v1+json';
+import {
+  DOCKER_LIST,
+  DOCKER_MANIFEST,
+  INDEX_TYPES,
+  MANIFEST_TYPES,
+  OCI_INDEX,
+  OCI_MANIFEST,
+} from '../registry/manifest-json.ts';
+
 export const OCI_CONFIG = 'application/vnd.oci.image.config.v1+json';
 export const OCI_EMPTY = 'application/vnd.oci.empty.v1+json';
-const DOCKER_MANIFEST = 'application/vnd.docker.distribution.manifest.v2+json';
-const DOCKER_LIST = 'application/vnd.docker.distribution.manifest.list.v2+json';
 const DOCKER_CONFIG = 'application/vnd.docker.container.image.v1+json';
 
 const TO_OCI: Readonly<Record<string, string>> = {
@@ -26,11 +31,11 @@ export function ociMediaType(mediaType: string): string {
 }
 
 export function isImageManifest(mediaType: string): boolean {
-  return ociMediaType(mediaType) === OCI_MANIFEST;
+  return MANIFEST_TYPES.has(mediaType);
 }
 
 export function isImageIndex(mediaType: string): boolean {
-  return ociMediaType(mediaType) === OCI_INDEX;
+  return INDEX_TYPES.has(mediaType);
 }
 
 /** The parts of a layer descriptor that decide. */

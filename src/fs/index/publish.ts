@@ -6,6 +6,7 @@ import { type Digest, digestOf } from '../../digest.ts';
 import { DedupError } from '../../errors.ts';
 import { MiB } from '../../units.ts';
 import type { Repository } from '../registry/blob-reader.ts';
+import { OCI_MANIFEST } from '../registry/manifest-json.ts';
 import { addReferrerTag } from '../registry/referrer-tag.ts';
 import { annotateImage } from './annotate.ts';
 import {
@@ -29,7 +30,7 @@ import {
   parseManifest,
   platformName,
 } from './manifests.ts';
-import { classifyLayer, isImageIndex, isImageManifest, OCI_MANIFEST } from './media-types.ts';
+import { classifyLayer, isImageIndex, isImageManifest } from './media-types.ts';
 
 const MAX_CONFIG_BYTES = 16 * MiB;
 

@@ -8,7 +8,7 @@ import type { Authorizer, Scope } from './auth.ts';
 import type { BlobId, ManifestBytes } from './blob-reader.ts';
 import { discard, drop, type ExchangeRequest, HttpExchange, header } from './http-exchange.ts';
 import type { HttpResponse, HttpTransport } from './http-transport.ts';
-import { mediaTypeOf, type ReferrerDescriptor, referrersIn } from './manifest-json.ts';
+import { INDEX_TYPES, MANIFEST_TYPES, mediaTypeOf, type ReferrerDescriptor, referrersIn } from './manifest-json.ts';
 import { serverOf } from './reference.ts';
 import { referrerTag } from './referrer-tag.ts';
 import { checkRange, type StreamingRepository, verified } from './verified-stream.ts';
@@ -19,13 +19,7 @@ const MAX_REFERRER_PAGES = 20;
 /** Signed URLs live for some minutes to an hour; a renewed one costs one request. */
 const REDIRECT_TTL_MS = 4 * 60_000;
 
-const MANIFEST_TYPES = [
-  'application/vnd.oci.image.manifest.v1+json',
-  'application/vnd.oci.image.index.v1+json',
-  'application/vnd.docker.distribution.manifest.v2+json',
-  'application/vnd.docker.distribution.manifest.list.v2+json',
-  '*/*;q=0.1',
-].join(', ');
+const ACCEPTED_MANIFESTS = [...MANIFEST_TYPES, ...INDEX_TYPES, '*/*;q=0.1'].join(', ');
 
 export interface HttpRepositoryOptions {
   readonly host: string;
@@ -152,7 +146,9 @@ export class HttpRepository implements StreamingRepository {
 
   async getManifest(tagOrDigest: string, signal: AbortSignal): Promise<ManifestBytes> {
     const doing = `reading manifest ${tagOrDigest} from ${this.name}`;
-    const response = await this.#send('GET', `manifests/${tagOrDigest}`, 'pull', signal, { accept: MANIFEST_TYPES });
+    const response = await this.#send('GET', `manifests/${tagOrDigest}`, 'pull', signal, {
+      accept: ACCEPTED_MANIFESTS,
+    });
     if (response.status !== 200) throw await this.#exchange.failure(response, doing, signal);
     const bytes = await this.#exchange.bytes(response, MAX_MANIFEST_BYTES, doing, signal);
     const digest = digestOf(bytes);

@@ -3,15 +3,7 @@
 import { z } from 'zod';
 import { type Digest, digestOf, isDigest } from '../../digest.ts';
 import { DedupError } from '../../errors.ts';
-
-export const INDEX_TYPES: ReadonlySet<string> = new Set([
-  'application/vnd.oci.image.index.v1+json',
-  'application/vnd.docker.distribution.manifest.list.v2+json',
-]);
-export const MANIFEST_TYPES: ReadonlySet<string> = new Set([
-  'application/vnd.oci.image.manifest.v1+json',
-  'application/vnd.docker.distribution.manifest.v2+json',
-]);
+import { MANIFEST_TYPES } from './manifest-json.ts';
 
 /** Most bytes of a manifest, an index or an image configuration that are read. */
 export const MAX_JSON_BYTES = 8 * 1024 * 1024;

@@ -1,4 +1,4 @@
-// The little this folder must know of manifests: their media type and the descriptors of a list of referrers. What
+// The little this folder must know of manifests: their media types and the descriptors of a list of referrers. What
 // manifests mean for images is decided elsewhere.
 import { z } from 'zod';
 import { type Digest, isDigest } from '../../digest.ts';
@@ -10,7 +10,13 @@ export interface ReferrerDescriptor {
   mediaType: string;
 }
 
+export const OCI_MANIFEST = 'application/vnd.oci.image.manifest.v1+json';
 export const OCI_INDEX = 'application/vnd.oci.image.index.v1+json';
+export const DOCKER_MANIFEST = 'application/vnd.docker.distribution.manifest.v2+json';
+export const DOCKER_LIST = 'application/vnd.docker.distribution.manifest.list.v2+json';
+
+export const MANIFEST_TYPES: ReadonlySet<string> = new Set([OCI_MANIFEST, DOCKER_MANIFEST]);
+export const INDEX_TYPES: ReadonlySet<string> = new Set([OCI_INDEX, DOCKER_LIST]);
 
 const descriptor = z.looseObject({
   mediaType: z.string(),

@@ -2,7 +2,7 @@
 import { createHash } from 'node:crypto';
 import { DedupError } from '../../errors.ts';
 import type { ByteRange } from '../../units.ts';
-import type { BlobId, BlobReader, Repository } from './blob-reader.ts';
+import type { BlobId, Repository } from './blob-reader.ts';
 
 /** A range as a stream of unverified bytes: what wrappers need to go on where a broken stream ended. */
 export interface RangeStreamer {
@@ -12,7 +12,6 @@ export interface RangeStreamer {
 
 /** What every Repository of this folder is. */
 export type StreamingRepository = Repository & RangeStreamer;
-export type StreamingReader = BlobReader & RangeStreamer;
 
 /** Errors: those of `source`; REGISTRY_PROTOCOL for more or fewer bytes than `blob.size`; DIGEST_MISMATCH. */
 export async function* verified(blob: BlobId, source: AsyncIterable<Buffer>, from: string): AsyncGenerator<Buffer> {
