@@ -1,13 +1,17 @@
-// Finds and loads the .proto files for the gRPC servers and clients of every process.
+// What every process shares of gRPC: finds and loads the .proto files, serves on a unix socket of its own.
 import { existsSync } from 'node:fs';
+import { chmod } from 'node:fs/promises';
 import { dirname, join } from 'node:path';
 import { fileURLToPath } from 'node:url';
-import { type GrpcObject, loadPackageDefinition } from '@grpc/grpc-js';
+import { type GrpcObject, loadPackageDefinition, type Server, ServerCredentials } from '@grpc/grpc-js';
 import { loadSync } from '@grpc/proto-loader';
-import { DedupError } from './errors.ts';
+import { DedupError, wrapError } from './errors.ts';
 
 /** Compared by Hello; raised with every change that an older peer would misunderstand. */
 export const DEDUPD_PROTOCOL = 1;
+
+/** Exit status of a dedupd that found the root locked by another one. systemd/dedupd.service names it, too. */
+export const EXIT_LOCKED = 3;
 
 function locate(name: string): string {
   for (let directory = dirname(fileURLToPath(import.meta.url)); ; directory = dirname(directory)) {
@@ -31,4 +35,32 @@ export function loadProto(name: string): GrpcObject {
       includeDirs: [dirname(locate(name))],
     }),
   );
+}
+
+/**
+ * Listens on a unix socket that only root may use. The returned function stops: calls under way get `closeTimeoutMs`.
+ * Idempotent. Errors: UNAVAILABLE when the socket cannot be bound.
+ */
+export async function serveOn(server: Server, address: string, closeTimeoutMs: number): Promise<() => Promise<void>> {
+  await new Promise<void>((resolve, reject) => {
+    server.bindAsync(`unix:${address}`, ServerCredentials.createInsecure(), (error) => {
+      if (error === null) resolve();
+      else reject(wrapError(error, `listening on ${address}`, 'UNAVAILABLE'));
+    });
+  });
+  await chmod(address, 0o600);
+  let closing: Promise<void> | undefined;
+  return () => {
+    closing ??= new Promise((resolve) => {
+      const timer = setTimeout(() => {
+        server.forceShutdown();
+        resolve();
+      }, closeTimeoutMs);
+      server.tryShutdown(() => {
+        clearTimeout(timer);
+        resolve();
+      });
+    });
+    return closing;
+  };
 }

@@ -1,18 +1,17 @@
 // dedupd's gRPC service (proto/dedupd.proto) on a unix socket: unpacks requests, calls the data plane, maps errors to
 // statuses. Knows nothing of how images are served.
-import { chmod, rm } from 'node:fs/promises';
+import { rm } from 'node:fs/promises';
 import {
   Server,
-  ServerCredentials,
   type ServerUnaryCall,
   type ServerWritableStream,
   type ServiceClientConstructor,
   type ServiceError,
   type sendUnaryData,
 } from '@grpc/grpc-js';
-import { DedupError, GrpcStatus, wrapError } from '../errors.ts';
+import { DedupError, GrpcStatus } from '../errors.ts';
 import type { Logger } from '../log.ts';
-import { DEDUPD_PROTOCOL, loadProto } from '../protocol.ts';
+import { DEDUPD_PROTOCOL, loadProto, serveOn } from '../protocol.ts';
 import { MiB } from '../units.ts';
 
 export interface LayerKeyMessage {
@@ -194,29 +193,7 @@ export async function startControlServer(options: ControlServerOptions): Promise
     },
   });
   await rm(address, { force: true });
-  await new Promise<void>((resolve, reject) => {
-    server.bindAsync(`unix:${address}`, ServerCredentials.createInsecure(), (error) => {
-      if (error === null) resolve();
-      else reject(wrapError(error, `listening on ${address}`, 'UNAVAILABLE'));
-    });
-  });
-  await chmod(address, 0o600);
-  let closing: Promise<void> | undefined;
-  return {
-    close() {
-      closing ??= new Promise((resolve) => {
-        const timer = setTimeout(() => {
-          server.forceShutdown();
-          resolve();
-        }, CLOSE_TIMEOUT_MS);
-        server.tryShutdown(() => {
-          clearTimeout(timer);
-          resolve();
-        });
-      });
-      return closing;
-    },
-  };
+  return { close: await serveOn(server, address, CLOSE_TIMEOUT_MS) };
 }
 
 interface MountImageMessage {

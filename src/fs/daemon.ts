@@ -8,14 +8,12 @@ import { type Config, lazyDisabledReason, loadConfig } from '../config.ts';
 import { DedupError, errorCode } from '../errors.ts';
 import { createLogger, type Logger } from '../log.ts';
 import { DEFAULT_CONFIG_FILE, RootPaths, RunPaths } from '../paths.ts';
+import { EXIT_LOCKED } from '../protocol.ts';
 import { isRoot } from '../runtime.ts';
 import { VERSION } from '../version.ts';
 import { startControlServer } from './control-server.ts';
 import { DataPlane } from './data-plane.ts';
 import { native } from './native.ts';
-
-/** Exit status when another dedupd holds the root; dedupd-supervisor.ts relies on it. */
-const EXIT_LOCKED = 3;
 
 /**
  * Lets the engine count buffers together with its heap when it decides to collect. By default it collects for every few

@@ -9,6 +9,7 @@ import type { Config } from '../config.ts';
 import { DedupError, errorCode } from '../errors.ts';
 import type { Logger } from '../log.ts';
 import { RunPaths } from '../paths.ts';
+import { EXIT_LOCKED } from '../protocol.ts';
 
 /** What the supervisor needs of a client; DedupdClient is one. */
 export interface DaemonProbe {
@@ -28,9 +29,6 @@ const START_DEADLINE_MS = 15_000;
 const POLL_MS = 25;
 const MAX_STARTS_PER_MINUTE = 5;
 const WATCH_MS = 1_000;
-
-/** Exit status of a daemon that found the root locked by another one. */
-export const EXIT_LOCKED = 3;
 
 export class DedupdSupervisor {
   readonly #options: SupervisorOptions;

@@ -1,12 +1,12 @@
 // The unix socket that containerd talks to: takes the address, serves the snapshots service on it, gives it back.
 // Called by the composition root.
-import { chmod, mkdir, rm } from 'node:fs/promises';
+import { mkdir, rm } from 'node:fs/promises';
 import { connect } from 'node:net';
 import { dirname } from 'node:path';
-import { Server, ServerCredentials, type ServiceClientConstructor } from '@grpc/grpc-js';
+import { Server, type ServiceClientConstructor } from '@grpc/grpc-js';
 import type { Logger } from 'pino';
 import { DedupError, wrapError } from '../errors.ts';
-import { loadProto } from '../protocol.ts';
+import { loadProto, serveOn } from '../protocol.ts';
 import { MiB } from '../units.ts';
 import { isErrno } from './errno.ts';
 import { snapshotsService } from './snapshots-service.ts';
@@ -39,21 +39,9 @@ export async function startSnapshotsServer(options: SnapshotsServerOptions): Pro
     'grpc.max_send_message_length': MAX_MESSAGE_BYTES,
   });
   server.addService(packages.containerd.services.snapshots.v1.Snapshots.service, snapshotsService(snapshotter, log));
-  await new Promise<void>((resolve, reject) => {
-    server.bindAsync(`unix:${address}`, ServerCredentials.createInsecure(), (error) => {
-      if (error === null) resolve();
-      else reject(wrapError(error, `listening on ${address}`, 'UNAVAILABLE'));
-    });
-  });
-  await chmod(address, 0o600);
+  const close = await serveOn(server, address, CLOSE_TIMEOUT_MS);
   log.info({ address }, 'snapshots service is ready');
-  let closing: Promise<void> | undefined;
-  return {
-    close() {
-      closing ??= shutDown(server);
-      return closing;
-    },
-  };
+  return { close };
 }
 
 /**
@@ -78,17 +66,4 @@ export async function claimAddress(address: string): Promise<void> {
     });
   }
   await rm(address, { force: true });
-}
-
-function shutDown(server: Server): Promise<void> {
-  return new Promise((resolve) => {
-    const timer = setTimeout(() => {
-      server.forceShutdown();
-      resolve();
-    }, CLOSE_TIMEOUT_MS);
-    server.tryShutdown(() => {
-      clearTimeout(timer);
-      resolve();
-    });
-  });
 }
