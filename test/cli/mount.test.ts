@@ -206,6 +206,20 @@ describe('mount and umount', () => {
     assertNothingMounted();
   });
 
+  test('a mount that umount(8) took away is gone for dedupd too, and does not disturb its end', async () => {
+    const path = await target('by-hand');
+    await product.cli(['mount', lazy, path]);
+    await run('umount', [path]);
+    await product.cli(['umount', path]);
+    assertNothingMounted();
+    const other = await target('by-hand-2');
+    await product.cli(['mount', lazy, path]);
+    await product.cli(['mount', lazy, other]);
+    await run('umount', [path]);
+    await product.stopDaemon();
+    assertNothingMounted();
+  });
+
   test('mounts that a killed dedupd left dead are taken away by the next one', async () => {
     const path = await target('killed');
     await product.cli(['mount', lazy, path]);
