@@ -1,17 +1,15 @@
 // Everything dedupd does, put together: layers and their indexes, the node store, the LazyLoader, one transport, the
 // mounted images. The control server calls it; it decides nothing about snapshots.
-import { existsSync } from 'node:fs';
 import { readdir, rm } from 'node:fs/promises';
 import { isAbsolute, join } from 'node:path';
-import { LRUCache } from 'lru-cache';
 import type { Config } from '../config.ts';
-import { type Digest, isDigest, parseDigest } from '../digest.ts';
+import type { Digest } from '../digest.ts';
 import { DedupError } from '../errors.ts';
 import type { Logger } from '../log.ts';
 import type { RootPaths, RunPaths } from '../paths.ts';
 import { registryOptions } from '../registry-settings.ts';
 import { MiB } from '../units.ts';
-import type { LayerRecord, LayerSourceName, LayerTrust } from './chunks/index-protocol.ts';
+import type { LayerSourceName } from './chunks/index-protocol.ts';
 import { NodeStore } from './chunks/node-store.ts';
 import type {
   BelowMessage,
@@ -23,18 +21,17 @@ import type {
   StatsMessage,
 } from './control-server.ts';
 import { buildImage } from './image/build-image.ts';
-import { buildLayerIndex } from './index/builder.ts';
 import { IndexCatalog } from './index/discovery.ts';
-import { INDEX_ANNOTATION, type LayerIndex } from './index/layer-index.ts';
+import type { LayerIndex } from './index/layer-index.ts';
 import { RestartReader, WindowCache } from './index/restart-reader.ts';
 import { LayerBook } from './layer-book.ts';
+import { LayerIntake } from './layer-intake.ts';
 import { LazyLoader } from './lazy-loader.ts';
-import { type MountableBelow, type MountableLayer, MountTable } from './mount-table.ts';
+import { type MountableBelow, MountTable } from './mount-table.ts';
 import { native } from './native.ts';
 import { ReferenceMounts } from './reference-mounts.ts';
-import type { BlobId, Repository } from './registry/blob-reader.ts';
+import type { Repository } from './registry/blob-reader.ts';
 import { type Credentials, parseUserPassword } from './registry/credentials.ts';
-import { parseManifest } from './registry/image-manifest.ts';
 import { RegistryPool } from './registry/pool.ts';
 import { inspectMachine } from './transport/machine.ts';
 import { chooseTransport, openTransport, type TransportChoice } from './transport/select.ts';
@@ -46,9 +43,6 @@ const WINDOW_CACHE_BYTES = 4 * MiB;
 /** A burst of reads is over when none came for this long. */
 const IDLE_CHECK_MS = 1_000;
 
-/** How long a layer that was fetched ahead waits for its Prepare. */
-const EXPECTED_MS = 600_000;
-
 export interface DataPlaneOptions {
   readonly config: Config;
   readonly paths: RootPaths;
@@ -58,45 +52,19 @@ export interface DataPlaneOptions {
   readonly layout?: ErofsLayoutKind;
 }
 
-/** Why a layer that no snapshot names is kept. */
-interface Expectation {
-  /** When it ends at the latest, by performance.now(). */
-  readonly untilMs: number;
-  /** Layers of the image that is being pulled: once no snapshot names one of them, the pull has ended. Empty: no pull. */
-  readonly image: readonly number[];
-}
-
-/** A layer of an image as a caller names it, with where it can be read. */
-export interface WantedLayer {
-  readonly key: LayerKeyMessage;
-  readonly sources: readonly LayerSourceName[];
-  readonly manifest: string;
-  readonly reference: string;
-}
-
 export class DataPlane implements ControlledPlane, AsyncDisposable {
   readonly root: string;
   readonly #options: DataPlaneOptions;
   readonly #choice: TransportChoice;
   readonly #registry: RegistryPool;
-  readonly #catalog: IndexCatalog;
   readonly #store: NodeStore;
   readonly #book: LayerBook;
   readonly #loader: LazyLoader;
   readonly #transport: Transport;
   readonly #mounts: MountTable;
+  readonly #intake: LayerIntake;
   readonly #references: ReferenceMounts;
   readonly #credentials: Map<string, Credentials>;
-  /** Layers whose index is being fetched, by identity: calls share it, and it goes on when a budget ends. */
-  readonly #adding = new Map<string, Promise<LayerRecord>>();
-  /** Images that were looked at as a whole lately, by manifest and source. */
-  readonly #prepared = new LRUCache<string, true>({ max: 1000, ttl: EXPECTED_MS });
-  /** Layers that no snapshot names yet, kept for whoever is about to: the rest of a pull, or a standalone mount. */
-  readonly #expected = new Map<number, Expectation>();
-  /** When a layer was last said to be lazy, by performance.now(): a list of layers to retain may be older than that. */
-  readonly #promised = new Map<number, number>();
-  /** Indexes made here that are on the disk, while their layers get rows. */
-  readonly #keeping = new Set<Promise<LayerRecord>>();
   /** Mount ids that keys of the snapshotter were given, as told last. */
   #inUse: ReadonlySet<number> = new Set();
   #idleTimer: NodeJS.Timeout | undefined;
@@ -119,7 +87,6 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
     this.#options = options;
     this.#choice = parts.choice;
     this.#registry = parts.registry;
-    this.#catalog = parts.catalog;
     this.#store = parts.store;
     this.#book = parts.book;
     this.#loader = parts.loader;
@@ -134,7 +101,7 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
         storeBytes: store.storeBytes,
         imageFor: async (key, layerIds) => (await store.createImage(key, layerIds)).id,
         layerAddresses: (layerId) => store.layerAddresses(layerId),
-        checkIndex: (layerId) => parts.book.checkIndexFile(layerId),
+        checkIndex: (layerId) => this.#intake.checkIndex(parts.book.get(layerId)),
         placeMetadata: (address, file) => store.placeMetadata(address, file),
         pin: (imageId, layerIds) => store.pin(imageId, layerIds),
         unpin: (imageId) => store.unpin(imageId),
@@ -142,20 +109,31 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
       build: buildImage,
       log: options.log,
     });
+    this.#intake = new LayerIntake({
+      config: options.config,
+      catalog: parts.catalog,
+      store,
+      book: parts.book,
+      repository: (source) => this.#repository(source),
+      contiguousFiles: parts.choice.layout === 'flat',
+      prebuild: (layers) => this.#mounts.prebuild(layers),
+      stop: this.#stop.signal,
+      log: options.log,
+    });
     this.#references = new ReferenceMounts({
       repository: (reference, given) =>
         given === ''
           ? this.#repository({ host: reference.host, repository: reference.path })
           : this.#registry.repository(reference, this.#remember(reference.host, given)),
-      scopeOf: (source) => this.#scopeOf(source),
+      scopeOf: (source) => this.#intake.scopeOf(source),
       known: async (wanted, signal) => {
-        const row = await this.#layer(wanted, signal);
-        this.#expect(row);
+        const row = await this.#intake.layer(wanted, signal);
+        this.#intake.expect(row);
         return row;
       },
       indexHere: (wanted, blob, repository, progress, signal) =>
-        this.#indexHere(wanted, blob, repository, progress, signal),
-      mountable: (row) => this.#mountable(row),
+        this.#intake.indexHere(wanted, blob, repository, progress, signal),
+      mountable: (row) => this.#intake.mountable(row),
       mounts: this.#mounts,
     });
   }
@@ -261,7 +239,7 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
   ): Promise<string> {
     const path = await this.#references.mount(request, progress, AbortSignal.any([signal, this.#stop.signal]));
     // The mount keeps its layers now.
-    for (const image of this.#mounts.list()) for (const { layerId } of image.layers) this.#expected.delete(layerId);
+    for (const image of this.#mounts.list()) this.#intake.arrived(image.layers.map(({ layerId }) => layerId));
     return path;
   }
 
@@ -269,212 +247,8 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
     return this.#references.unmount(directory);
   }
 
-  /** The part of a chunk's identity that keeps tenants apart (configuration key `dedup_scope`). */
-  #scopeOf(source: LayerSourceName): string {
-    switch (this.#options.config.dedup_scope) {
-      case 'node':
-        return '';
-      case 'registry':
-        return source.host;
-      case 'repository':
-        return `${source.host}/${source.repository}`;
-    }
-  }
-
-  async prepareLayer(request: PrepareLayerMessage): Promise<{ lazy: boolean; reason: string; layer: LayerKeyMessage }> {
-    const source = request.sources[0];
-    if (source === undefined) return { lazy: false, reason: 'no source of the layer is known', layer: request.layer };
-    const wanted = (key: LayerKeyMessage): WantedLayer => ({
-      key: { ...key, scope: key.scope === '' ? this.#scopeOf(source) : key.scope },
-      sources: request.sources,
-      manifest: request.manifest,
-      reference: '',
-    });
-    const layer = wanted(request.layer);
-    if (isDigest(request.manifest)) this.#prepareImage(request.manifest, request.sources);
-    const budget = AbortSignal.timeout(Math.max(1, request.budget_ms));
-    try {
-      const row = await abandonOn(budget, this.#layer(layer, this.#stop.signal));
-      // From here on the snapshotter names it among those to retain.
-      this.#expected.delete(row.id);
-      this.#promised.set(row.id, performance.now());
-      return { lazy: true, reason: '', layer: { digest: row.digest, index: row.indexDigest, scope: row.scope } };
-    } catch (error) {
-      const reason = budget.aborted
-        ? `its index did not arrive within ${request.budget_ms} ms`
-        : error instanceof Error
-          ? error.message
-          : String(error);
-      return { lazy: false, reason, layer: layer.key };
-    }
-  }
-
-  /**
-   * At the first call that names an image: the indexes of all its layers are fetched together, and if every layer is
-   * lazy its file system is built, while the client still asks for one layer after the other.
-   */
-  #prepareImage(manifest: Digest, sources: readonly LayerSourceName[]): void {
-    const key = JSON.stringify([manifest, sources[0]]);
-    if (this.#prepared.has(key)) return;
-    this.#prepared.set(key, true);
-    this.#fetchAhead(manifest, sources).catch((error: unknown) => {
-      // Nothing depends on it: every Prepare asks for its own layer, and says why if that fails too.
-      this.#prepared.delete(key);
-      this.#options.log.debug({ err: error, manifest }, 'preparing an image ahead failed');
-    });
-  }
-
-  async #fetchAhead(manifest: Digest, sources: readonly LayerSourceName[]): Promise<void> {
-    const source = sources[0];
-    if (source === undefined) return;
-    const { bytes } = await this.#repository(source).getManifest(manifest, this.#stop.signal);
-    const { layers } = parseManifest(bytes, `manifest ${manifest}`);
-    const image: number[] = [];
-    const rows = await Promise.all(
-      layers.map(async ({ digest, annotations }) => {
-        const index = annotations[INDEX_ANNOTATION] ?? '';
-        const key = { digest, index, scope: this.#scopeOf(source) };
-        if (index === '') return undefined;
-        const known = this.#book.find(key) !== undefined;
-        const row = await this.#layer({ key, sources, manifest, reference: '' }, this.#stop.signal);
-        image.push(row.id);
-        if (!known) this.#expected.set(row.id, { untilMs: performance.now() + EXPECTED_MS, image });
-        return row;
-      }),
-    );
-    const lazy = rows.filter((row) => row !== undefined);
-    if (lazy.length < rows.length) return;
-    await this.#mounts.prebuild(await Promise.all(lazy.map((row) => this.#mountable(row))));
-  }
-
-  /** The stored layer; its index is fetched when it is not known. Errors: LAYER_NOT_LAZY with the reason, and of the registry. */
-  async #layer(wanted: WantedLayer, signal: AbortSignal): Promise<LayerRecord> {
-    const { index_trust } = this.#options.config;
-    const known = this.#book.find(wanted.key);
-    if (known?.condemned === true) throw new DedupError('LAYER_NOT_LAZY', 'its index was found to be wrong');
-    if (known !== undefined && index_trust.includes(known.trust)) {
-      await this.#book.addSources(known.id, wanted.sources);
-      return known;
-    }
-    // What one image's referrers say is not another image's word, and one source's failure not another source's.
-    const id = JSON.stringify([wanted.key, wanted.sources, wanted.manifest]);
-    let adding = this.#adding.get(id);
-    if (adding === undefined) {
-      adding = this.#discover(wanted, signal).finally(() => this.#adding.delete(id));
-      this.#adding.set(id, adding);
-    }
-    const row = await adding;
-    await this.#book.addSources(row.id, wanted.sources);
-    return row;
-  }
-
-  async #discover(wanted: WantedLayer, signal: AbortSignal): Promise<LayerRecord> {
-    const { index_trust } = this.#options.config;
-    const { key } = wanted;
-    const digest = parseDigest(key.digest);
-    const annotated = key.index !== '' && index_trust.includes('annotation');
-    if (annotated && !isDigest(key.index)) {
-      throw new DedupError('LAYER_NOT_LAZY', 'its index annotation is not a SHA-256 digest');
-    }
-    if (!annotated && !(index_trust.includes('referrer') && isDigest(wanted.manifest))) {
-      const reason = key.index === '' ? 'it has no index annotation' : '"index_trust" does not include "annotation"';
-      throw new DedupError('LAYER_NOT_LAZY', reason);
-    }
-    let failure: unknown;
-    for (const source of wanted.sources) {
-      const repository = this.#repository(source);
-      try {
-        const indexDigest = annotated
-          ? parseDigest(key.index)
-          : (await this.#catalog.referrerIndexes(parseDigest(wanted.manifest), repository, signal)).get(digest);
-        if (indexDigest === undefined)
-          throw new DedupError('LAYER_NOT_LAZY', 'no artifact in the registry has its index');
-        const index = await this.#catalog.load({ layerDigest: digest, indexDigest }, repository, signal);
-        return await this.#add(index, indexDigest, wanted, annotated ? 'annotation' : 'referrer');
-      } catch (error) {
-        failure = error;
-      }
-    }
-    throw failure;
-  }
-
-  /** Reads a whole layer once to index it on this node. Errors: LAYER_NOT_LAZY, LAYER_INVALID, and of the registry. */
-  async #indexHere(
-    wanted: WantedLayer,
-    blob: BlobId,
-    repository: Repository,
-    progress: (bytesDone: number) => void,
-    signal: AbortSignal,
-  ): Promise<LayerRecord> {
-    if (!this.#options.config.index_trust.includes('local')) {
-      throw new DedupError(
-        'LAYER_NOT_LAZY',
-        `layer ${blob.digest} has no index, and "index_trust" allows none made here`,
-        {
-          hint: 'add "local" to "index_trust", or give the image an index: dedup-snapshotter index',
-        },
-      );
-    }
-    const { index, indexBlob, restartBlob } = await buildLayerIndex({
-      stream: repository.readAll(blob, signal),
-      layerDigest: blob.digest,
-      layerBytes: blob.size,
-      chunkBytes: this.#options.config.chunk_size,
-      pieceBytes: Math.min(MiB, this.#options.config.chunk_size),
-      onProgress: progress,
-      signal,
-    });
-    const keeping = this.#catalog
-      .keep(indexBlob, restartBlob)
-      .then((indexDigest) => this.#add(index, indexDigest, wanted, 'local'));
-    this.#keeping.add(keeping);
-    try {
-      const row = await keeping;
-      this.#expect(row);
-      return row;
-    } finally {
-      this.#keeping.delete(keeping);
-    }
-  }
-
-  /** Keeps a layer of a standalone mount under way, which no snapshot names. */
-  #expect(row: LayerRecord): void {
-    this.#expected.set(row.id, { untilMs: performance.now() + EXPECTED_MS, image: [] });
-  }
-
-  async #add(index: LayerIndex, indexDigest: Digest, wanted: WantedLayer, trust: LayerTrust): Promise<LayerRecord> {
-    const { layerId } = await this.#store.addLayer(index, {
-      scope: wanted.key.scope,
-      indexDigest,
-      sources: wanted.sources,
-      trust,
-      reference: wanted.reference,
-      contiguousFiles: this.#choice.layout === 'flat',
-    });
-    await this.#book.reload();
-    return this.#book.get(layerId);
-  }
-
-  /** Makes sure that the layer's index is on disk. Errors: NOT_FOUND, and those of the registry. */
-  async #mountable(row: LayerRecord): Promise<MountableLayer> {
-    if (!existsSync(this.#book.indexPath(row))) {
-      await this.#fetchIndexAgain(row);
-    }
-    return { layerId: row.id, digest: row.digest, indexPath: this.#book.indexPath(row) };
-  }
-
-  async #fetchIndexAgain(row: LayerRecord): Promise<void> {
-    const wanted = { layerDigest: parseDigest(row.digest), indexDigest: parseDigest(row.indexDigest) };
-    let failure: unknown = new DedupError('NOT_FOUND', `the index of layer ${row.digest} is gone and has no source`);
-    for (const source of row.sources) {
-      try {
-        await this.#catalog.load(wanted, this.#repository(source), this.#stop.signal);
-        return;
-      } catch (error) {
-        failure = error; // The next source may have it.
-      }
-    }
-    throw failure;
+  prepareLayer(request: PrepareLayerMessage): Promise<{ lazy: boolean; reason: string; layer: LayerKeyMessage }> {
+    return this.#intake.prepareLayer(request);
   }
 
   async mountImage(
@@ -484,28 +258,13 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
   ): Promise<{ path: string; mountId: number; rootUid: number; rootGid: number }> {
     const lowers: MountableBelow[] = [];
     for (const { directory, layers } of bottom ? [] : below) {
-      if (layers.length > 0) lowers.push({ kind: 'layers', layers: await this.#mountableLayers(layers) });
+      if (layers.length > 0) lowers.push({ kind: 'layers', layers: await this.#intake.mountableLayers(layers) });
       else if (isAbsolute(directory)) lowers.push({ kind: 'directory', path: directory });
       else throw new DedupError('INVALID_ARGUMENT', 'what lies below an image is an absolute path, or layers');
     }
-    const image = await this.#mounts.mount(await this.#mountableLayers(layers), bottom, lowers);
+    const image = await this.#mounts.mount(await this.#intake.mountableLayers(layers), bottom, lowers);
     image.used = true;
     return { path: image.path, mountId: image.id, rootUid: image.rootUid, rootGid: image.rootGid };
-  }
-
-  /** Errors: NOT_FOUND for a layer that was dropped. */
-  async #mountableLayers(keys: readonly LayerKeyMessage[]): Promise<MountableLayer[]> {
-    const mountable: MountableLayer[] = [];
-    for (const key of keys) {
-      const row = this.#book.find(key);
-      if (row === undefined) {
-        throw new DedupError('NOT_FOUND', `layer ${key.digest} is not known to this node any more`, {
-          hint: 'remove the image and pull it again',
-        });
-      }
-      mountable.push(await this.#mountable(row));
-    }
-    return mountable;
   }
 
   async releaseImages(inUse: readonly number[]): Promise<number> {
@@ -516,31 +275,26 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
   async retainLayers(layers: readonly LayerKeyMessage[]): Promise<number> {
     const startedMs = performance.now();
     const before = new Set(this.#book.all().map(({ id }) => id));
-    for (const [id, promisedMs] of this.#promised) if (promisedMs < startedMs) this.#promised.delete(id);
+    this.#intake.forgetPromisesBefore(startedMs);
     const keep = new Set<number>();
     for (const key of layers) {
       const row = this.#book.find(key);
       if (row !== undefined) keep.add(row.id);
     }
     // The caller may give up waiting and let others prepare: what they are told meanwhile is not on its list.
-    const kept = (id: number): boolean => keep.has(id) || this.#promised.has(id) || !before.has(id);
+    const kept = (id: number): boolean => keep.has(id) || this.#intake.isPromised(id) || !before.has(id);
     await this.#mounts.release(this.#inUse, kept);
     const named = new Set(keep);
     for (const image of this.#mounts.list()) for (const layer of image.layers) keep.add(layer.layerId);
     // Layers of an image that is just being pulled have no snapshot yet.
-    for (const adding of this.#adding.values()) await adding.then((row) => keep.add(row.id)).catch(() => undefined);
-    for (const [layerId, { untilMs, image }] of this.#expected) {
-      // No Prepare is under way now: a pull that goes on has left a snapshot of one of its layers.
-      const goesOn = image.length === 0 || image.some((id) => named.has(id));
-      if (goesOn && performance.now() < untilMs) keep.add(layerId);
-      else this.#expected.delete(layerId);
-    }
+    for (const adding of this.#intake.underWay()) await adding.then((row) => keep.add(row.id)).catch(() => undefined);
+    for (const layerId of this.#intake.stillExpected(named)) keep.add(layerId);
     let asked = false;
     let dropped: number[] = [];
     try {
       dropped = await this.#store.retainLayers((id) => {
         asked = true;
-        const stays = kept(id) || this.#expected.has(id);
+        const stays = kept(id) || this.#intake.isExpected(id);
         // Nobody is told any more that it is here.
         if (!stays) this.#book.forget(id);
         return stays;
@@ -559,7 +313,7 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
     // Files are listed before rows are looked at: one that is being made has its row by then.
     const metadata = await readdir(paths.images).catch(() => []);
     const indexes = await readdir(paths.layers).catch(() => []);
-    await Promise.allSettled([...this.#adding.values(), ...this.#keeping]);
+    await Promise.allSettled(this.#intake.underWay());
     const images = new Set((await this.#store.images()).map((image) => `${image.id}.erofs`));
     for (const name of metadata) {
       const file = /^\d+\.erofs|.*\.erofs.*/.exec(name)?.[0];
@@ -645,28 +399,27 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
   async close(): Promise<void> {
     clearInterval(this.#idleTimer);
     this.#stop.abort(new DedupError('CLOSED', 'dedupd is stopping'));
-    await this.#references.close();
-    await this.#mounts.close();
-    this.#loader.close();
-    await this.#transport.close();
-    await this.#store.close();
-    await this.#registry.close();
+    // In this order, and each step whatever became of the one before: nothing may stay mounted or open.
+    const steps = [
+      () => this.#references.close(),
+      () => this.#mounts.close(),
+      () => this.#loader.close(),
+      () => this.#transport.close(),
+      () => this.#store.close(),
+      () => this.#registry.close(),
+    ];
+    let failure: unknown;
+    for (const step of steps) {
+      try {
+        await step();
+      } catch (error) {
+        failure ??= error;
+      }
+    }
+    if (failure !== undefined) throw failure;
   }
 
   async [Symbol.asyncDispose](): Promise<void> {
     await this.close();
-  }
-}
-
-/** The promise, or CANCELLED when the signal comes first; the work goes on for whoever asks next. */
-async function abandonOn<T>(signal: AbortSignal, work: Promise<T>): Promise<T> {
-  const { promise, reject } = Promise.withResolvers<never>();
-  const stop = (): void => reject(new DedupError('CANCELLED', 'the budget is used up'));
-  signal.addEventListener('abort', stop, { once: true });
-  work.catch(() => undefined); // Its error is told to whoever waits; after the budget nobody does.
-  try {
-    return await Promise.race([work, promise]);
-  } finally {
-    signal.removeEventListener('abort', stop);
   }
 }

@@ -3,9 +3,9 @@
 import { DedupError, wrapError } from '../errors.ts';
 import type { LayerRecord, LayerSourceName } from './chunks/index-protocol.ts';
 import type { MountProgressMessage } from './control-server.ts';
-import type { WantedLayer } from './data-plane.ts';
 import { INDEX_ANNOTATION } from './index/layer-index.ts';
 import { classifyLayer } from './index/media-types.ts';
+import type { WantedLayer } from './layer-intake.ts';
 import type { MountableLayer, MountedImage, MountTable } from './mount-table.ts';
 import { MS_BIND, MS_RDONLY, MS_REMOUNT, native } from './native.ts';
 import type { BlobId, Repository } from './registry/blob-reader.ts';

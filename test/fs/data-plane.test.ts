@@ -1,12 +1,13 @@
 import assert from 'node:assert/strict';
-import { mkdir, mkdtemp, rm, writeFile } from 'node:fs/promises';
+import { existsSync } from 'node:fs';
+import { mkdir, mkdtemp, readdir, readFile, rm, writeFile } from 'node:fs/promises';
 import { createServer, type Server } from 'node:http';
 import type { AddressInfo } from 'node:net';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { after, before, describe, it } from 'node:test';
 import { parseConfig } from '../../src/config.ts';
-import { digestOf } from '../../src/digest.ts';
+import { digestOf, parseDigest } from '../../src/digest.ts';
 import { DataPlane } from '../../src/fs/data-plane.ts';
 import { buildLayerIndex } from '../../src/fs/index/builder.ts';
 import { RootPaths, RunPaths } from '../../src/paths.ts';
@@ -94,5 +95,25 @@ describe('DataPlane', { skip }, () => {
     // A list that was made after that decides.
     assert.equal(await plane.retainLayers([]), 1);
     await assert.rejects(plane.layerUsage(answer.layer));
+  });
+
+  it('does not build on a damaged index file, but asks the registry for it again', async () => {
+    const layer = await layerHere('two');
+    const answer = await prepare(layer);
+    assert.equal(answer.lazy, true);
+    const file = new RootPaths(plane.root).layerIndex(parseDigest(layer.index));
+    const good = await readFile(file);
+    const damaged = Buffer.from(good);
+    damaged[damaged.length >> 1]! ^= 1;
+    await writeFile(file, damaged);
+    speak.resolve();
+    // This registry does not have it: an error, and no image of what the file says.
+    await assert.rejects(plane.mountImage([answer.layer], true, []), { code: 'REGISTRY_NOT_FOUND' });
+    assert.equal(existsSync(file), false);
+    await writeFile(file, good);
+    const { path } = await plane.mountImage([answer.layer], true, []);
+    assert.deepEqual(await readdir(path), ['two']);
+    await plane.releaseImages([]);
+    await plane.retainLayers([]);
   });
 });

@@ -84,19 +84,24 @@ export class FuseTransport implements Transport {
     } catch (error) {
       const { errno } = ERROR_CODES[errorCode(error)];
       this.#log.warn({ err: error, image: miss.file, offset: miss.offset, length: miss.length }, 'a read fails');
-      this.#settle(() => session.replyError(miss.id, osConstants.errno[errno]));
+      this.#settle(session, miss.id, () => session.replyError(miss.id, osConstants.errno[errno]));
       return;
     }
-    this.#settle(() => session.reply(miss.id, parts));
+    this.#settle(session, miss.id, () => session.reply(miss.id, parts));
   }
 
-  #settle(send: () => void): void {
+  #settle(session: FuseSession, id: number, send: () => void): void {
     try {
       send();
     } catch (error) {
       // A reply that races with close() finds its request answered (EIO) already: that is close()'s promise.
       if (this.#session === undefined || errorCode(error) === 'CLOSED') return;
       this.#log.error({ err: error }, 'a reply to the kernel failed');
+      try {
+        session.replyError(id, osConstants.errno.EIO);
+      } catch {
+        // Answered already: a reply that failed after it took the request has sent EIO itself.
+      }
     }
   }
 

@@ -1,0 +1,365 @@
+// From the layer a caller names to the layer this node knows: finds its index, or makes one, and gives its chunks a place
+// in the store. Keeps what nobody's snapshot names yet. Called by data-plane.ts; mounts nothing.
+import { existsSync } from 'node:fs';
+import { LRUCache } from 'lru-cache';
+import type { Config } from '../config.ts';
+import { type Digest, isDigest, parseDigest } from '../digest.ts';
+import { DedupError, errorCode } from '../errors.ts';
+import type { Logger } from '../log.ts';
+import { MiB } from '../units.ts';
+import type { LayerRecord, LayerSourceName, LayerTrust } from './chunks/index-protocol.ts';
+import type { NodeStore } from './chunks/node-store.ts';
+import type { LayerKeyMessage, PrepareLayerMessage } from './control-server.ts';
+import { buildLayerIndex } from './index/builder.ts';
+import type { IndexCatalog } from './index/discovery.ts';
+import { INDEX_ANNOTATION, type LayerIndex } from './index/layer-index.ts';
+import type { LayerBook } from './layer-book.ts';
+import type { MountableLayer } from './mount-table.ts';
+import type { BlobId, Repository } from './registry/blob-reader.ts';
+import { parseManifest } from './registry/image-manifest.ts';
+
+/** How long a layer that was fetched ahead waits for its Prepare. */
+const EXPECTED_MS = 600_000;
+
+/** Why a layer that no snapshot names is kept. */
+interface Expectation {
+  /** When it ends at the latest, by performance.now(). */
+  readonly untilMs: number;
+  /** Layers of the image that is being pulled: once no snapshot names one of them, the pull has ended. Empty: no pull. */
+  readonly image: readonly number[];
+}
+
+/** A layer of an image as a caller names it, with where it can be read. */
+export interface WantedLayer {
+  readonly key: LayerKeyMessage;
+  readonly sources: readonly LayerSourceName[];
+  readonly manifest: string;
+  readonly reference: string;
+}
+
+export interface LayerIntakeOptions {
+  readonly config: Config;
+  readonly catalog: IndexCatalog;
+  readonly store: NodeStore;
+  readonly book: LayerBook;
+  readonly repository: (source: LayerSourceName) => Repository;
+  /** True for the layout of kernels before 5.16: every file in one run of the store. */
+  readonly contiguousFiles: boolean;
+  /** Builds the file system of an image whose layers are all here, before anyone mounts it. */
+  readonly prebuild: (layers: readonly MountableLayer[]) => Promise<void>;
+  /** Aborted when the daemon stops. */
+  readonly stop: AbortSignal;
+  readonly log: Logger;
+}
+
+export class LayerIntake {
+  readonly #options: LayerIntakeOptions;
+  readonly #catalog: IndexCatalog;
+  readonly #store: NodeStore;
+  readonly #book: LayerBook;
+  /** Layers whose index is being fetched, by identity: calls share it, and it goes on when a budget ends. */
+  readonly #adding = new Map<string, Promise<LayerRecord>>();
+  /** Images that were looked at as a whole lately, by manifest and source. */
+  readonly #prepared = new LRUCache<string, true>({ max: 1000, ttl: EXPECTED_MS });
+  /** Layers that no snapshot names yet, kept for whoever is about to: the rest of a pull, or a standalone mount. */
+  readonly #expected = new Map<number, Expectation>();
+  /** When a layer was last said to be lazy, by performance.now(): a list of layers to retain may be older than that. */
+  readonly #promised = new Map<number, number>();
+  /** Indexes made here that are on the disk, while their layers get rows. */
+  readonly #keeping = new Set<Promise<LayerRecord>>();
+
+  constructor(options: LayerIntakeOptions) {
+    this.#options = options;
+    this.#catalog = options.catalog;
+    this.#store = options.store;
+    this.#book = options.book;
+  }
+
+  #repository(source: LayerSourceName): Repository {
+    return this.#options.repository(source);
+  }
+
+  /** The part of a chunk's identity that keeps tenants apart (configuration key `dedup_scope`). */
+  scopeOf(source: LayerSourceName): string {
+    switch (this.#options.config.dedup_scope) {
+      case 'node':
+        return '';
+      case 'registry':
+        return source.host;
+      case 'repository':
+        return `${source.host}/${source.repository}`;
+    }
+  }
+
+  async prepareLayer(request: PrepareLayerMessage): Promise<{ lazy: boolean; reason: string; layer: LayerKeyMessage }> {
+    const source = request.sources[0];
+    if (source === undefined) return { lazy: false, reason: 'no source of the layer is known', layer: request.layer };
+    const wanted = (key: LayerKeyMessage): WantedLayer => ({
+      key: { ...key, scope: key.scope === '' ? this.scopeOf(source) : key.scope },
+      sources: request.sources,
+      manifest: request.manifest,
+      reference: '',
+    });
+    const layer = wanted(request.layer);
+    if (isDigest(request.manifest)) this.#prepareImage(request.manifest, request.sources);
+    const budget = AbortSignal.timeout(Math.max(1, request.budget_ms));
+    try {
+      const row = await abandonOn(budget, this.layer(layer, this.#options.stop));
+      // From here on the snapshotter names it among those to retain.
+      this.#expected.delete(row.id);
+      this.#promised.set(row.id, performance.now());
+      return { lazy: true, reason: '', layer: { digest: row.digest, index: row.indexDigest, scope: row.scope } };
+    } catch (error) {
+      const reason = budget.aborted
+        ? `its index did not arrive within ${request.budget_ms} ms`
+        : error instanceof Error
+          ? error.message
+          : String(error);
+      return { lazy: false, reason, layer: layer.key };
+    }
+  }
+
+  /**
+   * At the first call that names an image: the indexes of all its layers are fetched together, and if every layer is
+   * lazy its file system is built, while the client still asks for one layer after the other.
+   */
+  #prepareImage(manifest: Digest, sources: readonly LayerSourceName[]): void {
+    const key = JSON.stringify([manifest, sources[0]]);
+    if (this.#prepared.has(key)) return;
+    this.#prepared.set(key, true);
+    this.#fetchAhead(manifest, sources).catch((error: unknown) => {
+      // Nothing depends on it: every Prepare asks for its own layer, and says why if that fails too.
+      this.#prepared.delete(key);
+      this.#options.log.debug({ err: error, manifest }, 'preparing an image ahead failed');
+    });
+  }
+
+  async #fetchAhead(manifest: Digest, sources: readonly LayerSourceName[]): Promise<void> {
+    const source = sources[0];
+    if (source === undefined) return;
+    const { bytes } = await this.#repository(source).getManifest(manifest, this.#options.stop);
+    const { layers } = parseManifest(bytes, `manifest ${manifest}`);
+    const image: number[] = [];
+    const rows = await Promise.all(
+      layers.map(async ({ digest, annotations }) => {
+        const index = annotations[INDEX_ANNOTATION] ?? '';
+        const key = { digest, index, scope: this.scopeOf(source) };
+        if (index === '') return undefined;
+        const known = this.#book.find(key) !== undefined;
+        const row = await this.layer({ key, sources, manifest, reference: '' }, this.#options.stop);
+        image.push(row.id);
+        if (!known) this.#expected.set(row.id, { untilMs: performance.now() + EXPECTED_MS, image });
+        return row;
+      }),
+    );
+    const lazy = rows.filter((row) => row !== undefined);
+    if (lazy.length < rows.length) return;
+    await this.#options.prebuild(await Promise.all(lazy.map((row) => this.mountable(row))));
+  }
+
+  /** The stored layer; its index is fetched when it is not known. Errors: LAYER_NOT_LAZY with the reason, and of the registry. */
+  async layer(wanted: WantedLayer, signal: AbortSignal): Promise<LayerRecord> {
+    const { index_trust } = this.#options.config;
+    const known = this.#book.find(wanted.key);
+    if (known?.condemned === true) throw new DedupError('LAYER_NOT_LAZY', 'its index was found to be wrong');
+    if (known !== undefined && index_trust.includes(known.trust)) {
+      await this.#book.addSources(known.id, wanted.sources);
+      return known;
+    }
+    // What one image's referrers say is not another image's word, and one source's failure not another source's.
+    const id = JSON.stringify([wanted.key, wanted.sources, wanted.manifest]);
+    let adding = this.#adding.get(id);
+    if (adding === undefined) {
+      adding = this.#discover(wanted, signal).finally(() => this.#adding.delete(id));
+      this.#adding.set(id, adding);
+    }
+    const row = await adding;
+    await this.#book.addSources(row.id, wanted.sources);
+    return row;
+  }
+
+  async #discover(wanted: WantedLayer, signal: AbortSignal): Promise<LayerRecord> {
+    const { index_trust } = this.#options.config;
+    const { key } = wanted;
+    const digest = parseDigest(key.digest);
+    const annotated = key.index !== '' && index_trust.includes('annotation');
+    if (annotated && !isDigest(key.index)) {
+      throw new DedupError('LAYER_NOT_LAZY', 'its index annotation is not a SHA-256 digest');
+    }
+    if (!annotated && !(index_trust.includes('referrer') && isDigest(wanted.manifest))) {
+      const reason = key.index === '' ? 'it has no index annotation' : '"index_trust" does not include "annotation"';
+      throw new DedupError('LAYER_NOT_LAZY', reason);
+    }
+    let failure: unknown;
+    for (const source of wanted.sources) {
+      const repository = this.#repository(source);
+      try {
+        const indexDigest = annotated
+          ? parseDigest(key.index)
+          : (await this.#catalog.referrerIndexes(parseDigest(wanted.manifest), repository, signal)).get(digest);
+        if (indexDigest === undefined)
+          throw new DedupError('LAYER_NOT_LAZY', 'no artifact in the registry has its index');
+        const index = await this.#catalog.load({ layerDigest: digest, indexDigest }, repository, signal);
+        return await this.#add(index, indexDigest, wanted, annotated ? 'annotation' : 'referrer');
+      } catch (error) {
+        failure = error;
+      }
+    }
+    throw failure;
+  }
+
+  /** Reads a whole layer once to index it on this node. Errors: LAYER_NOT_LAZY, LAYER_INVALID, and of the registry. */
+  async indexHere(
+    wanted: WantedLayer,
+    blob: BlobId,
+    repository: Repository,
+    progress: (bytesDone: number) => void,
+    signal: AbortSignal,
+  ): Promise<LayerRecord> {
+    if (!this.#options.config.index_trust.includes('local')) {
+      throw new DedupError(
+        'LAYER_NOT_LAZY',
+        `layer ${blob.digest} has no index, and "index_trust" allows none made here`,
+        {
+          hint: 'add "local" to "index_trust", or give the image an index: dedup-snapshotter index',
+        },
+      );
+    }
+    const { index, indexBlob, restartBlob } = await buildLayerIndex({
+      stream: repository.readAll(blob, signal),
+      layerDigest: blob.digest,
+      layerBytes: blob.size,
+      chunkBytes: this.#options.config.chunk_size,
+      pieceBytes: Math.min(MiB, this.#options.config.chunk_size),
+      onProgress: progress,
+      signal,
+    });
+    const keeping = this.#catalog
+      .keep(indexBlob, restartBlob)
+      .then((indexDigest) => this.#add(index, indexDigest, wanted, 'local'));
+    this.#keeping.add(keeping);
+    try {
+      const row = await keeping;
+      this.expect(row);
+      return row;
+    } finally {
+      this.#keeping.delete(keeping);
+    }
+  }
+
+  /** Keeps a layer of a standalone mount under way, which no snapshot names. */
+  expect(row: LayerRecord): void {
+    this.#expected.set(row.id, { untilMs: performance.now() + EXPECTED_MS, image: [] });
+  }
+
+  async #add(index: LayerIndex, indexDigest: Digest, wanted: WantedLayer, trust: LayerTrust): Promise<LayerRecord> {
+    const { layerId } = await this.#store.addLayer(index, {
+      scope: wanted.key.scope,
+      indexDigest,
+      sources: wanted.sources,
+      trust,
+      reference: wanted.reference,
+      contiguousFiles: this.#options.contiguousFiles,
+    });
+    await this.#book.reload();
+    return this.#book.get(layerId);
+  }
+
+  /** Makes sure that the layer's index is on disk. Errors: NOT_FOUND, and those of the registry. */
+  async mountable(row: LayerRecord): Promise<MountableLayer> {
+    if (!existsSync(this.#book.indexPath(row))) {
+      await this.#fetchIndexAgain(row);
+    }
+    return { layerId: row.id, digest: row.digest, indexPath: this.#book.indexPath(row) };
+  }
+
+  /** Makes sure that the layer's index file is what it is named after; a damaged one is fetched again. Errors as mountable. */
+  async checkIndex(row: LayerRecord): Promise<void> {
+    try {
+      await this.#book.checkIndexFile(row.id);
+    } catch (error) {
+      if (errorCode(error) !== 'DIGEST_MISMATCH') throw error;
+      this.#options.log.warn({ err: error, layer: row.digest }, 'an index file is damaged and fetched again');
+      await this.#catalog.remove(parseDigest(row.indexDigest));
+      await this.#fetchIndexAgain(row);
+    }
+  }
+
+  async #fetchIndexAgain(row: LayerRecord): Promise<void> {
+    const wanted = { layerDigest: parseDigest(row.digest), indexDigest: parseDigest(row.indexDigest) };
+    let failure: unknown = new DedupError('NOT_FOUND', `the index of layer ${row.digest} is gone and has no source`);
+    for (const source of row.sources) {
+      try {
+        await this.#catalog.load(wanted, this.#repository(source), this.#options.stop);
+        return;
+      } catch (error) {
+        failure = error; // The next source may have it.
+      }
+    }
+    throw failure;
+  }
+
+  /** Errors: NOT_FOUND for a layer that was dropped. */
+  async mountableLayers(keys: readonly LayerKeyMessage[]): Promise<MountableLayer[]> {
+    const mountable: MountableLayer[] = [];
+    for (const key of keys) {
+      const row = this.#book.find(key);
+      if (row === undefined) {
+        throw new DedupError('NOT_FOUND', `layer ${key.digest} is not known to this node any more`, {
+          hint: 'remove the image and pull it again',
+        });
+      }
+      if (row.condemned)
+        throw new DedupError('DIGEST_MISMATCH', `layer ${row.digest} is blocked: its index does not describe it`);
+      mountable.push(await this.mountable(row));
+    }
+    return mountable;
+  }
+
+  /** Layers that are being added; all of them have rows once these are settled. */
+  underWay(): Promise<LayerRecord>[] {
+    return [...this.#adding.values(), ...this.#keeping];
+  }
+
+  /** True while a layer may be on nobody's list although its Prepare was told that it is lazy. */
+  isPromised(layerId: number): boolean {
+    return this.#promised.has(layerId);
+  }
+
+  /** Forgets what was promised before `startedMs` (performance.now()): lists made since name it. */
+  forgetPromisesBefore(startedMs: number): void {
+    for (const [id, promisedMs] of this.#promised) if (promisedMs < startedMs) this.#promised.delete(id);
+  }
+
+  isExpected(layerId: number): boolean {
+    return this.#expected.has(layerId);
+  }
+
+  /** Layers kept for a pull or a mount that goes on; `named` are those that snapshots name. Forgets the others. */
+  stillExpected(named: ReadonlySet<number>): number[] {
+    for (const [layerId, { untilMs, image }] of this.#expected) {
+      // No Prepare is under way now: a pull that goes on has left a snapshot of one of its layers.
+      const goesOn = image.length === 0 || image.some((id) => named.has(id));
+      if (!goesOn || performance.now() >= untilMs) this.#expected.delete(layerId);
+    }
+    return [...this.#expected.keys()];
+  }
+
+  /** Says that something else keeps these layers now. */
+  arrived(layerIds: readonly number[]): void {
+    for (const layerId of layerIds) this.#expected.delete(layerId);
+  }
+}
+
+/** The promise, or CANCELLED when the signal comes first; the work goes on for whoever asks next. */
+async function abandonOn<T>(signal: AbortSignal, work: Promise<T>): Promise<T> {
+  const { promise, reject } = Promise.withResolvers<never>();
+  const stop = (): void => reject(new DedupError('CANCELLED', 'the budget is used up'));
+  signal.addEventListener('abort', stop, { once: true });
+  work.catch(() => undefined); // Its error is told to whoever waits; after the budget nobody does.
+  try {
+    return await Promise.race([work, promise]);
+  } finally {
+    signal.removeEventListener('abort', stop);
+  }
+}
