@@ -109,8 +109,11 @@ describe('containerd with ordinary layers', () => {
     assert.deepEqual((await readdir(join(target, 'opt/one'))).sort(), ['other']);
     await assert.rejects(run('touch', [join(target, 'x')]), /Read-only/);
     await run('umount', [target]);
-    await containerd.ctr([...snapshot, 'rm', 'look']);
+    // ctr 1.6 gives a view no lease and no root label: a collection that comes by takes it first.
+    const removed = await containerd.ctr([...snapshot, 'rm', 'look'], { allowFailure: true });
+    if (removed.code !== 0) assert.match(removed.stderr, /look does not exist: not found/);
     await containerd.ctr([...snapshot, 'rm', 'saved']);
+    assert.ok(!(await service.client.names()).some((name) => name.endsWith('/look') || name.endsWith('/saved')));
   });
 
   test('the service and containerd may restart between two runs', async () => {
