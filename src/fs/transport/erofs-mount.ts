@@ -9,8 +9,8 @@ import type { MountSpec } from './transport.ts';
 
 /**
  * Readahead of a mounted image, KiB. EROFS takes it from the device that holds its metadata; each READ that reaches the
- * daemon is at most this long. 512 was the best of 128–4096 when everything is read, at no cost to the reads of a start
- * (docs/measurements.md).
+ * daemon is at most this long. Reading everything takes a fourteenth less than with the kernel's 128, and larger values
+ * gain nothing (test/bench/mount-readahead.ts, docs/measurements.md).
  */
 const READ_AHEAD_KIB = 512;
 
