@@ -103,15 +103,17 @@ describe('containerd with ordinary layers', () => {
     await containerd.ctr([...snapshot, 'prepare', 'work', top]);
     await containerd.ctr([...snapshot, 'commit', 'saved', 'work']);
     const target = await containerd.scratch('view');
+    // ctr 1.6 gives a view no lease and no root label: a collection that is due (the tests before removed containers)
+    // would take it, and leave its parent with a child that is gone. So that one is had now, and the view labelled.
+    await containerd.gc();
     const { stdout } = await containerd.ctr([...snapshot, 'view', '--target', target, 'look', 'saved']);
+    await containerd.ctr([...snapshot, 'label', 'look', 'containerd.io/gc.root=2024-01-01T00:00:00Z']);
     assert.match(stdout, /^mount -t overlay /);
     await run('sh', ['-c', stdout]);
     assert.deepEqual((await readdir(join(target, 'opt/one'))).sort(), ['other']);
     await assert.rejects(run('touch', [join(target, 'x')]), /Read-only/);
     await run('umount', [target]);
-    // ctr 1.6 gives a view no lease and no root label: a collection that comes by takes it first.
-    const removed = await containerd.ctr([...snapshot, 'rm', 'look'], { allowFailure: true });
-    if (removed.code !== 0) assert.match(removed.stderr, /look does not exist: not found/);
+    await containerd.ctr([...snapshot, 'rm', 'look']);
     await containerd.ctr([...snapshot, 'rm', 'saved']);
   });
 
