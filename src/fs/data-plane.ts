@@ -57,6 +57,8 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
   readonly #options: DataPlaneOptions;
   readonly #choice: TransportChoice;
   readonly #registry: RegistryPool;
+  /** A source with the credentials known for its host now. */
+  readonly #repository: (source: LayerSourceName) => Repository;
   readonly #store: NodeStore;
   readonly #book: LayerBook;
   readonly #loader: LazyLoader;
@@ -75,6 +77,7 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
     parts: {
       choice: TransportChoice;
       registry: RegistryPool;
+      repository: (source: LayerSourceName) => Repository;
       catalog: IndexCatalog;
       store: NodeStore;
       book: LayerBook;
@@ -87,6 +90,7 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
     this.#options = options;
     this.#choice = parts.choice;
     this.#registry = parts.registry;
+    this.#repository = parts.repository;
     this.#store = parts.store;
     this.#book = parts.book;
     this.#loader = parts.loader;
@@ -114,7 +118,7 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
       catalog: parts.catalog,
       store,
       book: parts.book,
-      repository: (source) => this.#repository(source),
+      repository: parts.repository,
       contiguousFiles: parts.choice.layout === 'flat',
       prebuild: (layers) => this.#mounts.prebuild(layers),
       stop: this.#stop.signal,
@@ -175,7 +179,17 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
         log,
       });
       opened.push(transport);
-      plane = new DataPlane(options, { choice, registry, catalog, store, book, loader, transport, credentials });
+      plane = new DataPlane(options, {
+        choice,
+        registry,
+        repository,
+        catalog,
+        store,
+        book,
+        loader,
+        transport,
+        credentials,
+      });
       plane.#collectWhenIdle();
       await plane.#mounts.removeLeftovers();
       await plane.#removeOrphanFiles(true);
@@ -208,13 +222,6 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
 
   get transportName(): string {
     return this.#choice.name;
-  }
-
-  #repository(source: LayerSourceName): Repository {
-    return this.#registry.repository(
-      { host: source.host, path: source.repository },
-      this.#credentials.get(source.host),
-    );
   }
 
   /** Layers of a mounted image, for the loader: where to fetch from first. */

@@ -227,6 +227,7 @@ export class LayerIntake {
     }
     const { index, indexBlob, restartBlob } = await buildLayerIndex({
       stream: repository.readAll(blob, signal),
+      verifiedStream: true,
       layerDigest: blob.digest,
       layerBytes: blob.size,
       chunkBytes: this.#options.config.chunk_size,

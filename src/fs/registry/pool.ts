@@ -1,5 +1,5 @@
 // Makes Repository objects from names and configuration, with every wrapper in place, and keeps them for the process.
-// dedupd owns one RegistryPool; the CLI uses openRepository for a single one.
+// dedupd owns one RegistryPool, and so does each verb of the command line that talks to a registry.
 import { createHash } from 'node:crypto';
 import { Authorizer } from './auth.ts';
 import { CredentialFiles, type Credentials } from './credentials.ts';
