@@ -20,6 +20,8 @@ export interface TestContainerdOptions {
   readonly extraConfig?: string;
   /** Seconds after which `timeout` ends containerd whatever happens. Default 600. */
   readonly lifetimeSeconds?: number;
+  /** Words before `containerd` and `ctr`, to run them in another network namespace. */
+  readonly inside?: readonly string[];
 }
 
 export interface CommandResult {
@@ -146,6 +148,7 @@ export class TestContainerd {
   readonly logFile: string;
   readonly namespace: string;
   readonly #lifetimeSeconds: number;
+  readonly #inside: readonly string[];
   /** The `timeout` process around containerd. */
   #child: ChildProcess | undefined;
 
@@ -158,6 +161,7 @@ export class TestContainerd {
     this.logFile = join(dir, 'containerd.log');
     this.namespace = options.namespace ?? `test-${randomBytes(4).toString('hex')}`;
     this.#lifetimeSeconds = options.lifetimeSeconds ?? 600;
+    this.#inside = options.inside ?? [];
   }
 
   /** Starts containerd and waits until its socket answers. */
@@ -221,6 +225,7 @@ export class TestContainerd {
         '-k',
         '10',
         String(this.#lifetimeSeconds),
+        ...this.#inside,
         'containerd',
         '--config',
         this.configFile,
@@ -257,7 +262,9 @@ export class TestContainerd {
 
   /** `ctr --address … --namespace … ARGS`; throws with its output when it fails. */
   async ctr(args: readonly string[], options: CtrOptions = {}): Promise<CommandResult> {
-    return await run('ctr', ['--address', this.address, '--namespace', options.namespace ?? this.namespace, ...args], {
+    const own = ['--address', this.address, '--namespace', options.namespace ?? this.namespace];
+    const [program, ...words] = [...this.#inside, 'ctr', ...own, ...args];
+    return await run(program!, words, {
       timeoutMs: options.timeoutMs ?? 60_000,
       allowFailure: options.allowFailure === true,
     });

@@ -39,11 +39,13 @@ export class Product {
   readonly address: string;
   readonly configFile: string;
   readonly logFile: string;
+  readonly #inside: readonly string[];
   #service: ChildProcess | undefined;
   #client: DedupdClient | undefined;
 
-  private constructor(dir: string) {
+  private constructor(dir: string, inside: readonly string[]) {
     this.dir = dir;
+    this.#inside = inside;
     this.root = join(dir, 'root');
     this.runDir = join(dir, 'run');
     this.address = join(dir, 'dedup.sock');
@@ -51,10 +53,16 @@ export class Product {
     this.logFile = join(dir, 'service.log');
   }
 
-  /** Makes directory and configuration; start() runs the service. */
-  static async create(config: Readonly<Record<string, unknown>> = {}): Promise<Product> {
+  /**
+   * Makes directory and configuration; start() runs the service. `inside`: words before its commands, to run them in
+   * another network namespace.
+   */
+  static async create(
+    config: Readonly<Record<string, unknown>> = {},
+    options: { readonly inside?: readonly string[] } = {},
+  ): Promise<Product> {
     if (!existsSync(PROGRAM)) throw new Error(`${PROGRAM} is missing: run make build`);
-    const product = new Product(await mkdtemp(join(tmpdir(), 'dedup-')));
+    const product = new Product(await mkdtemp(join(tmpdir(), 'dedup-')), options.inside ?? []);
     await product.configure(config);
     return product;
   }
@@ -75,7 +83,8 @@ export class Product {
   /** Runs the service and waits until its socket answers. */
   async start(): Promise<void> {
     const log = openSync(this.logFile, 'a');
-    const child = spawn(PROGRAM, ['--config', this.configFile], { stdio: ['ignore', log, log] });
+    const [program, ...args] = [...this.#inside, PROGRAM, '--config', this.configFile];
+    const child = spawn(program!, args, { stdio: ['ignore', log, log] });
     closeSync(log);
     this.#service = child;
     await waitFor(
@@ -93,7 +102,8 @@ export class Product {
     args: readonly string[],
     options: { timeoutMs?: number; allowFailure?: boolean } = {},
   ): Promise<CommandResult> {
-    return await run(PROGRAM, ['--config', this.configFile, ...args], { timeoutMs: 120_000, ...options });
+    const [program, ...words] = [...this.#inside, PROGRAM, '--config', this.configFile, ...args];
+    return await run(program!, words, { timeoutMs: 120_000, ...options });
   }
 
   get client(): DedupdClient {

@@ -24,6 +24,10 @@ export interface RegistryProcessOptions {
   readonly storageDir?: string;
   /** Fixed port, to restart at the same address. */
   readonly port?: number;
+  /** Words before the command, to run it in another network namespace; `address` is then one of that namespace. */
+  readonly inside?: readonly string[];
+  /** Where it listens. Default 127.0.0.1. */
+  readonly address?: string;
 }
 
 /** A user for `htpasswd`; the bcrypt line is made once, Node has no bcrypt. */
@@ -39,22 +43,24 @@ export class RegistryProcess {
   readonly storageDir: string;
   readonly #dir: string;
   readonly #configFile: string;
+  readonly #inside: readonly string[];
   #child: ChildProcess | undefined;
   #log = '';
 
-  private constructor(port: number, dir: string, storageDir: string, configFile: string) {
-    this.port = port;
-    this.host = `127.0.0.1:${port}`;
+  private constructor(host: string, dir: string, storageDir: string, configFile: string, inside: readonly string[]) {
+    this.port = Number(host.slice(host.lastIndexOf(':') + 1));
+    this.host = host;
     this.#dir = dir;
     this.storageDir = storageDir;
     this.#configFile = configFile;
+    this.#inside = inside;
   }
 
   static async start(options: RegistryProcessOptions = {}): Promise<RegistryProcess> {
     const dir = await mkdtemp(join(tmpdir(), 'registry-'));
     const storageDir = options.storageDir ?? join(dir, 'storage');
     await mkdir(storageDir, { recursive: true });
-    const port = options.port ?? (await freePort());
+    const host = `${options.address ?? '127.0.0.1'}:${options.port ?? (await freePort())}`;
     const configFile = join(dir, 'config.json');
     await writeFile(join(dir, 'htpasswd'), `${options.htpasswd ?? ''}\n`, { mode: 0o600 });
     // The configuration is YAML, of which JSON is a part.
@@ -67,7 +73,7 @@ export class RegistryProcess {
         cache: { blobdescriptor: 'inmemory' },
       },
       http: {
-        addr: `127.0.0.1:${port}`,
+        addr: host,
         secret: createHash('sha256').update(dir).digest('hex'),
         ...(options.tls === undefined ? {} : { tls: { certificate: options.tls.certFile, key: options.tls.keyFile } }),
       },
@@ -86,7 +92,7 @@ export class RegistryProcess {
           }),
     };
     await writeFile(configFile, JSON.stringify(config));
-    const registry = new RegistryProcess(port, dir, storageDir, configFile);
+    const registry = new RegistryProcess(host, dir, storageDir, configFile, options.inside ?? []);
     await registry.launch();
     return registry;
   }
@@ -94,7 +100,8 @@ export class RegistryProcess {
   /** Starts the process again after `halt`, on the same port and files. */
   async launch(): Promise<void> {
     await this.halt();
-    const child = spawn('docker-registry', ['serve', this.#configFile], { stdio: ['ignore', 'pipe', 'pipe'] });
+    const [program, ...args] = [...this.#inside, 'docker-registry', 'serve', this.#configFile];
+    const child = spawn(program!, args, { stdio: ['ignore', 'pipe', 'pipe'] });
     this.#child = child;
     const failed = new Promise<never>((_, reject) => {
       child.once('error', (error) => reject(new Error(`docker-registry cannot be started: ${error.message}`)));
