@@ -1,0 +1,62 @@
+// Which charts a result has, and under which names.
+import type { BenchResult } from '../result.ts';
+import { cellOf, typicalStart } from './cells.ts';
+import { overviewChart } from './overview-chart.ts';
+import { renderResourceChart } from './resource-chart.ts';
+import { timeLineChart } from './time-line-chart.ts';
+import { totalsChart } from './totals-chart.ts';
+
+export interface Chart {
+  /** File name without extension: letters, digits and hyphens; unique within a result. */
+  readonly name: string;
+  readonly title: string;
+  readonly svg: string;
+}
+
+/** Every chart that the result has figures for, the most telling first. Each is a whole SVG file. */
+export function renderCharts(result: BenchResult): Chart[] {
+  const charts: Chart[] = [];
+  const taken = new Set<string>();
+  const add = (name: string, title: string, svg: string): void => {
+    charts.push({ name: unique(slug(name), taken), title, svg });
+  };
+  if (result.starts.length > 0) {
+    if (result.snapshotters.length > 1) add('overview', 'Ratio to the yardstick, every cell', overviewChart(result));
+    for (const link of result.links) {
+      add(`total-${link.name}`, `Time from pull to ready: ${link.name}`, totalsChart(result, link));
+    }
+  }
+  for (const { image, link } of places(result)) {
+    const starts = result.snapshotters.flatMap((snapshotter) => {
+      const cell = cellOf(result, image, link, snapshotter);
+      return (cell && typicalStart(cell, (start) => (start.requestTimes ?? []).length > 0)) ?? [];
+    });
+    if (starts.length > 0) add(`start-${image}-${link}`, `One start of ${image}: ${link}`, timeLineChart(starts));
+    const traces = result.resources.filter((trace) => trace.image === image && trace.link === link);
+    if (traces.length > 0) {
+      const title = `What a start of ${image} uses: ${link}`;
+      add(`use-${image}-${link}`, title, renderResourceChart(traces, { snapshotters: result.snapshotters, title }));
+    }
+  }
+  return charts;
+}
+
+function places(result: BenchResult): { readonly image: string; readonly link: string }[] {
+  return result.links.flatMap((link) => result.images.map((image) => ({ image: image.name, link: link.name })));
+}
+
+/** "20 ms, 1 Gbit/s" → "20-ms-1-gbit-s". */
+function slug(name: string): string {
+  const safe = name
+    .toLowerCase()
+    .replace(/[^a-z0-9]+/g, '-')
+    .replace(/^-|-$/g, '');
+  return safe === '' ? 'chart' : safe;
+}
+
+function unique(name: string, taken: Set<string>): string {
+  let candidate = name;
+  for (let next = 2; taken.has(candidate); next++) candidate = `${name}-${next}`;
+  taken.add(candidate);
+  return candidate;
+}

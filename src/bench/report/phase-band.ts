@@ -1,0 +1,38 @@
+// The phases of a start as a coloured band along a time axis, named inside where the name fits.
+import type { Scale } from './axis.ts';
+import { duration } from './quantities.ts';
+import { rect, text, textWidth } from './svg.ts';
+import { FONT_PIXELS, phaseFill } from './theme.ts';
+
+/** Half-open, milliseconds from the beginning of the pull. */
+export interface Phase {
+  readonly name: string;
+  readonly fromMs: number;
+  readonly toMs: number;
+}
+
+/** Phases in a row from the ends of each; ends out of order would draw backwards, so they are sorted. */
+export function phasesFromEnds(ends: readonly { readonly name: string; readonly atMs: number }[]): Phase[] {
+  let fromMs = 0;
+  return [...ends]
+    .sort((a, b) => a.atMs - b.atMs)
+    .map(({ name, atMs }) => {
+      const phase = { name, fromMs, toMs: atMs };
+      fromMs = atMs;
+      return phase;
+    });
+}
+
+export function phaseBand(phases: readonly Phase[], x: Scale, top: number, height: number): string[] {
+  return phases.flatMap((phase) => {
+    const width = x(phase.toMs) - x(phase.fromMs);
+    const length = duration(phase.toMs - phase.fromMs);
+    const label = [`${phase.name} ${length}`, phase.name].find(
+      (each) => textWidth(each, FONT_PIXELS.small) + 8 <= width,
+    );
+    return [
+      rect(x(phase.fromMs), top, Math.max(width, 1), height, phaseFill(phase.name), `${phase.name}: ${length}`),
+      ...(label === undefined ? [] : [text(x(phase.fromMs) + 5, top + height / 2 + 4, label, { class: 'm' })]),
+    ];
+  });
+}
