@@ -1,9 +1,13 @@
-// Small operations on descriptors and memory that Node does not offer: flock(2), aligned buffers, hole punching.
+// Small operations on descriptors and memory that Node does not offer: flock(2), aligned buffers, hole punching, which
+// pages are cached.
 #include <fcntl.h>
 #include <sys/file.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
+#include <vector>
 
 #include "arguments.h"
 #include "promise_thread.h"
@@ -49,12 +53,43 @@ Napi::Value punch_hole(const Napi::CallbackInfo& info) {
       to_undefined);
 }
 
+/** Mapped at a time, so that a file of any size needs little address space; a multiple of every page size. */
+constexpr std::uint64_t kWindow = 1ULL << 30;
+
+/** residentPages(fd, length): one byte for each page of the file, 1 when the page cache has it. Reads nothing. */
+Napi::Value resident_pages(const Napi::CallbackInfo& info) {
+  const int fd = to_fd(info[0], "fd");
+  const std::uint64_t length = to_u64(info[1], "length");
+  const auto page = static_cast<std::uint64_t>(::sysconf(_SC_PAGESIZE));
+  return run_on_thread(
+      info.Env(),
+      [=] {
+        std::vector<std::uint8_t> pages((length + page - 1) / page);
+        for (std::uint64_t offset = 0; offset < length; offset += kWindow) {
+          const std::uint64_t bytes = std::min(kWindow, length - offset);
+          void* base = ::mmap(nullptr, bytes, PROT_READ, MAP_SHARED, fd, static_cast<off_t>(offset));
+          if (base == MAP_FAILED) throw sys_error(errno, "mmap(2) of descriptor " + std::to_string(fd));
+          const int result = ::mincore(base, bytes, pages.data() + offset / page);
+          const int failure = errno;
+          ::munmap(base, bytes);
+          if (result != 0) throw sys_error(failure, "mincore(2) of descriptor " + std::to_string(fd));
+        }
+        // Only the lowest bit is defined (mincore(2)).
+        for (std::uint8_t& value : pages) value &= 1;
+        return pages;
+      },
+      [](Napi::Env env, const std::vector<std::uint8_t>& pages) -> Napi::Value {
+        return Napi::Buffer<std::uint8_t>::Copy(env, pages.data(), pages.size());
+      });
+}
+
 }  // namespace
 
 void register_fd(Napi::Env env, Napi::Object exports) {
   export_function<lock_file>(env, exports, "flock");
   export_function<aligned_buffer>(env, exports, "alignedBuffer");
   export_async<punch_hole>(env, exports, "punchHole");
+  export_async<resident_pages>(env, exports, "residentPages");
 }
 
 }  // namespace dedup

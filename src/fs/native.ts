@@ -197,6 +197,8 @@ interface Addon {
   readXattrs(path: Uint8Array): { name: string; value: Buffer }[];
   /** fallocate(2) PUNCH_HOLE | KEEP_SIZE. */
   punchHole(fd: number, offset: number, length: number): Promise<void>;
+  /** One byte per page of an open file: 1 when the page cache holds it (mincore(2)). Reads none of it. */
+  residentPages(fd: number, length: number): Promise<Uint8Array>;
   /** Shared memory (memfd) for one bit per 4 KiB block of `storeBytes`, all zero; pages appear when touched. */
   presenceCreate(storeBytes: number): Uint8Array;
   /** Sets or clears `count` bits from `firstBlock`, with release order. */
