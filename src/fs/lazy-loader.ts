@@ -129,11 +129,19 @@ export class LazyLoader {
       const waited = performance.now() - started;
       this.#waitMs += waited;
       this.#maxWaitMs = Math.max(this.#maxWaitMs, waited);
+      this.#logMiss(range, slots, waited);
       return parts;
     } catch (error) {
       this.#failedReads++;
       throw error;
     }
+  }
+
+  #logMiss(range: ByteRange, slots: readonly Slot[], waitedMs: number): void {
+    if (!this.#log.isLevelEnabled('debug')) return;
+    const ref = slots.find((slot) => slot.ref !== undefined)?.ref;
+    const where = ref && { layer: ref.map.blob.digest, chunk: ref.chunk, piece: ref.piece, spans: [...spansOf(ref)] };
+    this.#log.debug({ ...range, waitedMs, ...where }, 'a read waited for the registry');
   }
 
   /** Brings ranges of the store here without reading them. Errors as read(); the first one ends it. */

@@ -1,5 +1,5 @@
-// Entry point of the process that builds one image: receives a request over IPC, answers once, ends. Started only by
-// build-image.ts; must not outlive its parent.
+// Entry point of the process that builds images: answers each request it receives over IPC and ends when the channel is
+// closed. Started only by build-image.ts; must not outlive its parent.
 import { readFileSync } from 'node:fs';
 import { DedupError, wrapError } from '../../errors.ts';
 import { KiB } from '../../units.ts';
@@ -42,8 +42,8 @@ function answer(request: ImageBuildRequest): ImageBuildAnswer {
   }
 }
 
-process.once('message', (message) => {
+process.on('message', (message) => {
   const reply = answer(message as ImageBuildRequest);
-  // The parent may have died meanwhile: then nobody waits.
-  if (process.connected) process.send?.(reply, () => process.disconnect());
+  // The parent may have died meanwhile: then nobody waits, and this process ends with the channel.
+  if (process.connected) process.send?.(reply);
 });
