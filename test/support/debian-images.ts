@@ -51,7 +51,8 @@ async function aptSources(): Promise<string[]> {
   return [];
 }
 
-async function emptyDirectories(root: string): Promise<void> {
+/** Removes them below `root`. */
+export async function emptyDirectories(root: string): Promise<void> {
   for (const path of LEFTOVERS) {
     const full = join(root, path);
     if (!existsSync(full)) continue;
