@@ -25,21 +25,30 @@ export function roundTicks(most: number, count: number): number[] {
   return most > 0 ? ticks(0, most, count) : [0];
 }
 
-/** Ticks of a time axis with one unit for all: milliseconds below two seconds, then seconds, then minutes. */
+/** Ticks of a time axis with one unit for all: milliseconds below two seconds, minutes above twenty of them. */
 export function timeTicks(mostMs: number, count: number): { readonly at: number; readonly label: string }[] {
-  const [factor, unit] = mostMs < 2000 ? [1, 'ms'] : mostMs < 300_000 ? [1000, 's'] : [60_000, 'min'];
+  const [factor, unit] = mostMs < 2000 ? [1, 'ms'] : mostMs < 1_200_000 ? [1000, 's'] : [60_000, 'min'];
   return roundTicks(mostMs / factor, count).map((value) => ({
     at: value * factor,
     label: `${Number(value.toFixed(6))} ${unit}`,
   }));
 }
 
-/** Time axis below a plot: grid lines up to `top`, a base line, labels under it. */
-export function timeAxis(scale: Scale, mostMs: number, top: number, bottom: number, count: number): string[] {
+/** Time axis below a plot: grid lines up to `top`, a base line, labels under it unless another plot follows below. */
+export function timeAxis(
+  scale: Scale,
+  mostMs: number,
+  top: number,
+  bottom: number,
+  count: number,
+  labelled = true,
+): string[] {
   const marks = timeTicks(mostMs, count);
   return [
     ...marks.map(({ at }) => line(scale(at), top, scale(at), bottom, 'grid')),
     line(scale.from, bottom, scale.to, bottom, 'axis'),
-    ...marks.map(({ at, label }) => text(scale(at), bottom + 14, label, { anchor: 'middle', class: 's' })),
+    ...(labelled ? marks : []).map(({ at, label }) =>
+      text(scale(at), bottom + 14, label, { anchor: 'middle', class: 's' }),
+    ),
   ];
 }

@@ -43,8 +43,20 @@ export function yardstickOf(result: BenchResult): string | undefined {
   return result.snapshotters[0];
 }
 
+/** Cells by result: a table and several charts ask for the same ones, and an interval costs thousands of resamples. */
+const known = new WeakMap<BenchResult, Map<string, Cell | undefined>>();
+
 /** Undefined where nothing was measured for this combination. */
 export function cellOf(result: BenchResult, image: string, link: string, snapshotter: string): Cell | undefined {
+  const cells = known.get(result) ?? new Map<string, Cell | undefined>();
+  known.set(result, cells);
+  // A run under way adds to its result: what was asked before must not be the answer then.
+  const key = JSON.stringify([image, link, snapshotter, result.starts.length, result.floors.length]);
+  if (!cells.has(key)) cells.set(key, makeCell(result, image, link, snapshotter));
+  return cells.get(key);
+}
+
+function makeCell(result: BenchResult, image: string, link: string, snapshotter: string): Cell | undefined {
   const starts = startsOf(result, image, link, snapshotter);
   const over = (pick: (start: ColdStartResult) => number): Spread | undefined => spreadOf(starts.map(pick));
   const total = over((start) => start.phases.totalMs);
@@ -97,7 +109,7 @@ export function typicalStart(
 }
 
 /** A floor's terms in milliseconds; the larger of `transferMs` and `missesMs` counts, because one hides behind the other. */
-export interface FloorTerms {
+export interface FloorParts {
   readonly controlMs: number;
   readonly transferMs: number;
   readonly missesMs: number;
@@ -105,7 +117,7 @@ export interface FloorTerms {
   readonly totalMs: number;
 }
 
-export function floorTerms(floor: Floor): FloorTerms {
+export function floorParts(floor: Floor): FloorParts {
   const controlMs = floor.controlRoundTrips * floor.roundTripMs;
   const transferMs = floor.bytesPerSecond > 0 ? (floor.neededBytes / floor.bytesPerSecond) * 1000 : 0;
   const missesMs = floor.dependentMisses * floor.roundTripMs;

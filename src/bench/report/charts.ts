@@ -10,6 +10,9 @@ export interface Chart {
   /** File name without extension: letters, digits and hyphens; unique within a result. */
   readonly name: string;
   readonly title: string;
+  readonly kind: 'overview' | 'total' | 'start' | 'use';
+  /** The link it is of; absent: of all. */
+  readonly link?: string;
   readonly svg: string;
 }
 
@@ -17,13 +20,16 @@ export interface Chart {
 export function renderCharts(result: BenchResult): Chart[] {
   const charts: Chart[] = [];
   const taken = new Set<string>();
-  const add = (name: string, title: string, svg: string): void => {
-    charts.push({ name: unique(slug(name), taken), title, svg });
+  const add = (chart: Omit<Chart, 'name'>, ...words: readonly string[]): void => {
+    charts.push({ name: unique(slug([chart.kind, ...words].join(' ')), taken), ...chart });
   };
   if (result.starts.length > 0) {
-    if (result.snapshotters.length > 1) add('overview', 'Ratio to the yardstick, every cell', overviewChart(result));
+    if (result.snapshotters.length > 1) {
+      add({ kind: 'overview', title: 'Ratio to the yardstick, every cell', svg: overviewChart(result) });
+    }
     for (const link of result.links) {
-      add(`total-${link.name}`, `Time from pull to ready: ${link.name}`, totalsChart(result, link));
+      const title = `Time from pull to ready: ${link.name}`;
+      add({ kind: 'total', title, link: link.name, svg: totalsChart(result, link) }, link.name);
     }
   }
   for (const { image, link } of places(result)) {
@@ -31,11 +37,14 @@ export function renderCharts(result: BenchResult): Chart[] {
       const cell = cellOf(result, image, link, snapshotter);
       return (cell && typicalStart(cell, (start) => (start.requestTimes ?? []).length > 0)) ?? [];
     });
-    if (starts.length > 0) add(`start-${image}-${link}`, `One start of ${image}: ${link}`, timeLineChart(starts));
+    if (starts.length > 0) {
+      add({ kind: 'start', title: `One start of ${image}: ${link}`, link, svg: timeLineChart(starts) }, image, link);
+    }
     const traces = result.resources.filter((trace) => trace.image === image && trace.link === link);
     if (traces.length > 0) {
       const title = `What a start of ${image} uses: ${link}`;
-      add(`use-${image}-${link}`, title, renderResourceChart(traces, { snapshotters: result.snapshotters, title }));
+      const svg = renderResourceChart(traces, { snapshotters: result.snapshotters, title });
+      add({ kind: 'use', title, link, svg }, image, link);
     }
   }
   return charts;

@@ -1,7 +1,8 @@
 // A result as Markdown: what was measured on, a matrix that answers "is it faster, and where not", and per link the
 // figures behind it. Every cell of image × link × snapshotter is shown, measured or not, won or lost.
 import type { BenchImage, BenchLink, BenchResult, Ready } from '../result.ts';
-import { type Cell, cellOf, floorTerms, VERDICT_MARKS, type Verdict, verdictOf, yardstickOf } from './cells.ts';
+import { type Cell, cellOf, floorParts, VERDICT_MARKS, type Verdict, verdictOf, yardstickOf } from './cells.ts';
+import type { Chart } from './charts.ts';
 import { bitRate, bytes, count, cpu, duration, NOTHING, ratio } from './quantities.ts';
 import { LEAST_PAIRS, type Ratio, RESAMPLES, type Spread } from './statistics.ts';
 import { cellText, table } from './tables.ts';
@@ -9,8 +10,10 @@ import { cellText, table } from './tables.ts';
 export interface MarkdownOptions {
   /** Signs before the first heading: 1 for a file of its own, more inside another page. */
   readonly level?: number;
-  /** Charts to show, in this order; `path` is relative to the page. */
-  readonly charts?: readonly { readonly path: string; readonly title: string }[];
+  /** Charts to show where they belong. */
+  readonly charts?: readonly Pick<Chart, 'name' | 'title' | 'kind' | 'link'>[];
+  /** Where they are, relative to the page. */
+  readonly chartDirectory?: string;
 }
 
 const NOT_MEASURED = 'not measured';
@@ -28,11 +31,16 @@ export function renderMarkdown(result: BenchResult, options: MarkdownOptions = {
   for (const subject of subjects) {
     parts.push(heading(1, `${cellText(subject)} against ${cellText(yardstick)}`), summary(result, subject));
   }
-  for (const chart of options.charts ?? []) parts.push(`![${cellText(chart.title)}](${chart.path})\n`);
+  const shown = (kind: Chart['kind'], link?: string): string[] =>
+    (options.charts ?? [])
+      .filter((chart) => chart.kind === kind && chart.link === link)
+      .map((chart) => `![${cellText(chart.title)}](${options.chartDirectory ?? 'charts'}/${chart.name}.svg)\n`);
+  parts.push(...shown('overview'));
   parts.push(heading(1, 'Machine'), machineTable(result), heading(1, 'Images'), imageTable(result));
   for (const link of result.links) {
-    parts.push(heading(1, `Link: ${cellText(link.name)}`), linkLine(link));
+    parts.push(heading(1, `Link: ${cellText(link.name)}`), linkLine(link), ...shown('total', link.name));
     parts.push(timesTable(result, link), costsTable(result, link), floorTable(result, link));
+    parts.push(...shown('start', link.name), ...shown('use', link.name));
   }
   parts.push(heading(1, 'How to read this'), legend());
   return `${parts.join('\n').trimEnd()}\n`;
@@ -71,26 +79,25 @@ function everyCell(result: BenchResult): { readonly cell: Cell | undefined; read
 
 function summary(result: BenchResult, subject: string): string {
   const yardstick = yardstickOf(result)!;
-  const places: Record<Verdict, string[]> = { faster: [], slower: [], undecided: [], unjudged: [] };
-  const missing: string[] = [];
+  const places: Record<Verdict, Place[]> = { faster: [], slower: [], undecided: [], unjudged: [] };
+  const missing: Place[] = [];
   const rows = result.images.map((image) => [
     `**${cellText(image.name)}**<br>${bytes(image.compressedBytes)}`,
     ...result.links.map((link) => {
       const cell = cellOf(result, image.name, link.name, subject);
-      const place = `${image.name} at ${link.name}`;
+      const place = { image: image.name, link: link.name };
       if (cell?.toYardstick === undefined) {
         missing.push(place);
         return cell === undefined ? NOT_MEASURED : `${duration(cell.total.median)}<br>no complete pair`;
       }
-      places[verdictOf(cell.toYardstick)].push(`${place} (${ratio(cell.toYardstick.value)})`);
+      places[verdictOf(cell.toYardstick)].push({ ...place, value: cell.toYardstick.value });
       const other = cellOf(result, image.name, link.name, yardstick)!;
       const times = `${duration(cell.total.median)} against ${duration(other.total.median)}`;
       const floor = cell.floor === undefined ? 'no floor' : `floor ${duration(cell.floor.totalMs)}`;
       return `${ratioText(cell.toYardstick)}<br>${times}<br>${floor}`;
     }),
   ]);
-  const tell = (words: string, list: readonly string[]): string =>
-    `- ${words}: ${list.length === 0 ? 'none' : list.map(cellText).join('; ')}.`;
+  const tell = (words: string, list: readonly Place[]): string => `- ${words}: ${listed(result, list)}.`;
   return [
     table(['image', ...result.links.map((link) => cellText(link.name))], rows),
     tell(`**${VERDICT_MARKS.slower}**`, places.slower),
@@ -102,6 +109,23 @@ function summary(result: BenchResult, subject: string): string {
     ...(missing.length > 0 ? [tell('Without a pair', missing)] : []),
     '',
   ].join('\n');
+}
+
+interface Place {
+  readonly image: string;
+  readonly link: string;
+  /** Ratio, where there is one. */
+  readonly value?: number;
+}
+
+/** "1 ms, 1 Gbit/s: tiny (3.43), python (1.10); 20 ms, 1 Gbit/s: tiny (3.60)". */
+function listed(result: BenchResult, list: readonly Place[]): string {
+  const byLink = result.links.flatMap((link) => {
+    const here = list.filter((place) => place.link === link.name);
+    const names = here.map(({ image, value }) => cellText(image) + (value === undefined ? '' : ` (${ratio(value)})`));
+    return names.length === 0 ? [] : `${cellText(link.name)}: ${names.join(', ')}`;
+  });
+  return byLink.length === 0 ? 'none' : byLink.join('; ');
 }
 
 /** "**0.31** (0.28–0.35) **▼ faster**". */
@@ -133,7 +157,7 @@ function imageTable(result: BenchResult): string {
       cellText(image.composition),
       count(image.layers),
       bytes(image.compressedBytes),
-      bytes(image.uncompressedBytes),
+      image.uncompressedBytes > 0 ? bytes(image.uncompressedBytes) : NOTHING,
       commandText(image),
       readyText(image.ready),
     ]),
@@ -212,7 +236,7 @@ function floorRow(result: BenchResult, image: BenchImage, link: BenchLink): stri
   const floor = result.floors.find((each) => each.image === image.name && each.link === link.name);
   const first = [cellText(image.name), '*floor*'];
   if (floor === undefined) return [...first, NOTHING, NOT_MEASURED, ...Array<string>(7).fill(NOTHING)];
-  const terms = floorTerms(floor);
+  const terms = floorParts(floor);
   return [
     ...first,
     NOTHING,
@@ -234,10 +258,10 @@ function costsTable(result: BenchResult, link: BenchLink): string {
       const cell = cellOf(result, image.name, link.name, snapshotter);
       const first = [cellText(image.name), cellText(snapshotter)];
       if (cell === undefined) return [...first, NOT_MEASURED, ...Array<string>(7).fill(NOTHING)];
-      const each = (write: (process: Cell['processes'][number]) => string): string =>
-        cell.processes.length === 0
-          ? NOTHING
-          : cell.processes.map((process) => `${cellText(process.name)} ${write(process)}`).join('<br>');
+      const each = (processes: Cell['processes'], write: (process: Cell['processes'][number]) => string): string =>
+        processes.map((process) => `${cellText(process.name)} ${write(process)}`).join('<br>') || NOTHING;
+      // What has ended before the container is ready, such as a pull command, has no memory then.
+      const living = cell.processes.filter((process) => process.pssBytes.max > 0);
       const needed =
         cell.floor === undefined
           ? NOTHING
@@ -248,8 +272,8 @@ function costsTable(result: BenchResult, link: BenchLink): string {
         withQuartiles(cell.wireBytes, bytes),
         needed,
         withQuartiles(cell.cpuSeconds, cpu),
-        each((process) => cpu(process.cpuSeconds.median)),
-        each((process) => bytes(process.pssBytes.median)),
+        each(cell.processes, (process) => cpu(process.cpuSeconds.median)),
+        each(living, (process) => bytes(process.pssBytes.median)),
         bytes(cell.writtenBytes.median),
         bytes(cell.diskBytes.median),
       ];
@@ -272,7 +296,7 @@ function floorTable(result: BenchResult, link: BenchLink): string {
   const rows = result.images.map((image) => {
     const floor = result.floors.find((each) => each.image === image.name && each.link === link.name);
     if (floor === undefined) return [cellText(image.name), NOT_MEASURED, ...Array<string>(6).fill(NOTHING)];
-    const terms = floorTerms(floor);
+    const terms = floorParts(floor);
     // A total that is not the sum of its terms must not pass silently: the terms are what a reader can check.
     const off = Math.abs(terms.totalMs - floor.totalMs) > Math.max(1, floor.totalMs * 0.01);
     return [

@@ -42,7 +42,7 @@ export function overviewChart(result: BenchResult): string {
     }
   }
   const bottom = y + 4;
-  const title = `Time to ready as a share of ${yardstick}'s`;
+  const title = `Time from pull to ready, divided by that of ${yardstick}`;
   const reading =
     'Dot: ratio of medians. Bar: 95 % interval. Dashed: the floor. Left of 1 is faster; the axis is logarithmic.';
   return svgDocument(

@@ -6,18 +6,27 @@ import { FONT_PIXELS, phaseFill } from './theme.ts';
 
 /** Half-open, milliseconds from the beginning of the pull. */
 export interface Phase {
+  /** Decides the colour. */
   readonly name: string;
+  /** What is written, where it is not the name. */
+  readonly label?: string;
   readonly fromMs: number;
   readonly toMs: number;
 }
 
+export interface PhaseEnd {
+  readonly name: string;
+  readonly label?: string;
+  readonly atMs: number;
+}
+
 /** Phases in a row from the ends of each; ends out of order would draw backwards, so they are sorted. */
-export function phasesFromEnds(ends: readonly { readonly name: string; readonly atMs: number }[]): Phase[] {
+export function phasesFromEnds(ends: readonly PhaseEnd[]): Phase[] {
   let fromMs = 0;
   return [...ends]
     .sort((a, b) => a.atMs - b.atMs)
-    .map(({ name, atMs }) => {
-      const phase = { name, fromMs, toMs: atMs };
+    .map(({ atMs, ...end }) => {
+      const phase = { ...end, fromMs, toMs: atMs };
       fromMs = atMs;
       return phase;
     });
@@ -25,13 +34,13 @@ export function phasesFromEnds(ends: readonly { readonly name: string; readonly 
 
 export function phaseBand(phases: readonly Phase[], x: Scale, top: number, height: number): string[] {
   return phases.flatMap((phase) => {
+    if (phase.toMs <= phase.fromMs) return [];
     const width = x(phase.toMs) - x(phase.fromMs);
     const length = duration(phase.toMs - phase.fromMs);
-    const label = [`${phase.name} ${length}`, phase.name].find(
-      (each) => textWidth(each, FONT_PIXELS.small) + 8 <= width,
-    );
+    const name = phase.label ?? phase.name;
+    const label = [`${name} ${length}`, name].find((each) => textWidth(each, FONT_PIXELS.small) + 8 <= width);
     return [
-      rect(x(phase.fromMs), top, Math.max(width, 1), height, phaseFill(phase.name), `${phase.name}: ${length}`),
+      rect(x(phase.fromMs), top, Math.max(width, 1), height, phaseFill(phase.name), `${name}: ${length}`),
       ...(label === undefined ? [] : [text(x(phase.fromMs) + 5, top + height / 2 + 4, label, { class: 'm' })]),
     ];
   });

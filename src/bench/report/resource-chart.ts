@@ -84,7 +84,13 @@ function band(trace: ResourceTrace, x: Scale, at: number, order: readonly string
   return [
     line(MARGIN, top + BAND / 2, MARGIN + 16, top + BAND / 2, style),
     text(MARGIN + 22, top + BAND / 2 + 4, fitted(trace.snapshotter, LEFT - MARGIN - 26, FONT_PIXELS.text)),
-    ...phaseBand(phasesFromEnds(trace.marks), x, top, BAND),
+    // The mark at the end of the run says that the container was ready.
+    ...phaseBand(
+      phasesFromEnds(trace.marks.map((mark) => (mark.name === 'ready' ? { ...mark, name: 'run' } : mark))),
+      x,
+      top,
+      BAND,
+    ),
   ];
 }
 
@@ -109,7 +115,7 @@ function panel(
       line(x.from, y(value * factor), x.to, y(value * factor), 'grid'),
       text(x.from - 8, y(value * factor) + 4, String(Number(value.toFixed(6))), { class: 's', anchor: 'end' }),
     ]),
-    ...(last ? timeAxis(x, mostMs, top, bottom, 8) : [line(x.from, bottom, x.to, bottom, 'axis')]),
+    ...timeAxis(x, mostMs, top, bottom, 8, last),
     ...traces.map((trace) => curve(trace, of, x, y, order)),
   ];
 }

@@ -26,7 +26,7 @@ const REQUESTS: Readonly<Record<RequestTime['kind'], Colour>> = {
 };
 
 /** Phases of a start in their order; a mark of any other name takes `PHASE_OTHER`. */
-const PHASES: readonly string[] = ['control', 'pull', 'create', 'run'];
+export const PHASES: readonly string[] = ['control', 'pull', 'create', 'run'];
 const PHASE_COLOURS: readonly Colour[] = [
   { light: '#dccdf5', dark: '#4a3a6b' },
   { light: '#c7dbf6', dark: '#1f4173' },
@@ -80,12 +80,13 @@ function rules(mode: keyof Colour): string {
   const ink = light ? '#1c2128' : '#e6e9ee';
   const quiet = light ? '#59616c' : '#a3adba';
   const paper = light ? '#ffffff' : '#12161c';
-  const floor = light ? '#b3123b' : '#ff8fa8';
+  const slower = light ? '#b3123b' : '#ff8fa8';
+  const faster = light ? '#0a6b48' : '#45cf9a';
   return [
     `.background { fill: ${paper}; } .t, .h, .b { fill: ${ink}; } .s { fill: ${quiet}; } .m { fill: ${ink}; }`,
     `.axis { stroke: ${quiet}; } .grid { stroke: ${light ? '#e3e6ea' : '#2a313b'}; } .one { stroke: ${ink}; }`,
-    `.whisker { stroke: ${ink}; } .dots { stroke: ${paper}; } .floor-line { stroke: ${floor}; } .floor-text { fill: ${floor}; }`,
-    `.slower { fill: ${floor}; font-weight: 600; } .faster { fill: ${light ? '#0a6b48' : '#45cf9a'}; font-weight: 600; }`,
+    `.whisker { stroke: ${ink}; } .dots { stroke: ${paper}; } .floor-line { stroke: ${ink}; } .floor-text { fill: ${ink}; }`,
+    `.slower { fill: ${slower}; font-weight: 600; } .faster { fill: ${faster}; font-weight: 600; }`,
     ...SERIES.map((colour, at) => `.f${at} { fill: ${colour[mode]}; } .l${at} { stroke: ${colour[mode]}; }`),
     REQUEST_KINDS.map((kind) => `.q-${kind} { fill: ${REQUESTS[kind][mode]}; }`).join(' '),
     PHASE_COLOURS.map((colour, at) => `.p${at} { fill: ${colour[mode]}; }`).join(' '),

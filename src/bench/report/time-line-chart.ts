@@ -1,13 +1,13 @@
 // One start as it went, for each snapshotter below each other on the same time axis: its phases as a band, and each request
-// that the registry saw as a bar. Requests at the same time lie in lanes below each other. Where a start is much shorter
-// than the longest, it is drawn once more on its own axis, or nothing of it would be seen.
+// that the registry saw as a bar. Requests at the same time lie in lanes below each other. Starts much shorter than
+// the longest are drawn once more on an axis of their own, or nothing of them would be seen.
 import { max } from 'd3-array';
 import type { ColdStartResult, RequestTime } from '../result.ts';
 import { linearScale, type Scale, timeAxis } from './axis.ts';
 import { phaseBand, phasesFromEnds } from './phase-band.ts';
 import { bytes, count, duration } from './quantities.ts';
 import { fitted, rect, svgDocument, text, textWidth } from './svg.ts';
-import { FONT_PIXELS, REQUEST_KINDS, requestFill, styleSheet } from './theme.ts';
+import { FONT_PIXELS, PHASES, phaseFill, REQUEST_KINDS, requestFill, styleSheet } from './theme.ts';
 
 const WIDTH = 980;
 const MARGIN = 20;
@@ -29,9 +29,10 @@ export function timeLineChart(starts: readonly ColdStartResult[]): string {
     body.push(...drawn.body);
     y = drawn.bottom;
   }
-  for (const start of starts) {
-    if (lengthMs(start) > longestMs * ENLARGE_BELOW) continue;
-    const drawn = panel(start, Math.max(1, lengthMs(start)), y, ', enlarged: own time axis');
+  const short = starts.filter((start) => lengthMs(start) <= longestMs * ENLARGE_BELOW);
+  const shortMs = Math.max(1, ...short.map(lengthMs));
+  for (const start of short) {
+    const drawn = panel(start, shortMs, y, ', enlarged: another time axis');
     body.push(...drawn.body);
     y = drawn.bottom;
   }
@@ -100,9 +101,10 @@ function requestBar(request: RequestTime, x: Scale, top: number, height: number)
 
 function phasesOf(start: ColdStartResult) {
   const { controlMs, pullMs, createMs, runMs } = start.phases;
+  const told = controlMs !== undefined && controlMs <= pullMs;
   return phasesFromEnds([
-    ...(controlMs === undefined || controlMs > pullMs ? [] : [{ name: 'control', atMs: controlMs }]),
-    { name: 'pull', atMs: pullMs },
+    ...(told ? [{ name: 'control', atMs: controlMs }] : []),
+    { name: 'pull', label: told ? 'rest of pull' : 'pull', atMs: pullMs },
     { name: 'create', atMs: pullMs + createMs },
     { name: 'run', atMs: pullMs + createMs + runMs },
   ]);
@@ -123,13 +125,22 @@ export function laneOf(requests: readonly RequestTime[]): number[] {
   return lanes;
 }
 
-/** The kinds that occur. */
+/** The phases, then the kinds of request that occur. */
 function legend(starts: readonly ColdStartResult[], y: number): string[] {
   const seen = new Set(starts.flatMap((start) => (start.requestTimes ?? []).map((request) => request.kind)));
+  const phases = PHASES.map((phase) => ({ label: phase, fill: phaseFill(phase) }));
+  const kinds = REQUEST_KINDS.filter((kind) => seen.has(kind)).map((kind) => ({
+    label: kind,
+    fill: requestFill(kind),
+  }));
   let x = MARGIN;
-  return REQUEST_KINDS.filter((kind) => seen.has(kind)).flatMap((kind) => {
-    const at = x;
-    x += 14 + textWidth(kind, FONT_PIXELS.small) + 18;
-    return [rect(at, y - 9, 10, 10, requestFill(kind)), text(at + 14, y, kind, { class: 's' })];
-  });
+  const entries = (list: readonly { readonly label: string; readonly fill: string }[]): string[] =>
+    list.flatMap(({ label, fill }) => {
+      const at = x;
+      x += 14 + textWidth(label, FONT_PIXELS.small) + 16;
+      return [rect(at, y - 9, 10, 10, fill), text(at + 14, y, label, { class: 's' })];
+    });
+  const band = entries(phases);
+  x += 24;
+  return [...band, ...entries(kinds)];
 }

@@ -3,7 +3,7 @@
 // image does not flatten the others.
 import type { BenchImage, BenchLink, BenchResult } from '../result.ts';
 import { linearScale, timeAxis } from './axis.ts';
-import { type Cell, cellOf } from './cells.ts';
+import { type Cell, cellOf, type Verdict, verdictOf, yardstickOf } from './cells.ts';
 import { bytes, duration, ratio } from './quantities.ts';
 import { dot, fitted, line, rect, svgDocument, text, textWidth } from './svg.ts';
 import { FONT_PIXELS, seriesFill, seriesLine, styleSheet } from './theme.ts';
@@ -12,7 +12,7 @@ const WIDTH = 980;
 const MARGIN = 20;
 const GAP = 36;
 const LABELS = 96;
-const VALUES = 92;
+const VALUES = 108;
 const ROW = 26;
 const BAR = 14;
 const HEAD = 58;
@@ -30,7 +30,8 @@ export function totalsChart(result: BenchResult, link: BenchLink): string {
     return panel(result, link, image, { left, top, width: panelWidth });
   });
   const title = `Time from pull to ready: ${link.name}`;
-  const reading = 'Bar: median. Whisker: quartiles. Dot: one run. Dashed: the floor. Each image has its own scale.';
+  const versus = result.snapshotters.length > 1 ? ` ×: ratio to ${yardstickOf(result)}.` : '';
+  const reading = `Bar: median. Whisker: quartiles. Dot: one run. Dashed: the floor.${versus} Each image has its own scale.`;
   return svgDocument(
     {
       title,
@@ -107,12 +108,13 @@ function bar(
   const label = text(frame.left + LABELS - 8, middle + 4, fitted(snapshotter, LABELS - 8, FONT_PIXELS.text), {
     anchor: 'end',
   });
-  if (cell === undefined) return [label, text(x(0) + 6, middle + 4, 'not measured', { class: 's' })];
+  if (cell === undefined)
+    return [label, text(frame.left + frame.width - VALUES + 8, middle + 4, 'not measured', { class: 's' })];
   const { total } = cell;
   const end = x(total.median);
   const tip = `${snapshotter}: median ${duration(total.median)}, quartiles ${duration(total.lower)} to ${duration(total.upper)}, n = ${total.count}`;
   const value = duration(total.median);
-  const share = cell.toYardstick === undefined ? '' : ` × ${ratio(cell.toYardstick.value)}`;
+  const share = cell.toYardstick === undefined ? '' : `× ${ratio(cell.toYardstick.value)}`;
   return [
     label,
     rect(x(0), middle - BAR / 2, end - x(0), BAR, `bar ${seriesFill(place)}`, tip),
@@ -123,8 +125,14 @@ function bar(
     line(end, middle - BAR / 2 - 2, end, middle + BAR / 2 + 2, `median ${seriesLine(place)}`),
     ...whisker(x(total.lower), x(total.upper), middle, total.count),
     text(frame.left + frame.width - VALUES + 8, middle + 4, value, { class: 't' }),
-    text(frame.left + frame.width, middle + 4, share, { class: 's', anchor: 'end' }),
+    text(frame.left + frame.width, middle + 4, share, { class: shareClass(cell), anchor: 'end' }),
   ];
+}
+
+/** Won and lost cells in the colours that the overview gives them. */
+function shareClass(cell: Cell): string {
+  const verdict: Verdict = cell.toYardstick === undefined ? 'unjudged' : verdictOf(cell.toYardstick);
+  return verdict === 'faster' || verdict === 'slower' ? `m ${verdict}` : 's';
 }
 
 function whisker(from: number, to: number, middle: number, count: number): string[] {

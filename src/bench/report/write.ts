@@ -15,7 +15,6 @@ export async function writeReport(result: BenchResult, directory: string): Promi
   await mkdir(join(directory, 'charts'), { recursive: true });
   await writeFile(join(directory, 'result.json'), `${JSON.stringify(result, undefined, 1)}\n`);
   for (const chart of charts) await writeFile(join(directory, 'charts', `${chart.name}.svg`), chart.svg);
-  const shown = charts.map(({ name, title }) => ({ path: `charts/${name}.svg`, title }));
-  await writeFile(page, renderMarkdown(result, { charts: shown }));
+  await writeFile(page, renderMarkdown(result, { charts }));
   return page;
 }
