@@ -117,8 +117,7 @@ export class Link {
     });
     // Writing to a process that has ended is reported by the answer that does not come.
     child.stdin.on('error', () => undefined);
-    const spawned = once(child, 'spawn');
-    await spawned;
+    await once(child, 'spawn');
     const lines = createInterface({ input: child.stdout })[Symbol.asyncIterator]();
     const failure = () => `the emulated link ended: ${errors.trim() || `exit ${child.exitCode}`}`;
     const first = await lines.next();
