@@ -148,6 +148,10 @@ export class RegistryProcess {
     return stdout;
   }
 
+  get pid(): number | undefined {
+    return this.#child?.pid;
+  }
+
   /** Everything it wrote since its start. */
   get logs(): string {
     return this.#log;
@@ -171,6 +175,26 @@ export class RegistryProcess {
     return { requests, bytes };
   }
 
+  /** Answers since `fromAt` in the order of their end, from its log. Times: milliseconds since the epoch. */
+  answered(fromAt = 0): { startedAt: number; endedAt: number; bytes: number; path: string; method: string }[] {
+    const found: ReturnType<RegistryProcess['answered']> = [];
+    for (const line of this.#log.split('\n')) {
+      if (!line.includes('msg="response completed')) continue;
+      const field = (name: string) => new RegExp(` ${name}=("([^"]*)"|\\S+)`).exec(line)?.slice(1) ?? [];
+      const text = (name: string) => field(name)[1] ?? field(name)[0] ?? '';
+      const endedAt = epochMs(/^time="([^"]*)"/.exec(line)?.[1] ?? '');
+      if (endedAt < fromAt) continue;
+      found.push({
+        startedAt: endedAt - durationMs(text('http.response.duration')),
+        endedAt,
+        bytes: Number(text('http.response.written')),
+        path: text('http.request.uri'),
+        method: text('http.request.method'),
+      });
+    }
+    return found;
+  }
+
   /** Overwrites stored bytes of a blob, as a broken disk would. */
   async corruptBlob(digest: string, offset: number): Promise<void> {
     const hex = digest.slice(7);
@@ -183,6 +207,29 @@ export class RegistryProcess {
   async [Symbol.asyncDispose](): Promise<void> {
     await this.stop();
   }
+}
+
+/** RFC 3339 with nanoseconds, of which Date keeps three digits. */
+function epochMs(text: string): number {
+  const fraction = /\.(\d+)/.exec(text)?.[1] ?? '0';
+  return Date.parse(text.replace(/\.\d+/, '')) + Number(`0.${fraction}`) * 1000;
+}
+
+/** A duration as Go prints it: "1m2.5s", "1.5ms", "962.547µs". */
+function durationMs(text: string): number {
+  const units: Readonly<Record<string, number>> = {
+    h: 3_600_000,
+    m: 60_000,
+    s: 1000,
+    ms: 1,
+    µs: 0.001,
+    us: 0.001,
+    ns: 1e-6,
+  };
+  let sum = 0;
+  for (const [, value, unit = ''] of text.matchAll(/([\d.]+)(h|ms|m|s|µs|us|ns)/g))
+    sum += Number(value) * (units[unit] ?? 0);
+  return sum;
 }
 
 /** A port that was free a moment ago. */

@@ -1,0 +1,291 @@
+// The private world of `make bench`: an emulated link with a registry at its far end and a containerd with the product,
+// and any peer, at its near end. Everything is this process's own and ends with it.
+import { type ChildProcess, spawn } from 'node:child_process';
+import { existsSync, readFileSync } from 'node:fs';
+import { mkdtemp, readdir, readFile, rm } from 'node:fs/promises';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import {
+  type BenchTarget,
+  type Contender,
+  type ContenderNode,
+  dedup,
+  overlayfs,
+  type PeerSpec,
+  peer,
+} from '../../src/bench/contenders.ts';
+import type { LinkProbe } from '../../src/bench/floor.ts';
+import type { Meter } from '../../src/bench/meter.ts';
+import { execute } from '../../src/bench/node-commands.ts';
+import type { BenchImage, BenchLink } from '../../src/bench/result.ts';
+import { RootPaths } from '../../src/paths.ts';
+import { socketAnswers, TestContainerd, waitFor } from '../support/containerd.ts';
+import { Link, type LinkProfile } from '../support/link/link.ts';
+import { PROGRAM, Product } from '../support/product.ts';
+import { RegistryProcess } from '../support/registry.ts';
+import { makeCertificates } from '../support/tls.ts';
+
+/** A peer and how it is started here; without a command it must listen already and reach the registry. */
+export interface WorldPeer {
+  readonly spec: PeerSpec;
+  /** Words with {socket} {containerd} {dir} {registry}; run at the near end. */
+  readonly service?: readonly string[];
+  readonly directories: readonly string[];
+}
+
+export interface WorldOptions {
+  readonly profile: LinkProfile;
+  readonly tls: boolean;
+  readonly peers: readonly WorldPeer[];
+}
+
+/** An image in an OCI layout, with what is run in it. */
+export interface WorldImage {
+  readonly image: BenchImage;
+  readonly dir: string;
+  readonly tag: string;
+}
+
+const PUSH_TIMEOUT_MS = 1_800_000;
+const LIFETIME_SECONDS = 7 * 86_400;
+
+export class World implements Meter {
+  readonly link: Link;
+  readonly registry: RegistryProcess;
+  readonly product: Product;
+  readonly node: ContenderNode;
+  readonly contenders: readonly Contender[];
+  readonly #dir: string;
+  readonly #caFile: string | undefined;
+  readonly #parts: AsyncDisposableStack;
+  #largest: { readonly path: string; readonly bytes: number } = { path: '', bytes: 0 };
+
+  private constructor(
+    parts: AsyncDisposableStack,
+    dir: string,
+    caFile: string | undefined,
+    own: { link: Link; registry: RegistryProcess; product: Product; containerd: TestContainerd },
+    peers: readonly WorldPeer[],
+  ) {
+    const { link, registry, product, containerd } = own;
+    this.#parts = parts;
+    this.#dir = dir;
+    this.#caFile = caFile;
+    this.link = link;
+    this.registry = registry;
+    this.product = product;
+    this.node = {
+      inside: link.near,
+      address: containerd.address,
+      namespace: containerd.namespace,
+      containerdRoot: containerd.root,
+      pullFlags: caFile === undefined ? ['--plain-http'] : ['--tlscacert', caFile],
+      containerd: () => Promise.resolve({ name: 'containerd', pid: containerd.pid ?? 0 }),
+    };
+    const ours = dedup(this.node, {
+      program: [PROGRAM, '--config', product.configFile],
+      pullFlags: [],
+      root: product.root,
+      daemons: async () => [
+        { name: 'dedup-snapshotter', pid: product.servicePid ?? 0 },
+        { name: 'dedupd', pid: await product.daemonPid() },
+      ],
+    });
+    this.contenders = [
+      overlayfs(this.node),
+      ours,
+      ...peers.map(({ spec, directories }) => peer(this.node, spec, directories)),
+    ];
+  }
+
+  static async start(options: WorldOptions): Promise<World> {
+    await using parts = new AsyncDisposableStack();
+    const dir = await mkdtemp(join(tmpdir(), 'bench-world-'));
+    parts.defer(async () => await rm(dir, { recursive: true, force: true }));
+    const link = parts.use(await Link.start(options.profile));
+    const certificates = options.tls ? await makeCertificates(dir, [`IP:${link.farAddress}`]) : undefined;
+    const registry = parts.use(
+      await RegistryProcess.start({
+        inside: link.far,
+        address: link.farAddress,
+        ...(certificates === undefined ? {} : { tls: certificates }),
+      }),
+    );
+    const trust =
+      certificates === undefined ? { insecure_registries: [registry.host] } : { ca_files: [certificates.caFile] };
+    const product = await Product.create({ log_level: 'info', ...trust }, { inside: link.near });
+    parts.defer(async () => await product.stop());
+    await product.start();
+    const proxies = { dedup: product.address };
+    for (const { spec } of options.peers) Object.assign(proxies, { [spec.name]: spec.socket });
+    const containerd = await TestContainerd.start({ proxies, inside: link.near, lifetimeSeconds: LIFETIME_SECONDS });
+    parts.defer(async () => await containerd.stop());
+    for (const one of options.peers) {
+      if (one.service === undefined) continue;
+      const values: Readonly<Record<string, string>> = {
+        socket: one.spec.socket,
+        containerd: containerd.address,
+        dir: one.directories[0] ?? dir,
+        registry: registry.host,
+      };
+      const words = one.service.map((word) =>
+        word.replace(/\{(\w+)\}/g, (whole, name: string) => values[name] ?? whole),
+      );
+      const service = startService([...link.near, ...words]);
+      parts.defer(async () => await service.stop());
+      await waitFor(
+        `${one.spec.name} on ${one.spec.socket}`,
+        async () => service.check() && (await socketAnswers(one.spec.socket)),
+        30_000,
+      );
+    }
+    return new World(parts.move(), dir, certificates?.caFile, { link, registry, product, containerd }, options.peers);
+  }
+
+  get indexDirectory(): string {
+    return new RootPaths(this.product.root).layers;
+  }
+
+  /** Pushes an image and makes its indexes, at the registry's end of the link. */
+  async push({ image, dir, tag }: WorldImage): Promise<{ target: BenchTarget; layers: readonly string[] }> {
+    const repository = tag.replace(/[^a-z0-9-]/g, '-');
+    const plain = `${this.registry.host}/${repository}:plain`;
+    const lazy = `${this.registry.host}/${repository}:lazy`;
+    const copy = ['skopeo', '--insecure-policy', 'copy', '--quiet', '--preserve-digests', '--dest-tls-verify=false'];
+    await execute([...this.link.far, ...copy, `oci:${dir}:${tag}`, `docker://${plain}`], {
+      timeoutMs: PUSH_TIMEOUT_MS,
+    });
+    const index = [PROGRAM, '--config', this.product.configFile, 'index', plain, '--annotate', lazy];
+    await execute([...this.link.far, ...index], { timeoutMs: PUSH_TIMEOUT_MS });
+    const { config, layers } = await manifestOf(dir, tag);
+    const largest = [...layers].sort((a, b) => b.size - a.size)[0];
+    if (largest !== undefined && largest.size > this.#largest.bytes) {
+      this.#largest = { path: `/v2/${repository}/blobs/${largest.digest}`, bytes: largest.size };
+    }
+    const digests = layers.map(({ digest }) => digest);
+    return {
+      layers: digests,
+      target: {
+        // An image from elsewhere comes without its sizes.
+        image: { ...image, compressedBytes: layers.reduce((sum, { size }) => sum + size, 0), layers: layers.length },
+        plain,
+        lazy,
+        blobs: { layers: new Set(digests), configs: new Set([config.digest]) },
+        prepare: async () => await this.#warmRegistry(repository),
+      },
+    };
+  }
+
+  /** The registry stands for another machine: its page cache is not the node's. */
+  async #warmRegistry(repository: string): Promise<void> {
+    const root = join(this.registry.storageDir, 'docker/registry/v2');
+    const links = join(root, 'repositories', repository, '_layers/sha256');
+    const files = (await readdir(links)).map((hex) => join(root, 'blobs/sha256', hex.slice(0, 2), hex, 'data'));
+    await execute(['sh', '-c', 'cat -- "$@" > /dev/null', 'sh', ...files.filter((file) => existsSync(file))]);
+  }
+
+  async requests(fromAt: number, toAt: number): ReturnType<Meter['requests']> {
+    const all = this.registry.answered(fromAt);
+    const within = all.filter(({ startedAt }) => startedAt >= fromAt && startedAt <= toAt);
+    return await Promise.resolve(within.sort((a, b) => a.startedAt - b.startedAt));
+  }
+
+  /** Makes the link what `link` says. */
+  async enter(link: BenchLink): Promise<void> {
+    const { roundTripMs = 0, bitsPerSecond = 0, lossRatio = 0, name } = link;
+    await this.link.set({ name, roundTripMs, bitsPerSecond, lossRate: lossRatio });
+  }
+
+  probe(): LinkProbe {
+    const { near, farAddress } = this.link;
+    return {
+      roundTripMs: async () => {
+        const text = await execute([...near, 'ping', '-q', '-i', '0.05', '-c', '21', farAddress]);
+        const average = /= [\d.]+\/([\d.]+)\//.exec(text)?.[1];
+        if (average === undefined) throw new Error(`ping: ${text}`);
+        return Number(average);
+      },
+      bytesPerSecond: async () => {
+        const scheme = this.#caFile === undefined ? 'http' : 'https';
+        const url = `${scheme}://${this.registry.host}${this.#largest.path}`;
+        // About two seconds.
+        const bytes = Math.min(this.#largest.bytes, Math.max(8e6, (this.link.profile.bitsPerSecond / 8) * 2));
+        const probe = [process.execPath, join(import.meta.dirname, 'link-probe.ts'), url, String(Math.floor(bytes))];
+        const trust = this.#caFile === undefined ? [] : ['env', `NODE_EXTRA_CA_CERTS=${this.#caFile}`];
+        return Number(await execute([...near, ...trust, ...probe]));
+      },
+    };
+  }
+
+  /** Bytes that have come over the link to the node, TCP's own included. */
+  get receivedBytes(): number {
+    return receivedBytes(this.product.servicePid ?? process.pid);
+  }
+
+  async stop(): Promise<void> {
+    await this.#parts.disposeAsync();
+    await rm(this.#dir, { recursive: true, force: true });
+  }
+
+  async [Symbol.asyncDispose](): Promise<void> {
+    await this.stop();
+  }
+}
+
+/** What the network devices of a process's namespace have received, without loopback, bytes (proc(5), net/dev). */
+function receivedBytes(pid: number): number {
+  let sum = 0;
+  for (const line of readFileSync(`/proc/${pid}/net/dev`, 'utf8').split('\n')) {
+    const [, device, bytes] = /^\s*([^:\s]+):\s*(\d+)/.exec(line) ?? [];
+    if (device !== undefined && device !== 'lo') sum += Number(bytes);
+  }
+  return sum;
+}
+
+interface Service {
+  /** True; throws with its output when it has ended. */
+  check(): true;
+  stop(): Promise<void>;
+}
+
+function startService(argv: readonly string[]): Service {
+  const [file = '', ...args] = argv;
+  const child: ChildProcess = spawn(file, args, { stdio: ['ignore', 'pipe', 'pipe'] });
+  let output = '';
+  for (const stream of [child.stdout, child.stderr]) {
+    stream?.on('data', (data: Buffer) => {
+      output = (output + data.toString()).slice(-10_000);
+    });
+  }
+  child.on('error', (error) => {
+    output += error.message;
+  });
+  const ended = () => child.exitCode !== null || child.signalCode !== null || child.pid === undefined;
+  return {
+    check: () => {
+      if (ended()) throw new Error(`${argv.join(' ')} ended: ${output}`);
+      return true;
+    },
+    stop: async () => {
+      child.kill('SIGTERM');
+      await waitFor(`${file} to end`, ended).catch(() => child.kill('SIGKILL'));
+    },
+  };
+}
+
+interface Blob {
+  readonly digest: string;
+  readonly size: number;
+}
+
+/** Configuration and layers of a tag in an OCI layout directory. */
+async function manifestOf(dir: string, tag: string): Promise<{ config: Blob; layers: Blob[] }> {
+  const json = async <T>(path: string): Promise<T> => JSON.parse(await readFile(join(dir, path), 'utf8')) as T;
+  interface Entry extends Blob {
+    annotations?: Record<string, string>;
+  }
+  const { manifests } = await json<{ manifests: Entry[] }>('index.json');
+  const found = manifests.find(({ annotations }) => annotations?.['org.opencontainers.image.ref.name'] === tag);
+  if (found === undefined) throw new Error(`${dir} has no tag ${tag}`);
+  return await json(`blobs/sha256/${found.digest.slice('sha256:'.length)}`);
+}
