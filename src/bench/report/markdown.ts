@@ -3,7 +3,7 @@
 import type { BenchImage, BenchLink, BenchResult, Ready } from '../result.ts';
 import { type Cell, cellOf, floorParts, VERDICT_MARKS, type Verdict, verdictOf, yardstickOf } from './cells.ts';
 import type { Chart } from './charts.ts';
-import { bitRate, bytes, count, cpu, duration, NOTHING, ratio } from './quantities.ts';
+import { around, between, bitRate, bytes, count, cpu, duration, NOTHING, ratio } from './quantities.ts';
 import { LEAST_PAIRS, type Ratio, RESAMPLES, type Spread } from './statistics.ts';
 import { cellText, table } from './tables.ts';
 
@@ -27,6 +27,7 @@ export function renderMarkdown(result: BenchResult, options: MarkdownOptions = {
   const parts = [
     heading(0, `Cold starts: ${[...subjects, yardstick].map(cellText).join(', ')}`),
     introduction(result, yardstick),
+    ...doubtful(result),
   ];
   for (const subject of subjects) {
     parts.push(heading(1, `${cellText(subject)} against ${cellText(yardstick)}`), summary(result, subject));
@@ -48,9 +49,9 @@ export function renderMarkdown(result: BenchResult, options: MarkdownOptions = {
 
 function introduction(result: BenchResult, yardstick: string): string {
   return [
-    `Begun ${cellText(result.startedAt)}, seed ${result.seed}. ${pairStatement(result)} A cold start is from the first byte`,
-    'of the pull to the container being ready; nothing of the image is on the node and page caches are dropped.',
-    `The yardstick is ${cellText(yardstick)}; a ratio below 1 is less time than it took.\n`,
+    `Begun ${cellText(result.startedAt)}, seed ${result.seed}. ${pairStatement(result)}`,
+    'A cold start is from the beginning of the pull to the container being ready, with nothing of the image on the node and',
+    `page caches dropped. The yardstick is ${cellText(yardstick)}: a ratio below 1 is less time than it took.\n`,
   ].join('\n');
 }
 
@@ -63,7 +64,20 @@ function pairStatement(result: BenchResult): string {
   const most = Math.max(...measured);
   const missing = counts.length - measured.length;
   const said = least === most ? `n = ${least} in every measured cell` : `n = ${least} to ${most}, as each row says`;
-  return `Starts per cell, one of each pair: ${said}.${missing > 0 ? ` ${missing} of ${counts.length} cells were not measured.` : ''}`;
+  const gaps = missing === 0 ? '' : `; ${missing} of ${counts.length} cells not measured`;
+  return `Starts per cell, one of each pair: ${said}${gaps}.`;
+}
+
+/** Starts of one cell fetch nearly the same bytes, unless some were not cold. */
+function doubtful(result: BenchResult): string[] {
+  const places = everyCell(result).flatMap(({ cell, place }) =>
+    cell !== undefined && cell.wireBytes.max > 2 * cell.wireBytes.min
+      ? `${cell.snapshotter} with ${place} (${between(bytes, cell.wireBytes.min, cell.wireBytes.max)})`
+      : [],
+  );
+  if (places.length === 0) return [];
+  const named = places.map(cellText).join('; ');
+  return [`**Perhaps not cold**, as starts of one cell fetched more than twice as much as others: ${named}.\n`];
 }
 
 function everyCell(result: BenchResult): { readonly cell: Cell | undefined; readonly place: string }[] {
@@ -106,7 +120,7 @@ function summary(result: BenchResult, subject: string): string {
     ...(places.unjudged.length > 0
       ? [tell(`${VERDICT_MARKS.unjudged}, fewer than ${LEAST_PAIRS} pairs`, places.unjudged)]
       : []),
-    ...(missing.length > 0 ? [tell('Without a pair', missing)] : []),
+    ...(missing.length > 0 ? [tell('Not measured, or without a complete pair', missing)] : []),
     '',
   ].join('\n');
 }
@@ -192,11 +206,9 @@ function linkLine(link: BenchLink): string {
 }
 
 /** "0.92 s (0.88–0.97)". */
-function withQuartiles(spread: Spread | undefined, write: (value: number) => string): string {
+function withQuartiles(spread: Spread | undefined, write: (value: number | undefined) => string): string {
   if (spread === undefined) return NOTHING;
-  return spread.count < 2
-    ? write(spread.median)
-    : `${write(spread.median)} (${write(spread.lower)}–${write(spread.upper)})`;
+  return write(spread.median) + quartiles(spread, write);
 }
 
 function timesTable(result: BenchResult, link: BenchLink): string {
@@ -209,8 +221,8 @@ function timesTable(result: BenchResult, link: BenchLink): string {
       return [
         ...first,
         String(cell.total.count),
-        `**${duration(cell.total.median)}** ${quartiles(cell.total)}`.trim(),
-        `${duration(cell.total.min)}–${duration(cell.total.max)}`,
+        `**${duration(cell.total.median)}**${quartiles(cell.total, duration)}`,
+        between(duration, cell.total.min, cell.total.max),
         duration(cell.control?.median),
         withQuartiles(cell.pull, duration),
         withQuartiles(cell.create, duration),
@@ -219,7 +231,8 @@ function timesTable(result: BenchResult, link: BenchLink): string {
           ? 'yardstick'
           : cell.toYardstick === undefined
             ? 'no complete pair'
-            : ratioText(cell.toYardstick),
+            : ratioText(cell.toYardstick) +
+              (cell.toYardstick.pairs === cell.total.count ? '' : `, ${cell.toYardstick.pairs} pairs`),
         ratio(cell.toFloor),
       ];
     }),
@@ -228,8 +241,8 @@ function timesTable(result: BenchResult, link: BenchLink): string {
   return `Times, medians:\n\n${table([...head, 'run to ready', 'ratio to yardstick (95 %)', '÷ floor'], rows)}`;
 }
 
-function quartiles(spread: Spread): string {
-  return spread.count < 2 ? '' : `(${duration(spread.lower)}–${duration(spread.upper)})`;
+function quartiles(spread: Spread, write: (value: number | undefined) => string): string {
+  return spread.count < 2 ? '' : around(write, spread.median, spread.lower, spread.upper);
 }
 
 function floorRow(result: BenchResult, image: BenchImage, link: BenchLink): string[] {
@@ -319,9 +332,10 @@ function legend(): string {
     `  holds 1. ${VERDICT_MARKS.unjudged}: fewer than ${LEAST_PAIRS} complete pairs, so there is no interval.`,
     `- A ratio is the quotient of two medians over the same pairs; its interval is a percentile bootstrap over whole pairs`,
     `  (${RESAMPLES} resamples, the seed above), so the same result file always gives the same digits.`,
+    '- Of many intervals of 95 %, one in twenty misses by chance: a single narrow cell proves less than a row of them.',
     '- Medians of phases are taken phase by phase and need not add up to the median of the total.',
     '- Units are decimal: 1 MB is 1,000,000 bytes. `—` is "does not apply" or "was not measured".',
-    '- `docs/benchmarks.md` says how each figure is measured and what the comparison is fair about.',
+    '- `docs/benchmarks.md` says how each figure is measured, and what is fair about the comparison and what is not.',
     '',
   ].join('\n');
 }

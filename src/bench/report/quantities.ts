@@ -48,6 +48,31 @@ export function count(value: number | undefined): string {
   return value === undefined || !Number.isFinite(value) ? NOTHING : trimmed(value);
 }
 
+type Write = (value: number | undefined) => string;
+
+/** "319–333 ms", "0.95–1.20 s", "950 ms–1.20 s": the unit once where it is the same. */
+export function between(write: Write, low: number, high: number): string {
+  const [first, last] = [write(low), write(high)];
+  return unitOf(first) === unitOf(last) ? `${numberOf(first)}–${last}` : `${first}–${last}`;
+}
+
+/** "(319–333)" after "324 ms"; with units where they differ from it, and nothing where all three read the same. */
+export function around(write: Write, middle: number, low: number, high: number): string {
+  const texts = [write(low), write(middle), write(high)];
+  if (new Set(texts).size === 1) return '';
+  return new Set(texts.map(unitOf)).size === 1
+    ? ` (${numberOf(texts[0]!)}–${numberOf(texts[2]!)})`
+    : ` (${between(write, low, high)})`;
+}
+
+function numberOf(text: string): string {
+  return text.split(' ')[0]!;
+}
+
+function unitOf(text: string): string {
+  return text.split(' ')[1] ?? '';
+}
+
 function digits(value: number): string {
   return value < 9.995 ? value.toFixed(2) : value < 99.95 ? value.toFixed(1) : value.toFixed(0);
 }

@@ -193,6 +193,18 @@ describe('report', () => {
     assert.ok(text.includes(`(its terms give ${duration(first!.totalMs)})`));
   });
 
+  test('a cell whose starts fetched very different amounts is doubted', () => {
+    const warm = result.starts.find((start) => start.snapshotter === OURS && start.image === MODEL.name)!;
+    const starts = result.starts.map((start) =>
+      start === warm ? { ...start, wireBytes: start.wireBytes / 3 } : start,
+    );
+    assert.doesNotMatch(markdown, /Perhaps not cold/);
+    assert.match(
+      renderMarkdown({ ...result, starts }),
+      /\*\*Perhaps not cold\*\*.*: dedup with model, 1 ms, 1 Gbit\/s \(/,
+    );
+  });
+
   test('names from the result cannot break a table or become markup', () => {
     assert.ok(markdown.includes('A Processor \\| with a bar'));
     assert.ok(markdown.includes('postgresql-15 &lt;server&gt; & client'));
