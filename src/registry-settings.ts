@@ -17,7 +17,8 @@ export function registryOptions(config: Config): RegistryOptions {
     insecureHosts: config.insecure_registries,
     caFiles: config.ca_files,
     mirrors: config.mirrorRegistry,
-    dataConnections: config.dedupd.workers,
+    // As many for what readers wait for as for what is fetched ahead.
+    dataConnections: 2 * config.dedupd.workers,
     ...(config.credentials_file === undefined ? {} : { credentialsFile: config.credentials_file }),
   };
 }

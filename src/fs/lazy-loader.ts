@@ -147,11 +147,23 @@ export class LazyLoader {
   /** Brings ranges of the store here without reading them. Errors as read(); the first one ends it. */
   async ensure(ranges: readonly ByteRange[], options: ReadOptions & { readonly priority: number }): Promise<void> {
     this.#mustBeOpen();
-    for (const range of ranges) {
-      options.signal?.throwIfAborted();
-      const slots = this.#locate(range, options.layers);
-      await this.#obtainAll(slots, options.layers, options.priority);
+    options.signal?.throwIfAborted();
+    const slots = ranges.flatMap((range) => this.#locate(range, options.layers));
+    await this.#obtainAll(slots, options.layers, options.priority);
+  }
+
+  /** The bytes of a range that ensure() brought here. Errors: STORE_IO when it is not here. */
+  async readHere(range: ByteRange): Promise<Buffer> {
+    if (!this.#store.isPresent(range.offset, range.length)) {
+      throw new DedupError('STORE_IO', `address ${range.offset} of the store is not here`);
     }
+    return await this.#readStore(range.offset, range.length);
+  }
+
+  /** Opens layers that are likely to be read soon: the first read does not wait for it. Errors: those of the provider. */
+  async open(layerIds: readonly number[]): Promise<void> {
+    this.#mustBeOpen();
+    await Promise.all(layerIds.map((layerId) => this.#open(layerId)));
   }
 
   /** Forgets what is kept about layers that were dropped. */

@@ -10,7 +10,7 @@ import { SpanEdges } from './span-edges.ts';
 import { type LoaderNative, type LoaderStore, type RunOutput, SpanStorer } from './span-storer.ts';
 
 export interface FetchLimits {
-  /** Parallel range requests per host. */
+  /** Parallel range requests per host: as many for readers, and as many for what is fetched ahead. */
   readonly requestsPerHost: number;
   /** Runs that are decoded, verified and written at once. */
   readonly decodes: number;
@@ -70,6 +70,9 @@ const TOUCHED = { ahead: 1, waitedFor: 2 } as const;
 /** Priority from which on somebody waits for a span: Priority.onDemand of the loader. */
 const WANTED_PRIORITY = 100;
 
+/** Longest request in which a reader's spans travel with others that are fetched ahead: it waits for all of them. */
+const MAX_MIXED_BYTES = MiB;
+
 /** How long a source is tried last, after it failed for a layer. */
 const DISTRUST_MS = 30_000;
 
@@ -79,7 +82,8 @@ export class SpanFetcher {
   readonly #limits: FetchLimits;
   readonly #log: Logger;
   readonly #flights = new Map<string, Flight>();
-  readonly #queues = new Map<string, PQueue>();
+  /** By host: what a reader waits for, and what is fetched ahead. Neither takes a place of the other. */
+  readonly #queues = new Map<string, { readonly wanted: PQueue; readonly ahead: PQueue }>();
   readonly #decodes: PQueue;
   readonly #distrusted = new Map<string, number>();
   readonly #touched = new Map<number, Uint8Array>();
@@ -167,16 +171,17 @@ export class SpanFetcher {
       if (flight.queued) await this.#attempt(this.#gather(flight), source, []);
     };
     // attempt() never rejects: every failure goes to the flights.
-    void this.#queueOf(source.host).add(task, { priority: flight.priority });
+    void this.#queueOf(source.host, flight.priority).add(task, { priority: flight.priority });
   }
 
-  #queueOf(host: string): PQueue {
-    let queue = this.#queues.get(host);
-    if (queue === undefined) {
-      queue = new PQueue({ concurrency: this.#limits.requestsPerHost });
-      this.#queues.set(host, queue);
+  #queueOf(host: string, priority: number): PQueue {
+    let queues = this.#queues.get(host);
+    if (queues === undefined) {
+      const concurrency = this.#limits.requestsPerHost;
+      queues = { wanted: new PQueue({ concurrency }), ahead: new PQueue({ concurrency }) };
+      this.#queues.set(host, queues);
     }
-    return queue;
+    return priority >= WANTED_PRIORITY ? queues.wanted : queues.ahead;
   }
 
   /** Sources of a layer, those that failed lately last. None when the layer was dropped meanwhile. */
@@ -209,12 +214,15 @@ export class SpanFetcher {
     const { map } = seed;
     const flights = [seed];
     seed.queued = false;
+    let mixed = false;
     const tryAdd = (span: number, atFront: boolean): boolean => {
       const flight = this.#flights.get(`${map.layerId}:${span}`);
       if (flight?.queued !== true || flight.map !== map) return false;
       const first = atFront ? span : flights[0]!.span;
       const last = atFront ? flights.at(-1)!.span : span;
-      if (map.compressedRange(first, last - first + 1).length > this.#limits.maxRunBytes) return false;
+      if (flight.priority >= WANTED_PRIORITY !== seed.priority >= WANTED_PRIORITY) mixed = true;
+      const maxBytes = mixed ? Math.min(MAX_MIXED_BYTES, this.#limits.maxRunBytes) : this.#limits.maxRunBytes;
+      if (map.compressedRange(first, last - first + 1).length > maxBytes) return false;
       if (map.spanEnd(last) - map.spanStart(first) > this.#limits.maxRunOutputBytes) return false;
       flight.queued = false;
       if (atFront) flights.unshift(flight);
@@ -270,7 +278,7 @@ export class SpanFetcher {
       return;
     }
     const priority = Math.max(...run.flights.map((flight) => flight.priority));
-    void this.#queueOf(next.host).add(() => this.#attempt(run, next, tried), { priority });
+    void this.#queueOf(next.host, priority).add(() => this.#attempt(run, next, tried), { priority });
   }
 
   async #download(run: Run, source: LayerBlobSource): Promise<{ data: Buffer; windows: readonly Uint8Array[] }> {
@@ -383,7 +391,10 @@ export class SpanFetcher {
   close(): void {
     if (this.#abort.signal.aborted) return;
     this.#abort.abort();
-    for (const queue of this.#queues.values()) queue.clear();
+    for (const { wanted, ahead } of this.#queues.values()) {
+      wanted.clear();
+      ahead.clear();
+    }
     for (const flight of [...this.#flights.values()]) flight.reject(new DedupError('CLOSED', 'the loader is closed'));
     this.edges.clear();
   }

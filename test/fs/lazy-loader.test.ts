@@ -155,11 +155,10 @@ describe('LazyLoader', () => {
     const requestsUntilRead = registry.requests.length;
     // Already queued by prefetch, and now wanted by a reader: it moves to the front.
     assert.ok((await test.readFile(stored, 'f38')).equals(files[38]!.content));
-    assert.ok(
-      registry.requests.length - requestsUntilRead <= 3,
-      `${registry.requests.length - requestsUntilRead} requests first`,
-    );
-    assert.ok(requestsUntilRead <= 6, `${requestsUntilRead} requests before the reader's`);
+    // Prefetch goes on beside the reader, one request at a time; 20 wait.
+    const requestsForRead = registry.requests.length - requestsUntilRead;
+    assert.ok(requestsForRead <= 6, `${requestsForRead} requests first`);
+    assert.ok(requestsUntilRead <= 8, `${requestsUntilRead} requests before the reader's`);
     await prefetch;
   });
 

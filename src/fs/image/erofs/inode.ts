@@ -1,4 +1,4 @@
-// EROFS extended inodes and chunk indexes, as bytes. Used by the writer only. Layout: fs/erofs/erofs_fs.h.
+// EROFS extended inodes and chunk indexes, as bytes. Used by writer and reader. Layout: fs/erofs/erofs_fs.h.
 import { EntryType } from '../../index/layer-index.ts';
 import type { InodeKind } from '../tree.ts';
 import { WHITEOUT } from '../tree.ts';

@@ -1,9 +1,9 @@
-// EROFS superblock and device slot, as bytes. Used by the writer only. Layout: fs/erofs/erofs_fs.h of the Linux kernel.
+// EROFS superblock and device slot, as bytes. Used by writer and reader. Layout: fs/erofs/erofs_fs.h of the Linux kernel.
 
 export const SUPERBLOCK_OFFSET = 1024;
 const SUPERBLOCK_BYTES = 128;
 const DEVICE_SLOT_BYTES = 128;
-const MAGIC = 0xe0f5e1e2;
+export const MAGIC = 0xe0f5e1e2;
 const BLOCK_BITS = 12;
 /** Inodes carry mtimes (EROFS_FEATURE_COMPAT_MTIME). */
 const COMPAT_MTIME = 0x2;
