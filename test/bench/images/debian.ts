@@ -177,10 +177,15 @@ export async function makeLayer(
   ];
   for (const [at, step] of recipe.steps.entries()) script.push(...(await stepScript(step, root, work, at)));
   await writeFile(join(work, 'build.sh'), `${script.join('\n')}\n`);
-  await run('nice', [...ENCLOSED, 'sh', join(work, 'build.sh')], {
+  const result = await run('nice', [...ENCLOSED, 'sh', join(work, 'build.sh')], {
     timeoutMs: STEP_TIMEOUT_MS,
+    allowFailure: true,
     env: { ...process.env, DEBIAN_FRONTEND: 'noninteractive', LC_ALL: 'C.UTF-8', HOME: '/root' },
   });
+  if (result.code !== 0) {
+    const tail = `${result.stdout}${result.stderr}`.split('\n').slice(-40).join('\n');
+    throw new Error(`building a layer: exit ${result.code}\n${tail}`);
+  }
   await emptyDirectories(upper);
   return upper;
 }

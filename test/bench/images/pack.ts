@@ -2,7 +2,7 @@
 // only: a layer may be larger than memory.
 import { spawn } from 'node:child_process';
 import { createHash } from 'node:crypto';
-import { createWriteStream } from 'node:fs';
+import { createWriteStream, existsSync } from 'node:fs';
 import { lstat, mkdir, readdir, rename, rm, writeFile } from 'node:fs/promises';
 import { dirname, join } from 'node:path';
 import { Transform } from 'node:stream';
@@ -42,7 +42,7 @@ async function opaqueDirectories(dir: string): Promise<Set<string>> {
   return new Set(Array.from(found, ([, path]) => (path ?? '').slice(dir.length + 1)));
 }
 
-async function membersOf(dir: string): Promise<Members> {
+async function membersOf(dir: string, lowers: readonly string[]): Promise<Members> {
   const opaque = await opaqueDirectories(dir);
   const members: Members = { paths: [], markers: [], files: 0, largest: { path: '', bytes: 0 } };
   const visit = async (at: string): Promise<void> => {
@@ -58,7 +58,9 @@ async function membersOf(dir: string): Promise<Members> {
       }
       members.paths.push(path);
       if (stat.isDirectory()) {
-        if (opaque.has(path)) members.markers.push(`${path}/.wh..wh..opq`);
+        // The kernel marks every new directory; a layer needs the word only where something lies below.
+        if (opaque.has(path) && lowers.some((lower) => existsSync(join(lower, path))))
+          members.markers.push(`${path}/.wh..wh..opq`);
         await visit(path);
       } else if (stat.isFile()) {
         members.files++;
@@ -89,11 +91,17 @@ class Meter extends Transform {
 /**
  * Packs the tree at `dir` (an upper directory of overlayfs, or a root) into a gzip blob at `out`, compressed as Docker
  * and BuildKit do by default (level 6). Times after `epoch` (seconds) become `epoch`, so that a layer that is made
- * again from the same packages is the same layer. `scratch` is a directory for lists.
+ * again from the same packages is the same layer. `lowers` are the trees below it, `scratch` is a directory for lists.
  * Throws when tar fails; `out` is then absent.
  */
-export async function packLayer(dir: string, out: string, epoch: number, scratch: string): Promise<PackedLayer> {
-  const members = await membersOf(dir);
+export async function packLayer(
+  dir: string,
+  lowers: readonly string[],
+  out: string,
+  epoch: number,
+  scratch: string,
+): Promise<PackedLayer> {
+  const members = await membersOf(dir, lowers);
   const markers = join(scratch, 'markers');
   for (const marker of members.markers) {
     await mkdir(dirname(join(markers, marker)), { recursive: true });

@@ -178,7 +178,11 @@ export const BENCH_IMAGES: readonly BenchImageSpec[] = [
       sameBase(
         version,
         [
-          [{ install: ['ca-certificates', 'tzdata', 'fontconfig', 'ca-certificates-java', 'openjdk-17-jre-headless'] }],
+          [
+            // The package links manuals, which a slim base has no directory for.
+            { run: 'mkdir -p /usr/share/man/man1' },
+            { install: ['ca-certificates', 'tzdata', 'fontconfig', 'ca-certificates-java', 'openjdk-17-jre-headless'] },
+          ],
           [{ install: ['tomcat10-user', 'tomcat10', 'tomcat10-admin', 'tomcat10-examples', 'libtcnative-1'] }],
         ],
         {

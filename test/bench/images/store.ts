@@ -14,7 +14,7 @@ import { type ImageRecipe, imageKey, layerKeys } from './recipe.ts';
 
 /** A layer in the cache. */
 export interface StoredLayer extends PackedLayer {
-  /** Packages that this layer installs or changes, with their versions; undefined for one that it removes. */
+  /** Packages that this layer installs or changes, with their versions. */
   readonly packages: Readonly<Record<string, string>>;
   /** RFC 3339. */
   readonly made: string;
@@ -117,7 +117,7 @@ async function makeLayers(cache: string, recipe: ImageRecipe, say: (text: string
       } else {
         ({ tree, epoch } = await makeBaseTree(recipe, join(dir, 'root'), suitesOf, say));
       }
-      const packed = await packLayer(tree, join(out, 'layer.tar.gz'), epoch, dir);
+      const packed = await packLayer(tree, trees, join(out, 'layer.tar.gz'), epoch, dir);
       const packages = await changedPackages(trees, tree);
       const record: StoredLayer = { ...packed, packages, made: new Date().toISOString() };
       await writeFile(join(out, 'layer.json'), JSON.stringify(record));
