@@ -53,6 +53,7 @@ type Write = (value: number | undefined) => string;
 /** "319–333 ms", "0.95–1.20 s", "950 ms–1.20 s": the unit once where it is the same. */
 export function between(write: Write, low: number, high: number): string {
   const [first, last] = [write(low), write(high)];
+  if (first === last) return first;
   return unitOf(first) === unitOf(last) ? `${numberOf(first)}–${last}` : `${first}–${last}`;
 }
 

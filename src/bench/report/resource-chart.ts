@@ -121,7 +121,13 @@ function panel(
 }
 
 function curve(trace: ResourceTrace, of: Quantity, x: Scale, y: Scale, order: readonly string[]): string {
-  const points = trace.samples.map((sample) => `${x(sample.atMs).toFixed(1)},${y(sample[of]).toFixed(1)}`);
+  const place = (atMs: number, value: number): string => `${x(atMs).toFixed(1)},${y(value).toFixed(1)}`;
+  // A rate is the mean since the sample before it, drawn as such: a sloped line would show what was not measured, and the
+  // area under it would not be the sum. Memory is of the moment.
+  const points = trace.samples.flatMap((sample, at) => {
+    const here = place(sample.atMs, sample[of]);
+    return of === 'memoryBytes' ? [here] : [place(trace.samples[at - 1]?.atMs ?? 0, sample[of]), here];
+  });
   const style = `curve ${seriesLine(order.indexOf(trace.snapshotter))}`;
   return points.length === 0 ? '' : element('polyline', { points: points.join(' '), class: style });
 }

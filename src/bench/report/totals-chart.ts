@@ -9,6 +9,8 @@ import { dot, fitted, line, rect, svgDocument, text, textWidth } from './svg.ts'
 import { FONT_PIXELS, seriesFill, seriesLine, styleSheet } from './theme.ts';
 
 const WIDTH = 980;
+/** Of a chart with one panel: as wide as its text needs. */
+const NARROW = 720;
 const MARGIN = 20;
 const GAP = 36;
 const LABELS = 96;
@@ -21,7 +23,7 @@ const TOP = 66;
 
 export function totalsChart(result: BenchResult, link: BenchLink): string {
   const columns = result.images.length > 1 ? 2 : 1;
-  const width = columns === 1 ? WIDTH * 0.62 : WIDTH;
+  const width = columns === 1 ? NARROW : WIDTH;
   const panelWidth = (width - 2 * MARGIN - (columns - 1) * GAP) / columns;
   const panelHeight = HEAD + result.snapshotters.length * ROW + FOOT;
   const panels = result.images.flatMap((image, at) => {
