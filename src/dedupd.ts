@@ -1,7 +1,9 @@
-// Entry point of `dedupd`: checks the runtime, then starts the data daemon in the foreground.
+// Entry point of `dedupd`: checks the runtime, then starts the data daemon in the foreground, with pulls into containerd
+// beside the data path, which knows nothing of them.
 import { keepCompiledCode, requireSupportedNode } from './runtime.ts';
 
 requireSupportedNode('dedupd');
 await keepCompiledCode();
 const { runDaemon } = await import('./fs/daemon.ts');
-await runDaemon(process.argv);
+const { imagePuller } = await import('./pull/image-puller.ts');
+await runDaemon(process.argv, imagePuller);

@@ -1,8 +1,7 @@
-// What every verb of the command line shares: configuration, registry options, a connection to dedupd, and how errors
-// reach a person. Verbs declare the part they use.
+// What verbs of the command line share: configuration and what follows from it. Verbs declare the part they use.
 import type { Command } from 'commander';
 import { type Config, lazyDisabledReason, loadConfig } from '../config.ts';
-import { DedupError, errorCode } from '../errors.ts';
+import { DedupError } from '../errors.ts';
 import type { RegistryOptions } from '../fs/registry/pool.ts';
 import { createLogger, type Logger } from '../log.ts';
 import { DEFAULT_CONFIG_FILE } from '../paths.ts';
@@ -36,30 +35,6 @@ export class CliContext {
     return this.config().chunk_size;
   }
 
-  get containerdAddress(): string {
-    return this.config().containerd_address;
-  }
-
-  /**
-   * Hands credentials of a verb to a running dedupd: lazy reads need them after the verb has ended. Where no layer is
-   * lazy, by configuration or because no dedupd runs, nobody needs them.
-   */
-  async onCredentials(host: string, username: string, password: string): Promise<void> {
-    if (lazyDisabledReason(this.config()) !== undefined) return;
-    const { connectDaemon } = await import('./daemon-client.ts');
-    try {
-      const daemon = await connectDaemon(this, { start: false });
-      try {
-        await daemon.giveCredentials(host, `${username}:${password}`);
-      } finally {
-        daemon.close();
-      }
-    } catch (error) {
-      if (errorCode(error) !== 'UNAVAILABLE') throw error;
-      this.log.warn({ err: error }, 'dedupd does not run: layers are pulled and unpacked the normal way');
-    }
-  }
-
   /** Warnings and errors of a verb, to stderr; as configured when log_level is not "info". */
   get log(): Logger {
     const { log_level: level, verbose } = this.config();
@@ -84,14 +59,4 @@ export class CliContext {
       });
     }
   }
-}
-
-/** Prints an error for a person: what failed, what to do, and the code of docs/errors.md. */
-export function printError(program: string, error: unknown): void {
-  if (error instanceof DedupError) {
-    process.stderr.write(`${program}: ${error.message} [${error.code}]\n`);
-    if (error.hint !== undefined) process.stderr.write(`  ${error.hint}\n`);
-    return;
-  }
-  process.stderr.write(`${program}: ${error instanceof Error ? (error.stack ?? error.message) : String(error)}\n`);
 }

@@ -2,7 +2,8 @@
 // puts them together.
 import { Command } from 'commander';
 import { VERSION } from '../version.ts';
-import { CliContext, printError } from './context.ts';
+import type { CliContext } from './context.ts';
+import { printError } from './print-error.ts';
 
 const EXAMPLES = `
 Examples:
@@ -13,7 +14,12 @@ Examples:
   dedup-snapshotter rpull REGISTRY/app:1-lazy    pull it without its layers; then: ctr run --snapshotter dedup …
   dedup-snapshotter mount REGISTRY/app:1 /mnt/app
                                                  look into an image without containerd
+  dedup-snapshotter bench REGISTRY/app:1 --lazy-image REGISTRY/app:1-lazy
+                                                 measure how fast it starts here, beside overlayfs
 `;
+
+/** What most verbs share, loaded at the first call. */
+type SharedContext = () => Promise<CliContext>;
 
 /** Runs the command line; sets the exit status. Never rejects. */
 export async function runCommandLine(argv: readonly string[]): Promise<void> {
@@ -24,10 +30,15 @@ export async function runCommandLine(argv: readonly string[]): Promise<void> {
     .addHelpText('after', EXAMPLES)
     .showHelpAfterError('(add --help for usage)')
     .enablePositionalOptions();
-  const context = new CliContext(program);
+  let loaded: Promise<CliContext> | undefined;
+  const context = (): Promise<CliContext> => {
+    loaded ??= import('./context.ts').then(({ CliContext }) => new CliContext(program));
+    return loaded;
+  };
   program.action(async () => {
     const { runService } = await import('../service.ts');
-    await runService(context.config(), context.configFile);
+    const service = await context();
+    await runService(service.config(), service.configFile);
   });
   try {
     // Verbs are loaded when named: the service should not carry them, nor one verb the others.
@@ -41,14 +52,23 @@ export async function runCommandLine(argv: readonly string[]): Promise<void> {
   }
 }
 
-const VERBS: Readonly<Record<string, (program: Command, context: CliContext) => Promise<void>>> = {
-  index: async (program, context) => (await import('./index-command.ts')).registerIndexCommand(program, context),
-  rpull: async (program, context) => (await import('./rpull-command.ts')).registerRpullCommand(program, context),
-  mount: async (program, context) => (await import('./mount-command.ts')).registerMountCommand(program, context),
-  umount: async (program, context) => (await import('./mount-command.ts')).registerUmountCommand(program, context),
-  images: async (program, context) => (await import('./images-command.ts')).registerImagesCommand(program, context),
-  config: async (program, context) => (await import('./config-command.ts')).registerConfigCommand(program, context),
-  doctor: async (program, context) => (await import('./doctor-command.ts')).registerDoctorCommand(program, context),
+/** `context` is loaded by those that use it: rpull is over before the schema of the configuration is loaded. */
+const VERBS: Readonly<Record<string, (program: Command, context: SharedContext) => Promise<void>>> = {
+  index: async (program, context) =>
+    (await import('./index-command.ts')).registerIndexCommand(program, await context()),
+  rpull: async (program) => (await import('./rpull-command.ts')).registerRpullCommand(program),
+  mount: async (program, context) =>
+    (await import('./mount-command.ts')).registerMountCommand(program, await context()),
+  umount: async (program, context) =>
+    (await import('./mount-command.ts')).registerUmountCommand(program, await context()),
+  images: async (program, context) =>
+    (await import('./images-command.ts')).registerImagesCommand(program, await context()),
+  bench: async (program, context) =>
+    (await import('./bench-command.ts')).registerBenchCommand(program, await context()),
+  config: async (program, context) =>
+    (await import('./config-command.ts')).registerConfigCommand(program, await context()),
+  doctor: async (program, context) =>
+    (await import('./doctor-command.ts')).registerDoctorCommand(program, await context()),
 };
 
 /** The words after the program, without the value of --config. */
@@ -63,7 +83,7 @@ function refuseUnknownVerb(program: Command, argv: readonly string[]): void {
   program.error(`error: unknown command ${JSON.stringify(first)}`);
 }
 
-async function registerVerb(program: Command, context: CliContext, argv: readonly string[]): Promise<void> {
+async function registerVerb(program: Command, context: SharedContext, argv: readonly string[]): Promise<void> {
   const words = wordsOf(argv);
   const named = words.find((word) => Object.hasOwn(VERBS, word));
   const service = words.every((word) => word.startsWith('--config'));

@@ -1,24 +1,13 @@
-// `rpull`: pulls an image into containerd without the layers that can be loaded lazily. This file is the verb: options,
-// signals, progress and words for people; what is done to containerd is in containerd/pull.ts.
-import cliProgress from 'cli-progress';
+// `rpull`: has dedupd pull an image into containerd without the layers that can be loaded lazily. This file is the verb:
+// options, signals and words for people. A pull takes a moment, so this loads nothing that it can do without.
 import type { Command } from 'commander';
-import { DedupError } from '../errors.ts';
-import { type Credentials, parseUserPassword } from '../fs/registry/credentials.ts';
-import { hostPlatform, parsePlatform } from '../fs/registry/image-manifest.ts';
-import { type RegistryOptions, RegistryPool } from '../fs/registry/pool.ts';
-import { type ImageReference, parseReference } from '../fs/registry/reference.ts';
+import { DedupError, errorCode } from '../errors.ts';
+import { parseReference } from '../fs/registry/reference.ts';
+import { DEFAULT_CONFIG_FILE, RunPaths } from '../paths.ts';
+import { DedupdClient, type PullEvent, type PullRequest } from '../snapshotter/dedupd-client.ts';
 import { formatBytes } from '../units.ts';
-import { ContainerdClient } from './containerd/client.ts';
-import { DEFAULT_LEASE_LIFETIME_MS, type PullEvent, type PullResult, pullImage } from './containerd/pull.ts';
-
-/** What the verb needs of the command line around it. */
-export interface RpullContext {
-  registryOptions(): RegistryOptions;
-  /** containerd's socket, unless --address names another. */
-  readonly containerdAddress: string;
-  /** Told the credentials given with -u before the first layer is offered: lazy reads need them later. */
-  onCredentials?(host: string, username: string, password: string): Promise<void>;
-}
+import { LineProgress, type Progress } from './pull-progress.ts';
+import { runDirectory } from './run-directory.ts';
 
 interface RpullFlags {
   readonly user?: string;
@@ -39,10 +28,10 @@ Examples:
   dedup-snapshotter rpull --namespace k8s.io registry.example.com/app:1 where Kubernetes looks for images
 
 A layer without a lazy index is fetched and unpacked the ordinary way. "dedup-snapshotter index" makes indexes.
-A pull that is interrupted or killed leaves nothing behind: containerd's next garbage collection takes it all.
+dedupd carries the pull out, so the service must run. A pull that is interrupted or killed leaves nothing behind.
 `;
 
-export function registerRpullCommand(program: Command, context: RpullContext): void {
+export function registerRpullCommand(program: Command): void {
   program
     .command('rpull')
     .description('pull an image into containerd without the layer data that can be loaded on demand')
@@ -53,53 +42,45 @@ export function registerRpullCommand(program: Command, context: RpullContext): v
     )
     .option('--platform <os/arch>', "which image of a multi-platform one (default: this machine's)")
     .option('-n, --namespace <name>', 'namespace of containerd', process.env.CONTAINERD_NAMESPACE ?? 'default')
-    .option('-a, --address <socket>', "containerd's socket (default: as configured)")
+    .option('-a, --address <socket>', "containerd's socket (default: as dedupd is configured)")
     .option('--snapshotter <name>', 'snapshotter that gets the layers', 'dedup')
-    .option(
-      '--lease-seconds <seconds>',
-      `how long the leftovers of a killed pull are kept (default: ${DEFAULT_LEASE_LIFETIME_MS / 1000})`,
-    )
+    .option('--lease-seconds <seconds>', 'how long leftovers are kept if dedupd is killed (default: 30)')
     .addHelpText('after', EXAMPLES)
     .action(async (reference: string, flags: RpullFlags) => {
-      await rpull(parseReference(reference), flags, context);
+      // Refused here, a mistake needs no service to be told.
+      parseReference(reference);
+      const request = {
+        reference,
+        platform: flags.platform ?? '',
+        credentials: flags.user ?? '',
+        containerd_address: flags.address ?? '',
+        namespace: flags.namespace,
+        snapshotter: flags.snapshotter,
+        lease_ms: leaseMs(flags.leaseSeconds),
+      };
+      await rpull(request, program.opts<{ config?: string }>().config);
     });
 }
 
-async function rpull(reference: ImageReference, flags: RpullFlags, context: RpullContext): Promise<void> {
-  const platform = flags.platform === undefined ? hostPlatform() : parsePlatform(flags.platform);
-  const leaseLifetimeMs = leaseLifetime(flags.leaseSeconds);
-  const credentials = flags.user === undefined ? undefined : parseUserPassword(flags.user);
-  await using pool = new RegistryPool(context.registryOptions());
-  const client = new ContainerdClient({
-    address: flags.address ?? context.containerdAddress,
-    namespace: flags.namespace,
-  });
+async function rpull(request: PullRequest, configFile: string | undefined): Promise<void> {
+  const client = new DedupdClient({ address: new RunPaths(await runDirectory(configFile)).dedupdSocket });
   const interrupt = new AbortController();
-  const onSignal = () => interrupt.abort(new DedupError('CANCELLED', 'interrupted'));
+  const onSignal = () => interrupt.abort();
   process.once('SIGINT', onSignal);
   process.once('SIGTERM', onSignal);
-  const progress = process.stderr.isTTY ? new BarProgress() : new LineProgress();
+  let progress: Progress = new LineProgress();
+  if (process.stderr.isTTY) progress = new (await import('./pull-bar.ts')).BarProgress();
+  const summary = new Summary();
   try {
-    await announce(reference, credentials, context);
-    const result = await pullImage({
-      client,
-      repository: pool.repository(reference, credentials),
-      reference,
-      snapshotter: flags.snapshotter,
-      platform,
-      signal: interrupt.signal,
-      onEvent: (event) => progress.show(event),
-      leaseLifetimeMs,
-    });
+    for await (const event of client.pullImage(request, interrupt.signal)) {
+      progress.show(event);
+      summary.add(event);
+    }
     progress.end();
-    process.stdout.write(`${summary(result)}\n`);
+    process.stdout.write(`${summary}\n`);
   } catch (error) {
     progress.end();
-    if (!interrupt.signal.aborted) throw error;
-    throw new DedupError('CANCELLED', `pulling ${reference.host}/${reference.path} was interrupted`, {
-      cause: error,
-      hint: 'nothing was left behind; run it again',
-    });
+    throw error instanceof DedupError && error.details.reached === false ? await unreached(error, configFile) : error;
   } finally {
     process.off('SIGINT', onSignal);
     process.off('SIGTERM', onSignal);
@@ -107,104 +88,49 @@ async function rpull(reference: ImageReference, flags: RpullFlags, context: Rpul
   }
 }
 
-async function announce(
-  reference: ImageReference,
-  credentials: Credentials | undefined,
-  context: RpullContext,
-): Promise<void> {
-  if (credentials?.username === undefined || context.onCredentials === undefined) return;
-  await context.onCredentials(reference.host, credentials.username, credentials.password ?? '');
+/** Nobody answers: says why that is as it should be, where the configuration knows. */
+async function unreached(error: DedupError, configFile: string | undefined): Promise<DedupError> {
+  const { lazyDisabledReason, loadConfig } = await import('../config.ts');
+  const reason = lazyDisabledReason(loadConfig(configFile ?? DEFAULT_CONFIG_FILE, configFile !== undefined));
+  const hint = 'start the service (systemctl start dedup-snapshotter), or look into the log of dedupd';
+  if (reason === undefined) return new DedupError(errorCode(error), error.message, { cause: error, hint });
+  return new DedupError('FAILED_PRECONDITION', `no dedupd runs, for lazy loading is off: ${reason}`, {
+    cause: error,
+    hint: `change ${configFile ?? DEFAULT_CONFIG_FILE}, or pull with containerd's own client`,
+  });
 }
 
-function leaseLifetime(text: string | undefined): number {
-  if (text === undefined) return DEFAULT_LEASE_LIFETIME_MS;
+/** Milliseconds; 0 for the usual time. Errors: INVALID_ARGUMENT. */
+function leaseMs(text: string | undefined): number {
+  if (text === undefined) return 0;
   const seconds = Number(text);
-  if (Number.isFinite(seconds) && seconds >= 1 && seconds <= 86_400) return seconds * 1000;
+  if (Number.isFinite(seconds) && seconds >= 1 && seconds <= 86_400) return Math.round(seconds * 1000);
   throw new DedupError('INVALID_ARGUMENT', `--lease-seconds ${JSON.stringify(text)} is not a time`, {
     hint: 'give a number from 1 to 86400',
   });
 }
 
-function summary(result: PullResult): string {
-  const count = (outcome: string) => result.layers.filter((layer) => layer.outcome === outcome);
-  const unpacked = count('unpacked');
-  const fetched = unpacked.reduce((bytes, layer) => bytes + layer.size, 0);
-  const parts = [
-    `${count('lazy').length} lazy`,
-    `${unpacked.length} fetched and unpacked${unpacked.length === 0 ? '' : ` (${formatBytes(fetched)})`}`,
-    `${count('present').length} already here`,
-  ];
-  return `${result.name}: ${result.layers.length} layers: ${parts.join(', ')}`;
-}
+/** One line on a whole pull. */
+class Summary {
+  #name = '';
+  #sizes: readonly number[] = [];
+  readonly #count = { present: 0, lazy: 0, unpacked: 0 };
+  #fetchedBytes = 0;
 
-interface Progress {
-  show(event: PullEvent): void;
-  end(): void;
-}
-
-/** One line per layer, for logs and pipes. */
-class LineProgress implements Progress {
-  #layers: readonly { readonly digest: string; readonly size: number }[] = [];
-
-  show(event: PullEvent): void {
-    switch (event.kind) {
-      case 'resolved':
-        this.#layers = event.layers;
-        process.stderr.write(`${event.name}: ${event.layers.length} layers, manifest ${event.manifest}\n`);
-        return;
-      case 'layer':
-        process.stderr.write(`${this.#title(event.layer)}: ${WORDS[event.outcome]}\n`);
-        return;
-      case 'unpacking':
-        process.stderr.write(`${this.#title(event.layer)}: unpacking\n`);
-        return;
-      case 'fetching':
-        if (event.bytes === 0)
-          process.stderr.write(`${this.#title(event.layer)}: fetching ${formatBytes(event.totalBytes)}\n`);
-        return;
+  add({ resolved, step }: PullEvent): void {
+    if (resolved !== null) {
+      this.#name = resolved.name;
+      this.#sizes = resolved.layers.map(({ size }) => size);
     }
+    if (step === null || step.state === 'fetching' || step.state === 'unpacking') return;
+    this.#count[step.state]++;
+    if (step.state === 'unpacked') this.#fetchedBytes += this.#sizes[step.layer] ?? 0;
   }
 
-  end(): void {}
-
-  #title(position: number): string {
-    return `layer ${position + 1}/${this.#layers.length} ${this.#layers[position]?.digest.slice(0, 19) ?? ''}`;
-  }
-}
-
-const WORDS = { present: 'already here', lazy: 'lazy, nothing fetched', unpacked: 'unpacked' } as const;
-
-/** One bar over all layers, for a terminal. */
-class BarProgress implements Progress {
-  #bar: cliProgress.SingleBar | undefined;
-  #done = 0;
-
-  show(event: PullEvent): void {
-    switch (event.kind) {
-      case 'resolved':
-        this.#bar = new cliProgress.SingleBar(
-          { format: '[{bar}] {layer}/{layers} layers  {step}', stream: process.stderr, hideCursor: true },
-          cliProgress.Presets.shades_classic,
-        );
-        this.#bar.start(Math.max(1, event.layers.length), 0, { layer: 0, layers: event.layers.length, step: '' });
-        return;
-      case 'layer':
-        this.#done = event.layer + 1;
-        this.#bar?.update(this.#done, { layer: this.#done, step: '' });
-        return;
-      case 'unpacking':
-        this.#bar?.update(this.#done + 0.9, { step: 'unpacking' });
-        return;
-      case 'fetching':
-        this.#bar?.update(this.#done + (0.9 * event.bytes) / Math.max(1, event.totalBytes), {
-          step: `fetching ${formatBytes(event.bytes)} of ${formatBytes(event.totalBytes)}`,
-        });
-        return;
-    }
-  }
-
-  end(): void {
-    this.#bar?.stop();
-    this.#bar = undefined;
+  toString(): string {
+    const { present, lazy, unpacked } = this.#count;
+    const fetched = unpacked === 0 ? '' : ` (${formatBytes(this.#fetchedBytes)})`;
+    const parts = [`${lazy} lazy`, `${unpacked} fetched and unpacked${fetched}`, `${present} already here`];
+    return `${this.#name}: ${this.#sizes.length} layers: ${parts.join(', ')}`;
   }
 }

@@ -2,7 +2,9 @@
 // statuses. Knows nothing of how images are served.
 import { rm } from 'node:fs/promises';
 import {
+  Metadata,
   Server,
+  type ServerDuplexStream,
   type ServerUnaryCall,
   type ServerWritableStream,
   type ServiceClientConstructor,
@@ -11,7 +13,7 @@ import {
 } from '@grpc/grpc-js';
 import { DedupError, GrpcStatus } from '../errors.ts';
 import type { Logger } from '../log.ts';
-import { DEDUPD_PROTOCOL, loadProto, serveOn } from '../protocol.ts';
+import { DEDUPD_PROTOCOL, HINT_METADATA, loadProto, serveOn } from '../protocol.ts';
 import { MiB } from '../units.ts';
 
 export interface LayerKeyMessage {
@@ -94,9 +96,41 @@ export interface ControlledPlane {
   giveCredentials(host: string, credentials: string): void;
 }
 
+/** proto/dedupd.proto, PullImageRequest. */
+export interface PullImageMessage {
+  readonly protocol: number;
+  readonly reference: string;
+  readonly platform: string;
+  readonly credentials: string;
+  readonly containerd_address: string;
+  readonly namespace: string;
+  readonly snapshotter: string;
+  readonly lease_ms: number;
+  readonly stop: boolean;
+}
+
+/** proto/dedupd.proto, PullImageEvent. */
+export interface PullImageEventMessage {
+  readonly resolved?: {
+    readonly name: string;
+    readonly manifest: string;
+    readonly layers: readonly { readonly digest: string; readonly size: number }[];
+  };
+  readonly step?: { readonly layer: number; readonly state: string; readonly bytes: number };
+}
+
+/** Pulls an image into containerd, of which the data path itself knows nothing: dedupd.ts brings it. */
+export type ImagePuller = (
+  request: PullImageMessage,
+  show: (event: PullImageEventMessage) => void,
+  signal: AbortSignal,
+) => Promise<void>;
+
 export interface ControlServerOptions {
   readonly address: string;
   readonly plane: ControlledPlane;
+  /** Answers PullImage; absent: that is not offered. */
+  readonly pullImage?: ImagePuller;
   readonly version: string;
   readonly log: Logger;
   /** Called after Shutdown was answered. */
@@ -106,13 +140,55 @@ export interface ControlServerOptions {
 const MAX_MESSAGE_BYTES = 16 * MiB;
 const CLOSE_TIMEOUT_MS = 3_000;
 
-/** The gRPC form of any error: status, and the message with its hint and code. */
+/** The gRPC form of any error: status, the message with its code, and the hint beside it. */
 function toStatus(error: unknown): Partial<ServiceError> {
   if (!(error instanceof DedupError)) {
     return { code: GrpcStatus.internal, details: error instanceof Error ? error.message : String(error) };
   }
-  const hint = error.hint === undefined ? '' : ` (${error.hint})`;
-  return { code: error.info.grpc, details: `${error.message}${hint} [${error.code}]` };
+  const metadata = new Metadata();
+  if (error.hint !== undefined) metadata.set(HINT_METADATA, Buffer.from(error.hint));
+  return { code: error.info.grpc, details: `${error.message} [${error.code}]`, metadata };
+}
+
+/**
+ * One pull: the first message begins it, another one, the client's end or the server's stops it. The stream ends when
+ * nothing of the pull is under way any more.
+ */
+function servePull(
+  pullImage: ImagePuller,
+  log: Logger,
+  stopping: AbortSignal,
+): (call: ServerDuplexStream<PullImageMessage, PullImageEventMessage>) => void {
+  return (call) => {
+    const stop = new AbortController();
+    const end = (why: string) => stop.abort(new DedupError('CANCELLED', why));
+    call.on('cancelled', () => end('the client has gone'));
+    call.once('data', (request: PullImageMessage) => {
+      call.on('data', () => end('interrupted'));
+      const pull = async (): Promise<void> => {
+        if (request.protocol !== DEDUPD_PROTOCOL) {
+          throw new DedupError(
+            'FAILED_PRECONDITION',
+            `this dedupd speaks protocol ${DEDUPD_PROTOCOL}, the client ${request.protocol}`,
+            { hint: 'restart both with the same version' },
+          );
+        }
+        await pullImage(request, (event) => void call.write(event), AbortSignal.any([stop.signal, stopping]));
+      };
+      const startedMs = performance.now();
+      log.debug({ reference: request.reference }, 'pull begins');
+      pull().then(
+        () => {
+          log.debug({ call: 'PullImage', ms: Math.round(performance.now() - startedMs) }, 'call answered');
+          call.end();
+        },
+        (error: unknown) => {
+          log.info({ call: 'PullImage', reference: request.reference, err: error }, 'call failed');
+          call.emit('error', toStatus(error));
+        },
+      );
+    });
+  };
 }
 
 type Handler<Request, Response> = (request: Request) => Promise<Response>;
@@ -137,11 +213,13 @@ function unary<Request, Response>(name: string, log: Logger, handler: Handler<Re
 export async function startControlServer(options: ControlServerOptions): Promise<{ close(): Promise<void> }> {
   const { address, plane, version, log } = options;
   const packages = loadProto('dedupd.proto') as unknown as { dedup: { v1: { Dedupd: ServiceClientConstructor } } };
+  const stopping = new AbortController();
   const server = new Server({
     'grpc.max_receive_message_length': MAX_MESSAGE_BYTES,
     'grpc.max_send_message_length': MAX_MESSAGE_BYTES,
   });
   server.addService(packages.dedup.v1.Dedupd.service, {
+    ...(options.pullImage === undefined ? {} : { PullImage: servePull(options.pullImage, log, stopping.signal) }),
     Hello: unary('Hello', log, async () => ({
       protocol: DEDUPD_PROTOCOL,
       version,
@@ -193,7 +271,14 @@ export async function startControlServer(options: ControlServerOptions): Promise
     },
   });
   await rm(address, { force: true });
-  return { close: await serveOn(server, address, CLOSE_TIMEOUT_MS) };
+  const close = await serveOn(server, address, CLOSE_TIMEOUT_MS);
+  return {
+    close: () => {
+      // First, so that pulls still have the time to leave nothing behind.
+      stopping.abort(new DedupError('CANCELLED', 'dedupd is stopping'));
+      return close();
+    },
+  };
 }
 
 interface MountImageMessage {

@@ -11,7 +11,7 @@ import { DEFAULT_CONFIG_FILE, RootPaths, RunPaths } from '../paths.ts';
 import { EXIT_LOCKED } from '../protocol.ts';
 import { isRoot } from '../runtime.ts';
 import { VERSION } from '../version.ts';
-import { startControlServer } from './control-server.ts';
+import { type ImagePuller, startControlServer } from './control-server.ts';
 import { DataPlane } from './data-plane.ts';
 import { native } from './native.ts';
 
@@ -25,8 +25,11 @@ function countBuffersWithTheHeap(): void {
     setFlagsFromString('--external-memory-accounted-in-global-limit');
 }
 
+/** Makes what answers PullImage. */
+export type PullerFactory = (parts: { readonly plane: DataPlane; readonly config: Config }) => ImagePuller;
+
 /** Runs until a signal or Shutdown, then ends the process. */
-export async function runDaemon(argv: readonly string[]): Promise<void> {
+export async function runDaemon(argv: readonly string[], pullerFor: PullerFactory): Promise<void> {
   const program = new Command('dedupd')
     .description('Data daemon of dedup-snapshotter: fetches, verifies and stores what containers read.')
     .version(VERSION)
@@ -39,7 +42,7 @@ export async function runDaemon(argv: readonly string[]): Promise<void> {
     const config = loadConfig(configFile ?? DEFAULT_CONFIG_FILE, configFile !== undefined);
     const log = createLogger('dedupd', { level: config.verbose ? 'debug' : config.log_level });
     try {
-      await serve(config, log);
+      await serve(config, log, pullerFor);
       // A transport may keep threads that only the end of the process takes away (fuse-native).
       process.exit(0);
     } catch (error) {
@@ -62,7 +65,7 @@ async function lockRoot(paths: RootPaths): Promise<number> {
   throw new DedupError('LOCKED', `another dedupd serves ${paths.root}`, { hint: 'one dedupd per root' });
 }
 
-async function serve(config: Config, log: Logger): Promise<void> {
+async function serve(config: Config, log: Logger, pullerFor: PullerFactory): Promise<void> {
   if (!isRoot())
     throw new DedupError('NOT_ROOT', 'dedupd mounts file systems, which only root may do', { hint: 'use sudo' });
   const disabled = lazyDisabledReason(config);
@@ -81,6 +84,7 @@ async function serve(config: Config, log: Logger): Promise<void> {
     const server = await startControlServer({
       address: run.dedupdSocket,
       plane,
+      pullImage: pullerFor({ plane, config }),
       version: VERSION,
       log,
       onShutdown: () => requestShutdown(),

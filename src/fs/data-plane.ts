@@ -25,14 +25,14 @@ import { IndexCatalog } from './index/discovery.ts';
 import type { LayerIndex } from './index/layer-index.ts';
 import { RestartReader, WindowCache } from './index/restart-reader.ts';
 import { LayerBook } from './layer-book.ts';
-import { LayerIntake } from './layer-intake.ts';
+import { type ImageAhead, LayerIntake } from './layer-intake.ts';
 import { LazyLoader } from './lazy-loader.ts';
 import { type MountableBelow, MountTable } from './mount-table.ts';
 import { native } from './native.ts';
 import { ReferenceMounts } from './reference-mounts.ts';
 import type { Repository } from './registry/blob-reader.ts';
 import { type Credentials, parseUserPassword } from './registry/credentials.ts';
-import { RegistryPool } from './registry/pool.ts';
+import { RegistryPool, type RepositoryName } from './registry/pool.ts';
 import { inspectMachine } from './transport/machine.ts';
 import { chooseTransport, openTransport, type TransportChoice } from './transport/select.ts';
 import type { ErofsLayoutKind, Transport } from './transport/transport.ts';
@@ -237,6 +237,22 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
 
   giveCredentials(host: string, userAndPassword: string): void {
     this.#remember(host, userAndPassword);
+  }
+
+  /** A repository with the credentials (user:password) given, or those known for its host. Errors: INVALID_ARGUMENT. */
+  repository(name: RepositoryName, userAndPassword = ''): Repository {
+    return userAndPassword === ''
+      ? this.#repository({ host: name.host, repository: name.path })
+      : this.#registry.repository(name, parseUserPassword(userAndPassword));
+  }
+
+  /** Makes the layers of an image ready that a pull is about to offer to containerd. */
+  imageAhead(
+    manifest: Digest,
+    layers: readonly { readonly digest: Digest; readonly annotations: Readonly<Record<string, string>> }[],
+    source: RepositoryName,
+  ): ImageAhead {
+    return this.#intake.imageAhead(manifest, layers, { host: source.host, repository: source.path });
   }
 
   async mountReference(

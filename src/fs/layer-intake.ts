@@ -27,6 +27,24 @@ interface Expectation {
   readonly untilMs: number;
   /** Layers of the image that is being pulled: once no snapshot names one of them, the pull has ended. Empty: no pull. */
   readonly image: readonly number[];
+  /** True while the pull is one of our own and goes on. */
+  readonly underWay: () => boolean;
+}
+
+const NO_PULL: Pick<Expectation, 'underWay'> = { underWay: () => false };
+
+/** An image whose layers are made ready before anybody asks for them. */
+export interface ImageAhead {
+  /** For each layer of the manifest: settled, with whether it is lazy, once that is known. Absent: nothing names an index. */
+  readonly layers: readonly (Promise<boolean> | undefined)[];
+  /** Says that the pull has ended: what nobody's snapshot names is not kept for it any more. */
+  ended(): void;
+}
+
+/** A layer as a manifest lists it. */
+interface ManifestLayer {
+  readonly digest: Digest;
+  readonly annotations: Readonly<Record<string, string>>;
 }
 
 /** A layer of an image as a caller names it, with where it can be read. */
@@ -124,34 +142,67 @@ export class LayerIntake {
    * lazy its file system is built, while the client still asks for one layer after the other.
    */
   #prepareImage(manifest: Digest, sources: readonly LayerSourceName[]): void {
-    const key = JSON.stringify([manifest, sources[0]]);
-    if (this.#prepared.has(key)) return;
+    const source = sources[0];
+    const key = imageKey(manifest, source);
+    if (source === undefined || this.#prepared.has(key)) return;
     this.#prepared.set(key, true);
-    this.#fetchAhead(manifest, sources).catch((error: unknown) => {
-      // Nothing depends on it: every Prepare asks for its own layer, and says why if that fails too.
-      this.#prepared.delete(key);
-      this.#options.log.debug({ err: error, manifest }, 'preparing an image ahead failed');
+    const fetchAhead = async (): Promise<void> => {
+      const { bytes } = await this.#repository(source).getManifest(manifest, this.#options.stop);
+      const { layers } = parseManifest(bytes, `manifest ${manifest}`);
+      await this.#build(this.#addLayers(manifest, layers, sources, NO_PULL.underWay));
+    };
+    fetchAhead().catch((error: unknown) => this.#aheadFailed(manifest, source, error));
+  }
+
+  /** The same for a pull of our own, which has the manifest in its hands and waits for each layer without a budget. */
+  imageAhead(manifest: Digest, layers: readonly ManifestLayer[], source: LayerSourceName): ImageAhead {
+    let underWay = true;
+    const rows = this.#addLayers(manifest, layers, [source], () => underWay);
+    this.#prepared.set(imageKey(manifest, source), true);
+    this.#build(rows).catch((error: unknown) => this.#aheadFailed(manifest, source, error));
+    return {
+      layers: rows.map((row) =>
+        row?.then(
+          () => true,
+          () => false, // Its Prepare says why.
+        ),
+      ),
+      ended: () => {
+        underWay = false;
+      },
+    };
+  }
+
+  /** Nothing depends on it: every Prepare asks for its own layer, and says why if that fails too. */
+  #aheadFailed(manifest: Digest, source: LayerSourceName, error: unknown): void {
+    this.#prepared.delete(imageKey(manifest, source));
+    this.#options.log.debug({ err: error, manifest }, 'preparing an image ahead failed');
+  }
+
+  #addLayers(
+    manifest: Digest,
+    layers: readonly ManifestLayer[],
+    sources: readonly LayerSourceName[],
+    underWay: () => boolean,
+  ): (Promise<LayerRecord> | undefined)[] {
+    const scope = sources[0] === undefined ? '' : this.scopeOf(sources[0]);
+    const image: number[] = [];
+    return layers.map(({ digest, annotations }) => {
+      const index = annotations[INDEX_ANNOTATION] ?? '';
+      if (index === '') return undefined;
+      const key = { digest, index, scope };
+      const known = this.#book.find(key) !== undefined;
+      return this.layer({ key, sources, manifest, reference: '' }, this.#options.stop).then((row) => {
+        image.push(row.id);
+        if (!known) this.#expected.set(row.id, { untilMs: performance.now() + EXPECTED_MS, image, underWay });
+        return row;
+      });
     });
   }
 
-  async #fetchAhead(manifest: Digest, sources: readonly LayerSourceName[]): Promise<void> {
-    const source = sources[0];
-    if (source === undefined) return;
-    const { bytes } = await this.#repository(source).getManifest(manifest, this.#options.stop);
-    const { layers } = parseManifest(bytes, `manifest ${manifest}`);
-    const image: number[] = [];
-    const rows = await Promise.all(
-      layers.map(async ({ digest, annotations }) => {
-        const index = annotations[INDEX_ANNOTATION] ?? '';
-        const key = { digest, index, scope: this.scopeOf(source) };
-        if (index === '') return undefined;
-        const known = this.#book.find(key) !== undefined;
-        const row = await this.layer({ key, sources, manifest, reference: '' }, this.#options.stop);
-        image.push(row.id);
-        if (!known) this.#expected.set(row.id, { untilMs: performance.now() + EXPECTED_MS, image });
-        return row;
-      }),
-    );
+  /** Builds the file system of an image of which every layer is lazy. Errors: those of the layers. */
+  async #build(layers: readonly (Promise<LayerRecord> | undefined)[]): Promise<void> {
+    const rows = await Promise.all(layers);
     const lazy = rows.filter((row) => row !== undefined);
     if (lazy.length < rows.length) return;
     await this.#options.prebuild(await Promise.all(lazy.map((row) => this.mountable(row))));
@@ -250,7 +301,7 @@ export class LayerIntake {
 
   /** Keeps a layer of a standalone mount under way, which no snapshot names. */
   expect(row: LayerRecord): void {
-    this.#expected.set(row.id, { untilMs: performance.now() + EXPECTED_MS, image: [] });
+    this.#expected.set(row.id, { untilMs: performance.now() + EXPECTED_MS, image: [], ...NO_PULL });
   }
 
   async #add(index: LayerIndex, indexDigest: Digest, wanted: WantedLayer, trust: LayerTrust): Promise<LayerRecord> {
@@ -338,9 +389,9 @@ export class LayerIntake {
 
   /** Layers kept for a pull or a mount that goes on; `named` are those that snapshots name. Forgets the others. */
   stillExpected(named: ReadonlySet<number>): number[] {
-    for (const [layerId, { untilMs, image }] of this.#expected) {
-      // No Prepare is under way now: a pull that goes on has left a snapshot of one of its layers.
-      const goesOn = image.length === 0 || image.some((id) => named.has(id));
+    for (const [layerId, { untilMs, image, underWay }] of this.#expected) {
+      // No Prepare is under way now: somebody else's pull that goes on has left a snapshot of one of its layers.
+      const goesOn = image.length === 0 || underWay() || image.some((id) => named.has(id));
       if (!goesOn || performance.now() >= untilMs) this.#expected.delete(layerId);
     }
     return [...this.#expected.keys()];
@@ -350,6 +401,10 @@ export class LayerIntake {
   arrived(layerIds: readonly number[]): void {
     for (const layerId of layerIds) this.#expected.delete(layerId);
   }
+}
+
+function imageKey(manifest: Digest, source: LayerSourceName | undefined): string {
+  return `${manifest} ${source?.host}/${source?.repository}`;
 }
 
 /** The promise, or CANCELLED when the signal comes first; the work goes on for whoever asks next. */

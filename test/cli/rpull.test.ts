@@ -20,18 +20,24 @@ import {
   pushLayout,
   type TestImage,
 } from '../support/images.ts';
+import { Product } from '../support/product.ts';
 import { RegistryProcess } from '../support/registry.ts';
 import { TestService } from '../support/snapshots-service.ts';
 
 rpullSuite('rpull with overlayfs, where every layer is ordinary', async () => {
   const containerd = await TestContainerd.start({ extraConfig: ISOLATED });
+  const product = await startProduct();
   const dir = join(containerd.root, 'io.containerd.snapshotter.v1.overlayfs', 'snapshots');
   return {
     containerd,
+    product,
     snapshotter: 'overlayfs',
     lazyAnnotations: {},
     ownSnapshots: () => readdir(dir),
-    stop: () => containerd.stop(),
+    stop: async () => {
+      await containerd.stop();
+      await product.stop();
+    },
   };
 });
 
@@ -39,6 +45,12 @@ rpullSuite('rpull with overlayfs, where every layer is ordinary', async () => {
 const ISOLATED = '[plugins."io.containerd.metadata.v1.bolt"]\ncontent_sharing_policy = "isolated"';
 const PROGRAM = join(import.meta.dirname, '..', '..', 'src', 'dedup-snapshotter.ts');
 const SOME_INDEX = `sha256:${'5'.repeat(64)}`;
+
+async function startProduct(): Promise<Product> {
+  const product = await Product.create();
+  await product.start();
+  return product;
+}
 
 /** Layers with an index annotation are lazy; "mounted" means unpacked from the image's layout. */
 class UnpackingMounter implements ImageMounter {
@@ -73,9 +85,11 @@ rpullSuite('rpull with the snapshots service, where two of three layers are lazy
   const dir = await mkdtemp(join(tmpdir(), 'lazy-'));
   const mounter = new UnpackingMounter(dir);
   const service = await TestService.start({ images: mounter, cleanupDelayMs: 100 });
+  const product = await startProduct();
   const containerd = await TestContainerd.start({ proxies: { dedup: service.address }, extraConfig: ISOLATED });
   return {
     containerd,
+    product,
     snapshotter: 'dedup',
     lazyAnnotations: { [LABEL_INDEX]: SOME_INDEX },
     published: async (image) => {
@@ -86,6 +100,7 @@ rpullSuite('rpull with the snapshots service, where two of three layers are lazy
     restartSnapshotter: () => service.restart(),
     stop: async () => {
       await containerd.stop();
+      await product.stop();
       await service.stop();
       await rm(dir, { recursive: true, force: true });
     },
@@ -95,14 +110,17 @@ rpullSuite('rpull with the snapshots service, where two of three layers are lazy
 describe('rpull', () => {
   let registry: RegistryProcess;
   let containerd: TestContainerd;
+  let product: Product;
   const layouts: string[] = [];
 
   before(async () => {
     registry = await RegistryProcess.start();
+    product = await startProduct();
     containerd = await TestContainerd.start();
   });
   after(async () => {
     await containerd?.stop();
+    await product?.stop();
     await registry?.stop();
     for (const dir of layouts) await rm(dir, { recursive: true });
   });
@@ -115,7 +133,8 @@ describe('rpull', () => {
 
   async function rpull(...args: string[]): Promise<CommandResult> {
     const where = ['--address', containerd.address, '--namespace', containerd.namespace, '--snapshotter', 'overlayfs'];
-    return await run(process.execPath, [PROGRAM, 'rpull', ...where, ...args], { allowFailure: true });
+    const words = [PROGRAM, '--config', product.configFile, 'rpull', ...where, ...args];
+    return await run(process.execPath, words, { allowFailure: true });
   }
 
   async function assertNothingLeft(): Promise<void> {
@@ -255,6 +274,19 @@ describe('rpull', () => {
     for (const [args, expected] of cases) {
       const { code, stderr } = await rpull(...args);
       assert.equal(code, 1, args.join(' '));
+      assert.match(stderr, expected);
+    }
+    // With no dedupd, and with one that is not wanted.
+    for (const [config, expected] of [
+      [{}, /UNAVAILABLE\]\n {2}start the service/],
+      [{ enable_lazy: false }, /lazy loading is off: "enable_lazy" is false.*\n.*own client/],
+      [{ enable_lasy: false }, /enable_lasy/],
+    ] as const) {
+      const idle = await Product.create(config);
+      const words = [PROGRAM, '--config', idle.configFile, 'rpull', 'x'];
+      const { code, stderr } = await run(process.execPath, words, { allowFailure: true });
+      await idle.stop();
+      assert.equal(code, 1);
       assert.match(stderr, expected);
     }
     const empty = await image({ layers: [{ entries: [{ name: 'a', content: 'a' }] }] });

@@ -143,9 +143,11 @@ export function blobReaderSuite(name: string, factory: () => Promise<RepositoryU
       assert.equal(await repository.hasBlob(blob.digest, soon()), true);
     });
 
-    test('the size of a blob can be asked for', async () => {
-      assert.equal(await repository.statBlob(blob.digest, soon()), blob.size);
-      await assert.rejects(repository.statBlob(digestOf('nobody has this'), soon()), withCode('REGISTRY_NOT_FOUND'));
+    test('a blob whose size nobody told is read whole, unless it is too large', async () => {
+      const whole = await collect(repository.readAll(blob, soon()));
+      assert.ok((await repository.readBlob(blob.digest, blob.size, soon())).equals(whole));
+      await assert.rejects(repository.readBlob(blob.digest, blob.size - 1, soon()), withCode('REGISTRY_PROTOCOL'));
+      await assert.rejects(repository.readBlob(digestOf('not here'), 10, soon()), withCode('REGISTRY_NOT_FOUND'));
     });
 
     test('an aborted call is CANCELLED, an expired one DEADLINE', async () => {

@@ -10,11 +10,14 @@ import { setTimeout as sleep } from 'node:timers/promises';
 import { type CommandResult, type TestContainerd, waitFor } from '../support/containerd.ts';
 import { FaultProxy } from '../support/fault-proxy.ts';
 import { busyboxEntries, type LayerSource, makeImage, pushLayout, type TestImage } from '../support/images.ts';
+import type { Product } from '../support/product.ts';
 import { RegistryProcess } from '../support/registry.ts';
 
 /** One containerd with the snapshotter under test. */
 export interface RpullSystem {
   readonly containerd: TestContainerd;
+  /** Its dedupd carries out the pulls; its service need not be the snapshotter. */
+  readonly product: Product;
   readonly snapshotter: string;
   /** Annotations that make a layer lazily loadable; empty when none can be. */
   readonly lazyAnnotations: Readonly<Record<string, string>>;
@@ -52,9 +55,10 @@ function startPull(
   flags: readonly string[] = [],
   namespace = system.containerd.namespace,
 ): Pull {
-  const { containerd, snapshotter } = system;
-  const args = ['rpull', '--address', containerd.address, '--namespace', namespace, '--snapshotter', snapshotter];
-  const child = spawn(process.execPath, [PROGRAM, ...args, ...flags, reference], { stdio: ['ignore', 'pipe', 'pipe'] });
+  const { containerd, product, snapshotter } = system;
+  const where = ['--address', containerd.address, '--namespace', namespace, '--snapshotter', snapshotter];
+  const args = [PROGRAM, '--config', product.configFile, 'rpull', ...where, ...flags, reference];
+  const child = spawn(process.execPath, args, { stdio: ['ignore', 'pipe', 'pipe'] });
   let stdout = '';
   let stderr = '';
   child.stdout.on('data', (data: Buffer) => (stdout += data));
@@ -207,7 +211,15 @@ export function rpullSuite(title: string, start: () => Promise<RpullSystem>): vo
       await assertOwnNothing();
     });
 
-    test('killed at any point it leaves nothing once its lease has run out', async () => {
+    /** A kill in the middle of a transfer must find one. */
+    function stallMiddleLayer(): void {
+      proxy.setRules({
+        path: new RegExp(image.layers[1]?.digest ?? ''),
+        fault: { kind: 'stall', ms: 300, afterBytes: MIDDLE_BYTES / 2 },
+      });
+    }
+
+    test('killed at any point it leaves nothing a moment later: dedupd ends the pull', async () => {
       const points: [name: string, when: RegExp][] = [
         ['manifest', /manifest sha256/],
         ['fetching', /layer 2\/3 \S+: fetching/],
@@ -215,36 +227,67 @@ export function rpullSuite(title: string, start: () => Promise<RpullSystem>): vo
         ['unpacked', /layer 2\/3 \S+: unpacked/],
         ['last', /layer 3\/3/],
       ];
-      // A kill in the middle of a transfer must find one.
-      proxy.setRules({
-        path: new RegExp(image.layers[1]?.digest ?? ''),
-        fault: { kind: 'stall', ms: 300, afterBytes: MIDDLE_BYTES / 2 },
-      });
-      const namespaces: string[] = [];
-      let leftovers = 0;
+      stallMiddleLayer();
+      let cut = 0;
       for (const [name, when] of points) {
         const namespace = `${system.containerd.namespace}-${name}`;
-        const { child, said, ended } = startPull(system, reference, ['--lease-seconds', '2'], namespace);
+        const { child, said, ended } = startPull(system, reference, ['--lease-seconds', '600'], namespace);
         await waitFor(`rpull to say ${when}`, () => when.test(said()) || child.exitCode !== null);
         if (name === 'fetching') await sleep(150);
         child.kill('SIGKILL');
         assert.equal((await ended).code, -1, `${name}: it ended before it was killed`);
-        const left = await system.containerd.inventory(system.snapshotter, namespace);
-        if (left.leases.length > 0) leftovers++;
-        namespaces.push(namespace);
-      }
-      assert.ok(leftovers >= points.length - 1, `only ${leftovers} kills hit a pull under way`);
-      proxy.reset();
-      await sleep(2_100);
-      await system.containerd.gc();
-      for (const namespace of namespaces) {
-        const { images, ...rest } = await system.containerd.inventory(system.snapshotter, namespace);
-        if (images.length === 0) await assertNothingLeft(namespace);
-        // Killed after the record was made: the image is whole, and the lease is gone.
-        else assert.deepEqual({ leases: rest.leases, ingests: rest.ingests }, { leases: [], ingests: [] });
-        for (const name of images) await system.containerd.ctr(['image', 'rm', '--sync', name], { namespace });
+        await waitFor('the pull to have ended', async () => {
+          const { leases } = await system.containerd.inventory(system.snapshotter, namespace);
+          return leases.length === 0;
+        });
+        const { images, ingests } = await system.containerd.inventory(system.snapshotter, namespace);
+        // Killed after the record was made: the image is whole.
+        for (const image of images) await system.containerd.ctr(['image', 'rm', '--sync', image], { namespace });
+        if (images.length === 0) cut++;
+        assert.deepEqual(ingests, []);
         await assertNothingLeft(namespace);
       }
+      assert.ok(cut >= 2, `only ${cut} kills hit a pull under way`);
+      proxy.reset();
+      await assertOwnNothing();
+    });
+
+    test('when dedupd is killed the pull fails, and leaves nothing once its lease has run out', async () => {
+      const points: [name: string, when: RegExp][] = [
+        ['fetching', /layer 2\/3 \S+: fetching/],
+        ['unpacked', /layer 2\/3 \S+: unpacked/],
+      ];
+      stallMiddleLayer();
+      let leftovers = 0;
+      for (const [name, when] of points) {
+        const namespace = `${system.containerd.namespace}-dead-${name}`;
+        const pid = await system.product.daemonPid();
+        const { child, said, ended } = startPull(system, reference, ['--lease-seconds', '2'], namespace);
+        await waitFor(`rpull to say ${when}`, () => when.test(said()) || child.exitCode !== null);
+        process.kill(pid, 'SIGKILL');
+        const { code, stderr } = await ended;
+        const left = await system.containerd.inventory(system.snapshotter, namespace);
+        if (left.leases.length > 0) {
+          leftovers++;
+          assert.equal(code, 1, name);
+          assert.match(stderr, /UNAVAILABLE/);
+        }
+        await waitFor('the lease to run out', async () => {
+          await system.containerd.gc();
+          return (await system.containerd.inventory(system.snapshotter, namespace)).leases.length === 0;
+        });
+        for (const image of (await system.containerd.inventory(system.snapshotter, namespace)).images)
+          await system.containerd.ctr(['image', 'rm', '--sync', image], { namespace });
+        await assertNothingLeft(namespace);
+        await waitFor('a new dedupd', () =>
+          system.product.daemonPid().then(
+            (now) => now !== pid,
+            () => false,
+          ),
+        );
+      }
+      assert.ok(leftovers > 0, 'no kill hit a pull under way');
+      proxy.reset();
       await assertOwnNothing();
     });
 

@@ -152,17 +152,8 @@ export class IndexCatalog {
       throw error;
     });
     if (local !== undefined) return local;
-    const { indexDigest, layerDigest } = wanted;
-    const size = await repository.statBlob(indexDigest, signal);
-    if (size > MAX_INDEX_BYTES) {
-      throw new DedupError(
-        'INDEX_INVALID',
-        `index ${indexDigest} of layer ${layerDigest} has ${size} bytes; at most ${MAX_INDEX_BYTES} are read`,
-      );
-    }
-    const parts: Buffer[] = [];
-    for await (const part of repository.readAll({ digest: indexDigest, size }, signal)) parts.push(part);
-    const blob = Buffer.concat(parts);
+    const { indexDigest } = wanted;
+    const blob = await repository.readBlob(indexDigest, MAX_INDEX_BYTES, signal);
     const index = verifiedIndex(blob, wanted, 'all');
     await writeDurably(this.#paths.layerIndex(indexDigest), blob);
     return index;

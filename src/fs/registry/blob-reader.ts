@@ -38,8 +38,11 @@ export interface Repository extends BlobReader {
   /** Errors: REGISTRY_NOT_FOUND and those of readRange; DIGEST_MISMATCH when asked for by digest. */
   getManifest(tagOrDigest: string, signal: AbortSignal): Promise<ManifestBytes>;
   hasBlob(blob: Digest, signal: AbortSignal): Promise<boolean>;
-  /** Size of a blob in bytes, from its Content-Length. Errors: REGISTRY_NOT_FOUND and those of readRange. */
-  statBlob(blob: Digest, signal: AbortSignal): Promise<number>;
+  /**
+   * A whole blob of at most `maxBytes` whose size nobody has told, in one request; verified. Errors: those of readRange,
+   * DIGEST_MISMATCH, REGISTRY_PROTOCOL when it is larger.
+   */
+  readBlob(digest: Digest, maxBytes: number, signal: AbortSignal): Promise<Buffer>;
   putBlob(digest: Digest, bytes: Uint8Array, signal: AbortSignal): Promise<void>;
   /** Pushes under a tag or digest; true when the registry answered with an `OCI-Subject` header. */
   putManifest(

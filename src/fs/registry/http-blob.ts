@@ -11,7 +11,7 @@ import type { HttpResponse, HttpTransport } from './http-transport.ts';
 import { INDEX_TYPES, MANIFEST_TYPES, mediaTypeOf, type ReferrerDescriptor, referrersIn } from './manifest-json.ts';
 import { serverOf } from './reference.ts';
 import { referrerTag } from './referrer-tag.ts';
-import { checkRange, type StreamingRepository, verified } from './verified-stream.ts';
+import { checkRange, type StreamingRepository, verified, verifiedBlob } from './verified-stream.ts';
 
 /** More than any registry accepts for a manifest (the common limit is 4 MiB). */
 const MAX_MANIFEST_BYTES = 8 * MiB;
@@ -173,16 +173,28 @@ export class HttpRepository implements StreamingRepository {
     return true;
   }
 
-  async statBlob(blob: Digest, signal: AbortSignal): Promise<number> {
-    const doing = `asking for the size of blob ${blob} in ${this.name}`;
-    const response = await this.#send('HEAD', `blobs/${blob}`, 'pull', signal);
+  async readBlob(digest: Digest, maxBytes: number, signal: AbortSignal): Promise<Buffer> {
+    const doing = `reading blob ${digest} from ${this.name}`;
+    const url = await this.#url(`blobs/${digest}`, signal);
+    const headers = { 'accept-encoding': 'identity' };
+    const response = await this.#exchange.send({
+      method: 'GET',
+      url,
+      headers,
+      lane: 'data',
+      scope: this.#scope('pull'),
+      signal,
+    });
     if (response.status !== 200) throw await this.#exchange.failure(response, doing, signal);
-    drop(response);
-    const length = header(response, 'content-length') ?? '';
-    if (!/^\d{1,15}$/.test(length)) {
-      throw new DedupError('REGISTRY_PROTOCOL', `${doing}: the answer has no usable Content-Length`);
+    const length = Number(header(response, 'content-length') ?? '0');
+    if (length > maxBytes) {
+      drop(response);
+      throw new DedupError('REGISTRY_PROTOCOL', `${doing}: it has ${length} bytes; at most ${maxBytes} are read`);
     }
-    return Number(length);
+    const bytes = await this.#exchange.bytes(response, maxBytes, doing, signal);
+    if (bytes.length < length)
+      throw new DedupError('REGISTRY_HTTP', `${doing}: the body ended after ${bytes.length} bytes`);
+    return verifiedBlob(digest, bytes, this.name);
   }
 
   async putBlob(digest: Digest, bytes: Uint8Array, signal: AbortSignal): Promise<void> {

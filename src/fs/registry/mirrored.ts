@@ -85,8 +85,8 @@ export class MirroredRepository implements StreamingRepository {
     return this.#origin.hasBlob(blob, signal);
   }
 
-  statBlob(blob: Digest, signal: AbortSignal): Promise<number> {
-    return this.#firstOf(blob, signal, (repository) => repository.statBlob(blob, signal));
+  readBlob(digest: Digest, maxBytes: number, signal: AbortSignal): Promise<Buffer> {
+    return this.#firstOf(digest, signal, (repository) => repository.readBlob(digest, maxBytes, signal));
   }
 
   putBlob(digest: Digest, bytes: Uint8Array, signal: AbortSignal): Promise<void> {

@@ -11,7 +11,7 @@ import type { BlobId, ManifestBytes } from './blob-reader.ts';
 import { throwIfAborted } from './http-transport.ts';
 import { type Descriptor, mediaTypeOf, parseIndex, type ReferrerDescriptor, referrersIn } from './manifest-json.ts';
 import { referrerTag } from './referrer-tag.ts';
-import { checkRange, type StreamingRepository, verified } from './verified-stream.ts';
+import { checkRange, type StreamingRepository, verified, verifiedBlob } from './verified-stream.ts';
 
 const TAG_ANNOTATION = 'org.opencontainers.image.ref.name';
 const READ_BYTES = 256 * KiB;
@@ -125,9 +125,16 @@ export class OciLayout implements StreamingRepository {
     }
   }
 
-  async statBlob(blob: Digest, signal: AbortSignal): Promise<number> {
-    await using file = await this.#openBlob(blob, signal);
-    return (await file.stat()).size;
+  async readBlob(digest: Digest, maxBytes: number, signal: AbortSignal): Promise<Buffer> {
+    await using file = await this.#openBlob(digest, signal);
+    const { size } = await file.stat();
+    if (size > maxBytes) {
+      throw new DedupError(
+        'REGISTRY_PROTOCOL',
+        `blob ${digest} of ${this.name} has ${size} bytes; at most ${maxBytes} are read`,
+      );
+    }
+    return verifiedBlob(digest, await file.readFile(), this.name);
   }
 
   async putBlob(digest: Digest, bytes: Uint8Array, signal: AbortSignal): Promise<void> {

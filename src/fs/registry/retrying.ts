@@ -124,8 +124,8 @@ export class RetryingRepository implements StreamingRepository {
     return this.#retry('looking for a blob', signal, (bounded) => this.#inner.hasBlob(blob, bounded));
   }
 
-  statBlob(blob: Digest, signal: AbortSignal): Promise<number> {
-    return this.#retry('asking for the size of a blob', signal, (bounded) => this.#inner.statBlob(blob, bounded));
+  readBlob(digest: Digest, maxBytes: number, signal: AbortSignal): Promise<Buffer> {
+    return this.#retry('reading a blob', signal, (bounded) => this.#inner.readBlob(digest, maxBytes, bounded));
   }
 
   putBlob(digest: Digest, bytes: Uint8Array, signal: AbortSignal): Promise<void> {

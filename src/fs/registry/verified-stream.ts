@@ -1,5 +1,6 @@
 // Passes a blob's bytes on while checking their number, and their digest at the end. Every readAll goes through here.
 import { createHash } from 'node:crypto';
+import { type Digest, digestOf } from '../../digest.ts';
 import { DedupError } from '../../errors.ts';
 import type { ByteRange } from '../../units.ts';
 import type { BlobId, Repository } from './blob-reader.ts';
@@ -28,6 +29,13 @@ export async function* verified(blob: BlobId, source: AsyncIterable<Buffer>, fro
   if (actual !== blob.digest) {
     throw new DedupError('DIGEST_MISMATCH', `blob ${blob.digest} from ${from} has the digest ${actual}`);
   }
+}
+
+/** The bytes themselves. Errors: DIGEST_MISMATCH. */
+export function verifiedBlob(digest: Digest, bytes: Buffer, from: string): Buffer {
+  const actual = digestOf(bytes);
+  if (actual === digest) return bytes;
+  throw new DedupError('DIGEST_MISMATCH', `blob ${digest} from ${from} has the digest ${actual}`);
 }
 
 function wrongLength(blob: BlobId, what: string, from: string): DedupError {

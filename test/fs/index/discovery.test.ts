@@ -4,7 +4,7 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { after, describe, test } from 'node:test';
 import { gzipSync } from 'node:zlib';
-import { digestOf } from '../../../src/digest.ts';
+import { type Digest, digestOf } from '../../../src/digest.ts';
 import { DedupError, type ErrorCode } from '../../../src/errors.ts';
 import { IndexCatalog } from '../../../src/fs/index/discovery.ts';
 import {
@@ -13,7 +13,7 @@ import {
   INDEXED_LAYER_ANNOTATION,
 } from '../../../src/fs/index/layer-index.ts';
 import { RestartReader, WindowCache } from '../../../src/fs/index/restart-reader.ts';
-import type { BlobId, BlobReader, Repository } from '../../../src/fs/registry/blob-reader.ts';
+import type { BlobReader, Repository } from '../../../src/fs/registry/blob-reader.ts';
 import { OciLayout } from '../../../src/fs/registry/oci-layout.ts';
 import { RootPaths } from '../../../src/paths.ts';
 import { type ByteRange, MiB } from '../../../src/units.ts';
@@ -40,14 +40,14 @@ async function repository(gate?: Promise<void>): Promise<Repository & { reads: n
   const layout = await OciLayout.open(await mkdtemp(join(top, 'layout-')), { create: true });
   await layout.putBlob(indexDigest, built.indexBlob, signal());
   await layout.putBlob(built.index.restart.digest, built.restartBlob, signal());
-  const readAll = layout.readAll.bind(layout);
+  const readBlob = layout.readBlob.bind(layout);
   const counted = Object.assign(layout, {
     reads: 0,
-    readAll: async function* (blob: BlobId, abort: AbortSignal) {
+    readBlob: async (digest: Digest, maxBytes: number, abort: AbortSignal) => {
       counted.reads++;
       await gate;
       abort.throwIfAborted();
-      yield* readAll(blob, abort);
+      return await readBlob(digest, maxBytes, abort);
     },
   });
   return counted;

@@ -182,7 +182,7 @@ describe('proxies', () => {
       endpoints,
     };
     const pool = new RegistryPool(options);
-    assert.equal(await pool.repository({ host: 'plain.example', path: 'x' }).statBlob(digest, soon()), 7);
+    assert.equal(await pool.repository({ host: 'plain.example', path: 'x' }).hasBlob(digest, soon()), true);
     assert.match(asked.at(-1) ?? '', /^HEAD http:\/\/plain\.example\/v2\/x\/blobs\//);
     const secure = pool.repository({ host: `reg.example:${registry.port}`, path: 'x' });
     assert.equal(await secure.hasBlob(digest, soon()), false);

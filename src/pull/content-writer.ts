@@ -1,9 +1,9 @@
 // The write stream of containerd's content service: brings one blob into an ingest and makes it content. Opened by
-// client.ts, used by pull.ts; checks nothing itself, containerd does when it commits.
+// containerd-client.ts, used by pull.ts; checks nothing itself, containerd does when it commits.
 import type * as grpc from '@grpc/grpc-js';
-import type { Digest } from '../../digest.ts';
-import { DedupError } from '../../errors.ts';
-import type { Labels } from './client.ts';
+import type { Digest } from '../digest.ts';
+import { DedupError } from '../errors.ts';
+import type { Labels } from './containerd-client.ts';
 
 /** Bytes of content in one message; containerd takes 16 MiB. */
 const WRITE_PIECE_BYTES = 1024 * 1024;

@@ -5,8 +5,8 @@
 // that holds the same things. A puller that is killed renews nothing: a moment later its last lease is void, and the
 // next collection takes the lease and all it held.
 import { randomBytes } from 'node:crypto';
-import { DedupError, wrapError } from '../../errors.ts';
-import type { ContainerdClient, LeaseResource } from './client.ts';
+import { DedupError, wrapError } from '../errors.ts';
+import type { ContainerdClient, LeaseResource } from './containerd-client.ts';
 
 export interface PullLeaseOptions {
   /** How long one lease is valid; a third of it passes between two. */

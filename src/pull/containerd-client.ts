@@ -1,9 +1,9 @@
 // containerd's own API over its unix socket: content, images, leases, snapshots and diff, as typed calls of one
-// namespace. Called by the CLI verbs that put images into containerd; knows nothing of registries or of pulling.
+// namespace. Called by pull.ts; knows nothing of registries or of pulling.
 import * as grpc from '@grpc/grpc-js';
-import { type Digest, parseDigest } from '../../digest.ts';
-import { DedupError, type ErrorCode, GrpcStatus } from '../../errors.ts';
-import { loadProto } from '../../protocol.ts';
+import { type Digest, parseDigest } from '../digest.ts';
+import { DedupError, type ErrorCode, GrpcStatus } from '../errors.ts';
+import { loadProto } from '../protocol.ts';
 import { ContentWriter, type WriteResponse } from './content-writer.ts';
 
 export type Labels = Readonly<Record<string, string>>;

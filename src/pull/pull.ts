@@ -1,10 +1,14 @@
 // Puts an image into containerd without fetching what the snapshotter can load lazily: manifest and configuration go to
 // the content store, each layer is offered to the snapshotter, and only what it declines is fetched and unpacked.
-// Called by the rpull verb. Whatever happens, nothing is left behind but a whole image.
+// Called by image-puller.ts. Whatever happens, nothing is left behind but a whole image.
+//
+// Time goes into round trips, to the registry most of all, so whatever does not need an answer is not made to wait for
+// it: each step below says by its arguments what it needs. What is certain at every moment is that a thing is held by the
+// lease before it is made or relied upon, and that the image record comes when everything else is there.
 import { randomBytes } from 'node:crypto';
-import type { Digest } from '../../digest.ts';
-import { DedupError, wrapError } from '../../errors.ts';
-import type { ManifestBytes, Repository } from '../../fs/registry/blob-reader.ts';
+import type { Digest } from '../digest.ts';
+import { DedupError, wrapError } from '../errors.ts';
+import type { ManifestBytes, Repository } from '../fs/registry/blob-reader.ts';
 import {
   chooseManifest,
   type ImageLayer,
@@ -12,16 +16,16 @@ import {
   MAX_JSON_BYTES,
   type Platform,
   parseManifest,
-} from '../../fs/registry/image-manifest.ts';
-import { INDEX_TYPES, MANIFEST_TYPES } from '../../fs/registry/manifest-json.ts';
-import { formatReference, type ImageReference, tagOrDigest } from '../../fs/registry/reference.ts';
+} from '../fs/registry/image-manifest.ts';
+import { INDEX_TYPES, MANIFEST_TYPES } from '../fs/registry/manifest-json.ts';
+import { formatReference, type ImageReference, tagOrDigest } from '../fs/registry/reference.ts';
 import {
   LABEL_IMAGE_LAYERS,
   LABEL_IMAGE_REF,
   LABEL_LAYER_DIGEST,
   LABEL_MANIFEST_DIGEST,
   LABEL_SNAPSHOT_REF,
-} from '../../snapshotter/labels.ts';
+} from '../snapshotter/labels.ts';
 import {
   type ContainerdClient,
   type Descriptor,
@@ -29,7 +33,7 @@ import {
   type Labels,
   type LeaseResource,
   type Mount,
-} from './client.ts';
+} from './containerd-client.ts';
 import { PullLease } from './pull-lease.ts';
 
 /** How a layer came to be there. */
@@ -46,6 +50,12 @@ export type PullEvent =
   | { readonly kind: 'unpacking'; readonly layer: number }
   | { readonly kind: 'layer'; readonly layer: number; readonly outcome: LayerOutcome };
 
+/** A layer as the manifest lists it. */
+export interface ManifestLayer {
+  readonly digest: Digest;
+  readonly annotations: Labels;
+}
+
 export interface PullOptions {
   readonly client: ContainerdClient;
   readonly repository: Repository;
@@ -54,6 +64,15 @@ export interface PullOptions {
   readonly platform: Platform;
   readonly signal: AbortSignal;
   readonly onEvent?: (event: PullEvent) => void;
+  /**
+   * Asked to make the layers that the manifest lists ready to be offered, as early as possible; not for an image that
+   * containerd has. Answers for each layer with a promise, which never rejects, of whether the snapshotter is expected to
+   * take it; or nothing.
+   */
+  readonly makeReady?: (
+    manifest: Digest,
+    layers: readonly ManifestLayer[],
+  ) => readonly (Promise<boolean> | undefined)[];
   /** How long things outlive a killed pull at most. Default 30 s. */
   readonly leaseLifetimeMs?: number;
 }
@@ -81,19 +100,32 @@ const PREPARE_ATTEMPTS = 3;
  * stood still for so long that its lease ran out.
  */
 export async function pullImage(options: PullOptions): Promise<PullResult> {
-  const lost = new AbortController();
-  const lease = await PullLease.start(options.client, {
-    lifetimeMs: options.leaseLifetimeMs ?? DEFAULT_LEASE_LIFETIME_MS,
-    onLost: (error) => lost.abort(error),
-  });
+  const ended = new AbortController();
+  const signal = AbortSignal.any([options.signal, ended.signal]);
+  const root = options.repository.getManifest(tagOrDigest(options.reference), signal);
+  root.catch(() => undefined); // asked for while the lease is made; whoever needs it sees its error
+  let lease: PullLease;
+  try {
+    lease = await PullLease.start(options.client, {
+      lifetimeMs: options.leaseLifetimeMs ?? DEFAULT_LEASE_LIFETIME_MS,
+      onLost: (error) => ended.abort(error),
+    });
+  } catch (error) {
+    ended.abort(error);
+    throw error;
+  }
+  const pull = new Pull({ ...options, signal }, lease);
   let result: PullResult;
   try {
-    const signal = AbortSignal.any([options.signal, lost.signal]);
-    result = await new Pull({ ...options, signal }, lease).run();
+    result = await pull.run(root);
   } catch (error) {
+    const lost = ended.signal.aborted;
+    ended.abort(error);
+    // What is still being written would be made after everything else was collected.
+    await pull.settled();
     // With a collection at once: a failed pull leaves nothing. When even that fails, the lease runs out by itself.
     await lease.end(true).catch(() => undefined);
-    throw lost.signal.aborted ? lost.signal.reason : error;
+    throw lost ? ended.signal.reason : error;
   }
   // The image is whole and recorded; a lease that cannot be deleted now runs out by itself.
   await lease.end(false).catch(() => undefined);
@@ -105,6 +137,7 @@ class Pull {
   readonly #client: ContainerdClient;
   readonly #lease: PullLease;
   readonly #name: string;
+  readonly #underWay: Promise<unknown>[] = [];
 
   constructor(options: PullOptions, lease: PullLease) {
     this.#options = options;
@@ -113,15 +146,22 @@ class Pull {
     this.#name = formatReference(options.reference);
   }
 
-  async run(): Promise<PullResult> {
-    const { repository, reference, platform, signal } = this.#options;
-    const root = await repository.getManifest(tagOrDigest(reference), signal);
+  /** Resolves when nothing that run() began is under way. */
+  async settled(): Promise<void> {
+    await Promise.allSettled(this.#underWay);
+  }
+
+  async run(resolving: Promise<ManifestBytes>): Promise<PullResult> {
+    const { repository, platform, signal } = this.#options;
+    const recorded = this.#client.getImage(this.#name, { signal });
+    this.#begin(recorded);
+    const root = await resolving;
     let manifest = root;
     if (INDEX_TYPES.has(root.mediaType)) {
       const { descriptor, position } = chooseManifest(root.bytes, platform, this.#name);
+      // The reference may stand before the manifest: the collector passes over what is not there.
+      this.#begin(this.#store(root, { [`containerd.io/gc.ref.content.m.${position}`]: descriptor.digest }));
       manifest = await repository.getManifest(descriptor.digest, signal);
-      // Only what is here is referred to, though the collector would ignore a reference to what is not.
-      await this.#store(root, { [`containerd.io/gc.ref.content.m.${position}`]: manifest.digest });
     }
     if (!MANIFEST_TYPES.has(manifest.mediaType)) {
       throw new DedupError(
@@ -133,17 +173,17 @@ class Pull {
       );
     }
     const parsed = parseManifest(manifest.bytes, this.#name);
-    await this.#store(manifest, { 'containerd.io/gc.ref.content.config': parsed.config.digest });
-    const config = await this.#storeConfig(parsed.config);
-    const layers = imageLayers(config, parsed.layers, platform, this.#name);
+    const makeReady = () => this.#options.makeReady?.(manifest.digest, parsed.layers) ?? [];
+    const isKnown = (await recorded)?.digest === root.digest;
+    const ready = isKnown ? undefined : makeReady();
+    this.#begin(this.#store(manifest, { 'containerd.io/gc.ref.content.config': parsed.config.digest }));
+    const layers = await this.#storeConfig(parsed.config, (config) =>
+      imageLayers(config, parsed.layers, platform, this.#name),
+    );
     this.#emit({ kind: 'resolved', name: this.#name, manifest: manifest.digest, layers });
 
-    const outcomes = await this.#layers(layers, manifest.digest);
-    const top = layers.at(-1);
-    if (top !== undefined) {
-      const label = { [`containerd.io/gc.ref.snapshot.${this.#options.snapshotter}`]: top.chainId };
-      await this.#client.setContentLabels(parsed.config.digest, label, this.#scope());
-    }
+    const outcomes = await this.#layers(layers, manifest.digest, () => ready ?? makeReady());
+    await Promise.all(this.#underWay);
     // Everything is there and held. Only now may it have a name.
     const target = { mediaType: root.mediaType, digest: root.digest, size: root.bytes.length };
     await this.#client.putImage({ name: this.#name, labels: {}, target }, this.#scope());
@@ -153,6 +193,12 @@ class Pull {
       manifest: manifest.digest,
       layers: layers.map(({ digest, size }, position) => ({ digest, size, outcome: outcomes[position] ?? 'present' })),
     };
+  }
+
+  /** Lets a step go on beside the others. Its failure is told before the image gets its name. */
+  #begin(step: Promise<unknown>): void {
+    step.catch(() => undefined); // run() looks at it at its end; until then others may fail first
+    this.#underWay.push(step);
   }
 
   #emit(event: PullEvent): void {
@@ -169,28 +215,62 @@ class Pull {
 
   // --- content ---------------------------------------------------------------------------------------------------
 
-  async #storeConfig(config: Descriptor): Promise<Buffer> {
+  /** Answers with the layers as soon as the configuration's bytes are here; storing it goes on beside what follows. */
+  async #storeConfig(config: Descriptor, parse: (bytes: Buffer) => ImageLayer[]): Promise<ImageLayer[]> {
     if (config.size > MAX_JSON_BYTES) {
       throw new DedupError('REGISTRY_PROTOCOL', `the configuration of ${this.#name} has ${config.size} bytes`);
     }
-    await this.#write(config, {}, () => this.#options.repository.readAll(config, this.#options.signal));
-    return await this.#client.readContent(config.digest, MAX_JSON_BYTES, this.#scope());
+    const { repository, signal, snapshotter } = this.#options;
+    const { promise, resolve, reject } = Promise.withResolvers<ImageLayer[]>();
+    let labels: Labels | undefined;
+    const learn = (bytes: Buffer): void => {
+      const layers = parse(bytes);
+      const top = layers.at(-1);
+      // It may stand before the snapshot, as above.
+      labels = top === undefined ? {} : { [`containerd.io/gc.ref.snapshot.${snapshotter}`]: top.chainId };
+      resolve(layers);
+    };
+    const store = async (): Promise<void> => {
+      await this.#write(
+        config,
+        () => labels ?? {},
+        async function* () {
+          const parts: Buffer[] = [];
+          for await (const part of repository.readAll(config, signal)) parts.push(part);
+          const bytes = Buffer.concat(parts);
+          learn(bytes);
+          yield bytes;
+        },
+      );
+      if (labels !== undefined) return;
+      // It was there already, here or in another namespace.
+      learn(await this.#client.readContent(config.digest, MAX_JSON_BYTES, this.#scope()));
+      await this.#client.setContentLabels(config.digest, labels ?? {}, this.#scope());
+    };
+    const storing = store();
+    this.#begin(storing);
+    storing.catch(reject);
+    return await promise;
   }
 
   /** Puts a manifest or index into the content store. */
   async #store({ digest, bytes }: ManifestBytes, labels: Labels): Promise<void> {
-    await this.#write({ digest, size: bytes.length }, labels, async function* () {
-      yield bytes;
-    });
+    await this.#write(
+      { digest, size: bytes.length },
+      () => labels,
+      async function* () {
+        yield bytes;
+      },
+    );
   }
 
   /**
-   * Puts a blob of any size into the content store, with these labels and its source; asks for its bytes only when the
-   * namespace lacks it. When this returns, the blob is there and held.
+   * Puts a blob of any size into the content store, with its source and the labels wanted once its bytes are here; asks
+   * for its bytes only when the node lacks it. When this returns, the blob is there and held.
    */
   async #write(
     blob: { digest: Digest; size: number },
-    labels: Labels,
+    labels: () => Labels,
     bytes: () => AsyncIterable<Buffer>,
   ): Promise<void> {
     const content: LeaseResource = { id: blob.digest, type: 'content' };
@@ -198,7 +278,7 @@ class Pull {
     const ingest: LeaseResource = { id: ref, type: 'ingests' };
     await this.#lease.expect(content, ingest);
     try {
-      await this.#ingest(ref, blob, { ...labels, ...this.#sourceLabel('') }, bytes);
+      await this.#ingest(ref, blob, () => ({ ...labels(), ...this.#sourceLabel('') }), bytes);
     } catch (error) {
       if (!hasCode(error, 'ALREADY_EXISTS')) {
         await this.#client.abortIngest(ref).catch(() => undefined); // the lease takes care of what stays
@@ -209,7 +289,7 @@ class Pull {
       const known = (await this.#client.contentInfo(blob.digest, this.#scope()))?.labels ?? {};
       await this.#client.setContentLabels(
         blob.digest,
-        { ...labels, ...this.#sourceLabel(known[this.#sourceName] ?? '') },
+        { ...labels(), ...this.#sourceLabel(known[this.#sourceName] ?? '') },
         this.#scope(),
       );
     } finally {
@@ -221,7 +301,7 @@ class Pull {
   async #ingest(
     ref: string,
     blob: { digest: Digest; size: number },
-    labels: Labels,
+    labels: () => Labels,
     bytes: () => AsyncIterable<Buffer>,
   ): Promise<void> {
     const lease = this.#lease.current;
@@ -233,7 +313,7 @@ class Pull {
         await writer.close();
         writer = await this.#client.openWriter(ref, blob, this.#scope());
       }
-      await writer.commit(blob, labels);
+      await writer.commit(blob, labels());
     } catch (error) {
       writer.cancel();
       throw error;
@@ -254,9 +334,22 @@ class Pull {
 
   // --- layers ----------------------------------------------------------------------------------------------------
 
-  async #layers(layers: readonly ImageLayer[], manifest: Digest): Promise<LayerOutcome[]> {
+  /** `makeReady`: per layer, when it can be offered, where somebody makes it ready. */
+  async #layers(
+    layers: readonly ImageLayer[],
+    manifest: Digest,
+    makeReady: () => readonly (Promise<boolean> | undefined)[],
+  ): Promise<LayerOutcome[]> {
     const outcomes: LayerOutcome[] = layers.map(() => 'present');
     let next = await this.#firstMissing(layers);
+    const ready = next < layers.length ? makeReady() : [];
+    // Held before they exist: the lease need not be touched between one layer and the next.
+    const held = layers.map((layer, position) => {
+      if (position < next || ready[position] === undefined) return undefined;
+      const hold = this.#lease.hold(this.#snapshot(layer.chainId));
+      this.#begin(hold);
+      return Promise.all([hold, ready[position]]);
+    });
     for (let position = 0; position < next; position++)
       this.#emit({ kind: 'layer', layer: position, outcome: 'present' });
     for (; next < layers.length; next++) {
@@ -264,8 +357,10 @@ class Pull {
       const below = layers[next - 1];
       const doing = `layer ${next + 1} of ${layers.length} (${layer.digest})`;
       try {
-        await this.#lease.expect(this.#snapshot(layer.chainId));
-        outcomes[next] = await this.#layer(layers, next, manifest);
+        const readied = held[next];
+        if (readied === undefined) await this.#lease.expect(this.#snapshot(layer.chainId));
+        else await abandonOn(this.#options.signal, readied);
+        outcomes[next] = await this.#layer(layers, next, manifest, readied !== undefined);
       } catch (error) {
         throw wrapError(error, doing);
       }
@@ -278,19 +373,26 @@ class Pull {
 
   /** How many layers from the bottom are there already. A snapshot cannot be without those below it. */
   async #firstMissing(layers: readonly ImageLayer[]): Promise<number> {
-    for (let count = layers.length; count > 0; count--) {
-      const key = (layers[count - 1] as ImageLayer).chainId;
-      const isThere = () => this.#client.hasSnapshot(this.#options.snapshotter, key, this.#scope());
-      if (!(await isThere())) continue;
+    const { snapshotter } = this.#options;
+    const isThere = ({ chainId }: ImageLayer) => this.#client.hasSnapshot(snapshotter, chainId, this.#scope());
+    const there = await Promise.all(layers.map(isThere));
+    for (let count = there.lastIndexOf(true) + 1; count > 0; count--) {
+      const layer = layers[count - 1] as ImageLayer;
       // A collection may have come between; once held it stays, if it is still there.
-      await this.#lease.hold(this.#snapshot(key));
-      if (await isThere()) return count;
-      this.#lease.forget(this.#snapshot(key));
+      await this.#lease.hold(this.#snapshot(layer.chainId));
+      if (await isThere(layer)) return count;
+      this.#lease.forget(this.#snapshot(layer.chainId));
     }
     return 0;
   }
 
-  async #layer(layers: readonly ImageLayer[], position: number, manifest: Digest): Promise<LayerOutcome> {
+  /** `held`: the lease holds the layer's snapshot whoever makes it. */
+  async #layer(
+    layers: readonly ImageLayer[],
+    position: number,
+    manifest: Digest,
+    held: boolean,
+  ): Promise<LayerOutcome> {
     const { snapshotter } = this.#options;
     const layer = layers[position] as ImageLayer;
     const parent = layers[position - 1]?.chainId ?? '';
@@ -309,7 +411,7 @@ class Pull {
           throw error;
         }
         // Another pull may have made it, and containerd does not say: held first, then looked for.
-        await this.#lease.hold(this.#snapshot(layer.chainId));
+        if (!held) await this.#lease.hold(this.#snapshot(layer.chainId));
         if (await this.#client.hasSnapshot(snapshotter, layer.chainId, this.#scope())) return 'lazy';
         // containerd itself tries again here: the snapshot was removed between the two calls, or the key was taken.
         if (attempt === PREPARE_ATTEMPTS) throw error;
@@ -329,14 +431,18 @@ class Pull {
   ): Promise<void> {
     const { repository, snapshotter, signal } = this.#options;
     const emit = (bytes: number) => this.#emit({ kind: 'fetching', layer: position, bytes, totalBytes: layer.size });
-    await this.#write(layer, {}, async function* () {
-      let bytes = 0;
-      emit(bytes);
-      for await (const part of repository.readAll(layer, signal)) {
-        yield part;
-        emit((bytes += part.length));
-      }
-    });
+    await this.#write(
+      layer,
+      () => ({}),
+      async function* () {
+        let bytes = 0;
+        emit(bytes);
+        for await (const part of repository.readAll(layer, signal)) {
+          yield part;
+          emit((bytes += part.length));
+        }
+      },
+    );
     this.#emit({ kind: 'unpacking', layer: position });
     const { mediaType, digest, size } = layer;
     const diffId = await this.#client.applyDiff({ mediaType, digest, size }, mounts, { signal });
@@ -382,4 +488,17 @@ class Pull {
 
 function fitsLabel(name: string, value: string): boolean {
   return Buffer.byteLength(name) + Buffer.byteLength(value) <= MAX_LABEL_BYTES;
+}
+
+/** The promise; or, when it comes first, the reason of the signal. */
+async function abandonOn<T>(signal: AbortSignal, work: Promise<T>): Promise<T> {
+  signal.throwIfAborted();
+  const { promise, reject } = Promise.withResolvers<never>();
+  const stop = (): void => reject(signal.reason);
+  signal.addEventListener('abort', stop, { once: true });
+  try {
+    return await Promise.race([work, promise]);
+  } finally {
+    signal.removeEventListener('abort', stop);
+  }
 }
