@@ -1,6 +1,7 @@
 // The private world of `make bench`: an emulated link with a registry at its far end and a containerd with the product,
 // and any peer, at its near end. Everything is this process's own and ends with it.
 import { type ChildProcess, spawn } from 'node:child_process';
+import { randomBytes } from 'node:crypto';
 import { existsSync, readFileSync } from 'node:fs';
 import { mkdtemp, readdir, readFile, rm } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
@@ -19,7 +20,9 @@ import type { Meter } from '../../src/bench/meter.ts';
 import { execute } from '../../src/bench/node-commands.ts';
 import type { BenchImage, BenchLink } from '../../src/bench/result.ts';
 import { RootPaths } from '../../src/paths.ts';
+import { MiB } from '../../src/units.ts';
 import { socketAnswers, TestContainerd, waitFor } from '../support/containerd.ts';
+import { makeImage } from '../support/images.ts';
 import { Link, type LinkProfile } from '../support/link/link.ts';
 import { PROGRAM, Product } from '../support/product.ts';
 import { RegistryProcess } from '../support/registry.ts';
@@ -47,6 +50,7 @@ export interface WorldImage {
 }
 
 const PUSH_TIMEOUT_MS = 1_800_000;
+const PROBE_BYTES = 64 * MiB;
 const LIFETIME_SECONDS = 7 * 86_400;
 
 export class World implements Meter {
@@ -58,7 +62,8 @@ export class World implements Meter {
   readonly #dir: string;
   readonly #caFile: string | undefined;
   readonly #parts: AsyncDisposableStack;
-  #largest: { readonly path: string; readonly bytes: number } = { path: '', bytes: 0 };
+  /** A blob to measure the link with. */
+  #probeBlob = '';
 
   private constructor(
     parts: AsyncDisposableStack,
@@ -139,7 +144,15 @@ export class World implements Meter {
         30_000,
       );
     }
-    return new World(parts.move(), dir, certificates?.caFile, { link, registry, product, containerd }, options.peers);
+    const own = { link, registry, product, containerd };
+    const world = new World(parts.move(), dir, certificates?.caFile, own, options.peers);
+    try {
+      await world.#pushProbe();
+    } catch (error) {
+      await world.stop();
+      throw error;
+    }
+    return world;
   }
 
   get indexDirectory(): string {
@@ -151,17 +164,10 @@ export class World implements Meter {
     const repository = tag.replace(/[^a-z0-9-]/g, '-');
     const plain = `${this.registry.host}/${repository}:plain`;
     const lazy = `${this.registry.host}/${repository}:lazy`;
-    const copy = ['skopeo', '--insecure-policy', 'copy', '--quiet', '--preserve-digests', '--dest-tls-verify=false'];
-    await execute([...this.link.far, ...copy, `oci:${dir}:${tag}`, `docker://${plain}`], {
-      timeoutMs: PUSH_TIMEOUT_MS,
-    });
+    await this.#copy(dir, tag, plain);
     const index = [PROGRAM, '--config', this.product.configFile, 'index', plain, '--annotate', lazy];
     await execute([...this.link.far, ...index], { timeoutMs: PUSH_TIMEOUT_MS });
     const { config, layers } = await manifestOf(dir, tag);
-    const largest = [...layers].sort((a, b) => b.size - a.size)[0];
-    if (largest !== undefined && largest.size > this.#largest.bytes) {
-      this.#largest = { path: `/v2/${repository}/blobs/${largest.digest}`, bytes: largest.size };
-    }
     const digests = layers.map(({ digest }) => digest);
     return {
       layers: digests,
@@ -174,6 +180,21 @@ export class World implements Meter {
         prepare: async () => await this.#warmRegistry(repository),
       },
     };
+  }
+
+  async #copy(dir: string, tag: string, reference: string): Promise<void> {
+    const copy = ['skopeo', '--insecure-policy', 'copy', '--quiet', '--preserve-digests', '--dest-tls-verify=false'];
+    const places = [`oci:${dir}:${tag}`, `docker://${reference}`];
+    await execute([...this.link.far, ...copy, ...places], { timeoutMs: PUSH_TIMEOUT_MS });
+  }
+
+  /** Random bytes at the registry, to measure the link with. */
+  async #pushProbe(): Promise<void> {
+    const dir = join(this.#dir, 'probe');
+    const entries = [{ name: 'random', content: randomBytes(PROBE_BYTES) }];
+    const { layers } = await makeImage({ layers: [{ entries, compression: 'none' }], into: dir, tag: 'probe' });
+    await this.#copy(dir, 'probe', `${this.registry.host}/probe:probe`);
+    this.#probeBlob = layers[0]?.digest ?? '';
   }
 
   /** The registry stands for another machine: its page cache is not the node's. */
@@ -207,9 +228,9 @@ export class World implements Meter {
       },
       bytesPerSecond: async () => {
         const scheme = this.#caFile === undefined ? 'http' : 'https';
-        const url = `${scheme}://${this.registry.host}${this.#largest.path}`;
+        const url = `${scheme}://${this.registry.host}/v2/probe/blobs/${this.#probeBlob}`;
         // About two seconds.
-        const bytes = Math.min(this.#largest.bytes, Math.max(8e6, (this.link.profile.bitsPerSecond / 8) * 2));
+        const bytes = Math.min(PROBE_BYTES, Math.max(8e6, (this.link.profile.bitsPerSecond / 8) * 2));
         const probe = [process.execPath, join(import.meta.dirname, 'link-probe.ts'), url, String(Math.floor(bytes))];
         const trust = this.#caFile === undefined ? [] : ['env', `NODE_EXTRA_CA_CERTS=${this.#caFile}`];
         return Number(await execute([...near, ...trust, ...probe]));
