@@ -55,8 +55,8 @@ docs: $(DEPENDENCIES) ## regenerate the generated parts of docs/
 demo: setup build ## start two real images cold, plain and lazily, and compare (needs root)
 	@$(NODE) scripts/demo/demo.ts
 
-bench: setup build ## measurements behind the figures in docs/measurements.md (needs root)
-	@$(NODE) test/bench/figures.ts
+bench: setup build ## cold starts on emulated links beside overlayfs; ARGS="--help" says what can be chosen (needs root)
+	@$(NODE) test/bench/standard.ts $(ARGS)
 
 install: build ## install program, default configuration and systemd units (needs root)
 	@scripts/install.sh

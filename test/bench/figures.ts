@@ -1,6 +1,6 @@
-// The figures of docs/measurements.md: cold starts in interleaved pairs, everything read, bytes on the wire, memory, and
-// what many rounds leave behind. Real registry, containerd and runc on unthrottled loopback. Run by `make bench`.
-//   node test/bench/figures.ts [--pairs 10] [--rounds 50] [start|all|memory…]
+// Figures of docs/measurements.md beside cold starts (standard.ts): everything read, bytes on the wire, memory, and what
+// many rounds leave behind. Real registry, containerd and runc on unthrottled loopback.
+//   node test/bench/figures.ts [--pairs 10] [--rounds 50] [all|wire|memory…]
 import { readdirSync, readFileSync } from 'node:fs';
 import { parseArgs } from 'node:util';
 import { coldStart, dropCaches, forgetImage, type Way } from '../support/cold-start.ts';
@@ -64,29 +64,6 @@ try {
   containerd = await TestContainerd.start({ proxies: { dedup: product.address }, lifetimeSeconds: 7200 });
   const setup = { containerd, registry, product };
   const reference = (tag: string, way: Way): string => `${registry.host}/${tag}:${way === 'dedup' ? 'lazy' : 'plain'}`;
-
-  if (wanted('start')) {
-    say(`\n## Cold start, ${PAIRS} interleaved pairs, median (quartiles)\n`);
-    say('| image | snapshotter | pull | create | first output | total | on the wire | requests |');
-    say('| --- | --- | --- | --- | --- | --- | --- | --- |');
-    for (const { spec, command } of IMAGES) {
-      const results = { overlayfs: [], dedup: [] } as Record<Way, Awaited<ReturnType<typeof coldStart>>[]>;
-      for (let pair = 0; pair < PAIRS; pair++) {
-        for (const way of pair % 2 === 0 ? (['overlayfs', 'dedup'] as const) : (['dedup', 'overlayfs'] as const)) {
-          results[way].push(await coldStart(setup, way, reference(spec.tag, way), command));
-          await forgetImage(containerd, reference(spec.tag, way));
-        }
-      }
-      for (const way of ['overlayfs', 'dedup'] as const) {
-        const of = results[way];
-        const last = of.at(-1)!;
-        say(
-          `| ${spec.tag} | ${way} | ${spread(of.map((r) => r.pullMs))} | ${spread(of.map((r) => r.createMs))} | ` +
-            `${spread(of.map((r) => r.firstOutputMs))} | ${spread(of.map((r) => r.totalMs))} | ${MB(last.wireBytes)} | ${last.requests} |`,
-        );
-      }
-    }
-  }
 
   if (wanted('all')) {
     say(`\n## Everything read, cold: pull with overlayfs against rpull + reading every file (${PAIRS} pairs)\n`);
