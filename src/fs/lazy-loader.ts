@@ -4,8 +4,8 @@ import { LRUCache } from 'lru-cache';
 import { DedupError, errorCode, wrapError } from '../errors.ts';
 import type { Logger } from '../log.ts';
 import { BLOCK_BYTES, type ByteRange, MiB } from '../units.ts';
+import { FetchAhead, Priority } from './fetch-ahead.ts';
 import { LayerMap, type LayerProvider, nameOf, type PieceRef } from './loadable-layer.ts';
-import { Readahead } from './readahead.ts';
 import { copyTar } from './span-edges.ts';
 import { DEFAULT_FETCH_LIMITS, type FetchLimits, type FetchStats, SpanFetcher } from './span-fetcher.ts';
 import { type LoaderNative, type LoaderStore, type RunOutput, toStore } from './span-storer.ts';
@@ -18,7 +18,7 @@ export interface ReadableStore extends LoaderStore {
   read(target: Buffer, at: number, length: number, address: number): Promise<void>;
 }
 
-export const Priority = { onDemand: 100, prefetch: 10, background: 0 } as const;
+export { Priority };
 
 export interface LazyLoaderOptions {
   readonly store: ReadableStore;
@@ -32,6 +32,8 @@ export interface LazyLoaderOptions {
   readonly failureMs?: number;
   /** Memory for opened layers, bytes. */
   readonly layerBytes?: number;
+  /** Whether spans that may be wanted next are fetched on a guess. Default: only those ahead of a sequential reader. */
+  readonly guess?: boolean;
 }
 
 export interface ReadOptions {
@@ -74,7 +76,7 @@ export class LazyLoader {
   readonly #opening = new Map<number, Promise<LayerMap>>();
   readonly #pieces = new Map<number, Promise<PieceBytes>>();
   readonly #failed: LRUCache<number, DedupError>;
-  readonly #readahead = new Readahead();
+  readonly #ahead: FetchAhead;
   readonly #abort = new AbortController();
   #reads = 0;
   #misses = 0;
@@ -93,6 +95,12 @@ export class LazyLoader {
       { ...DEFAULT_FETCH_LIMITS, ...options.limits },
       options.log,
     );
+    this.#ahead = new FetchAhead({
+      fetcher: this.#fetcher,
+      isPresent: (address, length) => options.store.isPresent(address, length),
+      guess: options.guess === true,
+      log: options.log,
+    });
     const layerBytes = options.layerBytes ?? 32 * MiB;
     // A layer larger than the limit is kept too, alone.
     this.#maps = new LRUCache({ maxSize: layerBytes, sizeCalculation: (map) => Math.min(map.bytes, layerBytes) });
@@ -170,7 +178,7 @@ export class LazyLoader {
   forget(layerIds: readonly number[]): void {
     for (const layerId of layerIds) {
       this.#maps.delete(layerId);
-      this.#readahead.forget(layerId);
+      this.#ahead.forget(layerId);
     }
     this.#fetcher.forget(layerIds);
   }
@@ -377,37 +385,9 @@ export class LazyLoader {
         if (!this.#kept(map, span, from, to)) wanted.add(span);
       }
     }
-    if (priority === Priority.onDemand) this.#readAhead(map, spansOf(ref));
-    return Promise.all([...wanted].map((span) => this.#fetcher.fetch(map, span, priority)));
-  }
-
-  /** Starts fetching what a sequential reader will want next, behind everything that is waited for. */
-  #readAhead(map: LayerMap, spans: ReadonlySet<number>): void {
-    if (spans.size === 0) return; // A piece of zeros within a sparse chunk needs nothing of the layer.
-    const { from, count } = this.#readahead.onMiss(map.layerId, Math.min(...spans), Math.max(...spans), map.spanCount);
-    if (count === 0) return;
-    // Whole pieces: half of one would be thrown away again.
-    let end = map.spanEnd(from + count - 1);
-    for (const { ref, tarOffset } of map.ordinaryPieces(end - 1, end)) end = Math.max(end, tarOffset + ref.length);
-    const last = map.spanAt(end - 1);
-    this.#readahead.extend(map.layerId, last + 1);
-    for (let span = from; span <= last; span++) {
-      if (this.#isHere(map, span)) continue;
-      this.#fetcher.fetch(map, span, Priority.prefetch).catch((error: unknown) => {
-        // Nobody waits for it; a read that does will ask again and be told.
-        this.#log.debug({ err: error, layer: map.blob.digest, span }, 'reading ahead failed');
-      });
-    }
-  }
-
-  /** True when every ordinary piece that lies whole in a span is present. */
-  #isHere(map: LayerMap, span: number): boolean {
-    const [start, end] = [map.spanStart(span), map.spanEnd(span)];
-    if (map.hasSparse(start, end)) return false;
-    for (const { ref } of map.ordinaryPieces(start, end)) {
-      if (ref.address > 0 && !this.#store.isPresent(ref.address, ref.length)) return false;
-    }
-    return true;
+    const fetches = [...wanted].map((span) => this.#fetcher.fetch(map, span, priority));
+    if (priority === Priority.onDemand) this.#ahead.onMiss(map, spansOf(ref));
+    return Promise.all(fetches);
   }
 
   #kept(map: LayerMap, span: number, from: number, to: number): boolean {
@@ -496,6 +476,7 @@ export class LazyLoader {
   /** Every read that waits fails with CLOSED; nothing is fetched any more. Idempotent. */
   close(): void {
     this.#abort.abort();
+    this.#ahead.close();
     this.#fetcher.close();
     this.#maps.clear();
   }
