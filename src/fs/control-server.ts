@@ -13,7 +13,8 @@ import {
 } from '@grpc/grpc-js';
 import { DedupError, GrpcStatus } from '../errors.ts';
 import type { Logger } from '../log.ts';
-import { DEDUPD_PROTOCOL, HINT_METADATA, loadProto, serveOn } from '../protocol.ts';
+import { loadProto, serveOn } from '../protocol.ts';
+import { DEDUPD_PROTOCOL, HINT_METADATA } from '../protocol-version.ts';
 import { MiB } from '../units.ts';
 
 export interface LayerKeyMessage {

@@ -7,6 +7,7 @@ import type { Digest } from '../digest.ts';
 import { DedupError } from '../errors.ts';
 import type { Logger } from '../log.ts';
 import type { RootPaths, RunPaths } from '../paths.ts';
+import { fetchImageStart } from '../prefetch/image-start.ts';
 import { registryOptions } from '../registry-settings.ts';
 import { MiB } from '../units.ts';
 import type { LayerSourceName } from './chunks/index-protocol.ts';
@@ -20,14 +21,14 @@ import type {
   PrepareLayerMessage,
   StatsMessage,
 } from './control-server.ts';
-import { buildImage } from './image/build-image.ts';
+import { buildImage, prepareBuilder } from './image/build-image.ts';
 import { IndexCatalog } from './index/discovery.ts';
 import type { LayerIndex } from './index/layer-index.ts';
 import { RestartReader, WindowCache } from './index/restart-reader.ts';
 import { LayerBook } from './layer-book.ts';
 import { type ImageAhead, LayerIntake } from './layer-intake.ts';
 import { LazyLoader } from './lazy-loader.ts';
-import { type MountableBelow, MountTable } from './mount-table.ts';
+import { type MountableBelow, type MountableLayer, MountTable } from './mount-table.ts';
 import { native } from './native.ts';
 import { ReferenceMounts } from './reference-mounts.ts';
 import type { Repository } from './registry/blob-reader.ts';
@@ -120,7 +121,8 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
       book: parts.book,
       repository: parts.repository,
       contiguousFiles: parts.choice.layout === 'flat',
-      prebuild: (layers) => this.#mounts.prebuild(layers),
+      expectBuild: prepareBuilder,
+      prebuild: (layers, config) => this.#prebuild(layers, config),
       stop: this.#stop.signal,
       log: options.log,
     });
@@ -251,9 +253,23 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
   imageAhead(
     manifest: Digest,
     layers: readonly { readonly digest: Digest; readonly annotations: Readonly<Record<string, string>> }[],
+    config: Promise<Buffer>,
     source: RepositoryName,
   ): ImageAhead {
-    return this.#intake.imageAhead(manifest, layers, { host: source.host, repository: source.path });
+    return this.#intake.imageAhead(manifest, layers, config, { host: source.host, repository: source.path });
+  }
+
+  /** Builds an image's file system ahead of its mount, and has the files of its start fetched. Errors: those of the layers. */
+  async #prebuild(layers: readonly MountableLayer[], config: Promise<Buffer>): Promise<void> {
+    const layerIds = layers.map(({ layerId }) => layerId);
+    const opening = this.#loader.open(layerIds);
+    opening.catch(() => undefined); // Whoever reads the layer opens it, and is told.
+    const metadata = await this.#mounts.prebuild(layers);
+    await opening;
+    if (metadata === undefined || !this.#options.config.prefetch.enabled) return;
+    const { log } = this.#options;
+    const signal = this.#stop.signal;
+    await fetchImageStart({ metadata, layerIds, config: await config, loader: this.#loader, signal, log });
   }
 
   async mountReference(
@@ -327,6 +343,7 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
       if (asked) await this.#book.reload();
     }
     this.#loader.forget(dropped);
+    this.#intake.dropped();
     if (dropped.length > 0) await this.#removeOrphanFiles();
     return dropped.length;
   }

@@ -16,7 +16,7 @@ import { INDEX_ANNOTATION, type LayerIndex } from './index/layer-index.ts';
 import type { LayerBook } from './layer-book.ts';
 import type { MountableLayer } from './mount-table.ts';
 import type { BlobId, Repository } from './registry/blob-reader.ts';
-import { parseManifest } from './registry/image-manifest.ts';
+import { MAX_JSON_BYTES, parseManifest } from './registry/image-manifest.ts';
 
 /** How long a layer that was fetched ahead waits for its Prepare. */
 const EXPECTED_MS = 600_000;
@@ -63,8 +63,13 @@ export interface LayerIntakeOptions {
   readonly repository: (source: LayerSourceName) => Repository;
   /** True for the layout of kernels before 5.16: every file in one run of the store. */
   readonly contiguousFiles: boolean;
-  /** Builds the file system of an image whose layers are all here, before anyone mounts it. */
-  readonly prebuild: (layers: readonly MountableLayer[]) => Promise<void>;
+  /** Gets ready to build a file system, while indexes are on their way. */
+  readonly expectBuild: () => void;
+  /**
+   * Builds the file system of an image whose indexes are all here, before anyone mounts it, and begins to fetch what its
+   * start will read; `config` are the bytes of its configuration.
+   */
+  readonly prebuild: (layers: readonly MountableLayer[], config: Promise<Buffer>) => Promise<void>;
   /** Aborted when the daemon stops. */
   readonly stop: AbortSignal;
   readonly log: Logger;
@@ -148,18 +153,24 @@ export class LayerIntake {
     this.#prepared.set(key, true);
     const fetchAhead = async (): Promise<void> => {
       const { bytes } = await this.#repository(source).getManifest(manifest, this.#options.stop);
-      const { layers } = parseManifest(bytes, `manifest ${manifest}`);
-      await this.#build(this.#addLayers(manifest, layers, sources, NO_PULL.underWay));
+      const { layers, config } = parseManifest(bytes, `manifest ${manifest}`);
+      const rows = this.#addLayers(manifest, layers, sources, NO_PULL.underWay);
+      await this.#build(rows, this.#readConfig(config, source));
     };
     fetchAhead().catch((error: unknown) => this.#aheadFailed(manifest, source, error));
   }
 
   /** The same for a pull of our own, which has the manifest in its hands and waits for each layer without a budget. */
-  imageAhead(manifest: Digest, layers: readonly ManifestLayer[], source: LayerSourceName): ImageAhead {
+  imageAhead(
+    manifest: Digest,
+    layers: readonly ManifestLayer[],
+    config: Promise<Buffer>,
+    source: LayerSourceName,
+  ): ImageAhead {
     let underWay = true;
     const rows = this.#addLayers(manifest, layers, [source], () => underWay);
     this.#prepared.set(imageKey(manifest, source), true);
-    this.#build(rows).catch((error: unknown) => this.#aheadFailed(manifest, source, error));
+    this.#build(rows, config).catch((error: unknown) => this.#aheadFailed(manifest, source, error));
     return {
       layers: rows.map((row) =>
         row?.then(
@@ -200,12 +211,23 @@ export class LayerIntake {
     });
   }
 
+  /** The configuration of an image. Errors: of the registry; REGISTRY_PROTOCOL for one of absurd size. */
+  async #readConfig(config: BlobId, source: LayerSourceName): Promise<Buffer> {
+    if (config.size > MAX_JSON_BYTES)
+      throw new DedupError('REGISTRY_PROTOCOL', `configuration ${config.digest} has ${config.size} bytes`);
+    const parts: Buffer[] = [];
+    for await (const part of this.#repository(source).readAll(config, this.#options.stop)) parts.push(part);
+    return Buffer.concat(parts);
+  }
+
   /** Builds the file system of an image of which every layer is lazy. Errors: those of the layers. */
-  async #build(layers: readonly (Promise<LayerRecord> | undefined)[]): Promise<void> {
+  async #build(layers: readonly (Promise<LayerRecord> | undefined)[], config: Promise<Buffer>): Promise<void> {
+    config.catch(() => undefined); // Looked at once the layers are here.
+    if (layers.some((layer) => layer !== undefined)) this.#options.expectBuild();
     const rows = await Promise.all(layers);
     const lazy = rows.filter((row) => row !== undefined);
     if (lazy.length < rows.length) return;
-    await this.#options.prebuild(await Promise.all(lazy.map((row) => this.mountable(row))));
+    await this.#options.prebuild(await Promise.all(lazy.map((row) => this.mountable(row))), config);
   }
 
   /** The stored layer; its index is fetched when it is not known. Errors: LAYER_NOT_LAZY with the reason, and of the registry. */
@@ -395,6 +417,11 @@ export class LayerIntake {
       if (!goesOn || performance.now() >= untilMs) this.#expected.delete(layerId);
     }
     return [...this.#expected.keys()];
+  }
+
+  /** Says that layers were dropped: an image that had them is prepared anew when it is pulled again. */
+  dropped(): void {
+    this.#prepared.clear();
   }
 
   /** Says that something else keeps these layers now. */

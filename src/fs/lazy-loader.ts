@@ -177,6 +177,8 @@ export class LazyLoader {
   /** Forgets what is kept about layers that were dropped. */
   forget(layerIds: readonly number[]): void {
     for (const layerId of layerIds) {
+      const map = this.#maps.get(layerId);
+      map?.layer.windows.forget?.(0, map.spanCount);
       this.#maps.delete(layerId);
       this.#ahead.forget(layerId);
     }

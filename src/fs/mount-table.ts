@@ -201,14 +201,15 @@ export class MountTable {
 
   /**
    * Builds the metadata of an image that is likely to be mounted soon: a pull does it while the rest of it goes on.
-   * Errors as mount.
+   * Answers with its file, or undefined where it cannot be built before it is mounted. Errors as mount.
    */
-  async prebuild(layers: readonly MountableLayer[]): Promise<void> {
+  async prebuild(layers: readonly MountableLayer[]): Promise<string | undefined> {
     // Flat metadata counts from where it is mounted, which is not known yet.
-    if (this.#closed || this.#options.layout === 'flat' || layers.length === 0) return;
+    if (this.#closed || this.#options.layout === 'flat' || layers.length === 0) return undefined;
     const ids = layers.map(idOf);
     const id = await this.#options.images.imageFor(imageKey([this.#options.layout, true, ids]), ids);
     await this.#built(id, layers, true, [], undefined);
+    return this.#options.paths.imageMetadata(id);
   }
 
   /** Resolves once the metadata file of an image is there; builds it at most once at a time. */

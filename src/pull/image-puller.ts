@@ -18,6 +18,7 @@ export interface PullPlane {
   imageAhead(
     manifest: ManifestLayer['digest'],
     layers: readonly ManifestLayer[],
+    config: Promise<Buffer>,
     source: ImageReference,
   ): { readonly layers: readonly (Promise<boolean> | undefined)[]; ended(): void };
 }
@@ -74,9 +75,9 @@ async function pull(
         if (event.kind === 'resolved') remember();
         showEvent(event);
       },
-      makeReady: (manifest, layers) => {
+      makeReady: (manifest, layers, config) => {
         remember();
-        ahead = plane.imageAhead(manifest, layers, reference);
+        ahead = plane.imageAhead(manifest, layers, config, reference);
         return ahead.layers;
       },
       leaseLifetimeMs: request.lease_ms === 0 ? DEFAULT_LEASE_LIFETIME_MS : request.lease_ms,

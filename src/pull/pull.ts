@@ -66,12 +66,13 @@ export interface PullOptions {
   readonly onEvent?: (event: PullEvent) => void;
   /**
    * Asked to make the layers that the manifest lists ready to be offered, as early as possible; not for an image that
-   * containerd has. Answers for each layer with a promise, which never rejects, of whether the snapshotter is expected to
+   * containerd has. `config`: the bytes of its configuration, once they are here. Answers for each layer with a promise, which never rejects, of whether the snapshotter is expected to
    * take it; or nothing.
    */
   readonly makeReady?: (
     manifest: Digest,
     layers: readonly ManifestLayer[],
+    config: Promise<Buffer>,
   ) => readonly (Promise<boolean> | undefined)[];
   /** How long things outlive a killed pull at most. Default 30 s. */
   readonly leaseLifetimeMs?: number;
@@ -138,6 +139,7 @@ class Pull {
   readonly #lease: PullLease;
   readonly #name: string;
   readonly #underWay: Promise<unknown>[] = [];
+  readonly #config = Promise.withResolvers<Buffer>();
 
   constructor(options: PullOptions, lease: PullLease) {
     this.#options = options;
@@ -173,7 +175,7 @@ class Pull {
       );
     }
     const parsed = parseManifest(manifest.bytes, this.#name);
-    const makeReady = () => this.#options.makeReady?.(manifest.digest, parsed.layers) ?? [];
+    const makeReady = () => this.#options.makeReady?.(manifest.digest, parsed.layers, this.#config.promise) ?? [];
     const isKnown = (await recorded)?.digest === root.digest;
     const ready = isKnown ? undefined : makeReady();
     this.#begin(this.#store(manifest, { 'containerd.io/gc.ref.content.config': parsed.config.digest }));
@@ -223,7 +225,9 @@ class Pull {
     const { repository, signal, snapshotter } = this.#options;
     const { promise, resolve, reject } = Promise.withResolvers<ImageLayer[]>();
     let labels: Labels | undefined;
+    this.#config.promise.catch(() => undefined); // nobody may be interested
     const learn = (bytes: Buffer): void => {
+      this.#config.resolve(bytes);
       const layers = parse(bytes);
       const top = layers.at(-1);
       // It may stand before the snapshot, as above.
@@ -249,7 +253,10 @@ class Pull {
     };
     const storing = store();
     this.#begin(storing);
-    storing.catch(reject);
+    storing.catch((error: unknown) => {
+      reject(error);
+      this.#config.reject(error);
+    });
     return await promise;
   }
 

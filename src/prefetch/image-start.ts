@@ -1,0 +1,58 @@
+// Has the files of an image's start fetched while its pull goes on: puts together the image's configuration, its built
+// metadata and the loader. Called by dedupd's data plane; whatever fails here, a start only reads them later.
+import { readFile, stat } from 'node:fs/promises';
+import { z } from 'zod';
+import { Priority } from '../fs/fetch-ahead.ts';
+import { ErofsReader } from '../fs/image/erofs/reader.ts';
+import type { LazyLoader } from '../fs/lazy-loader.ts';
+import type { Logger } from '../log.ts';
+import { MiB } from '../units.ts';
+import { fetchStartFiles, type StartCommand } from './start-files.ts';
+
+/** Metadata larger than this is not read into memory for a hint: about 400,000 entries. */
+const MAX_METADATA_BYTES = 64 * MiB;
+
+/** OCI image-spec config.md; Docker writes null for what is empty. */
+const words = z.array(z.string()).nullish();
+const imageConfig = z.object({
+  config: z.object({ Entrypoint: words, Cmd: words, Env: words, WorkingDir: z.string().nullish() }).nullish(),
+});
+
+/** What an image runs by default. Errors: a SyntaxError or ZodError for what is no image configuration. */
+export function startCommandOf(config: Buffer): StartCommand {
+  const process = imageConfig.parse(JSON.parse(config.toString('utf8'))).config;
+  return {
+    entrypoint: process?.Entrypoint ?? [],
+    cmd: process?.Cmd ?? [],
+    env: process?.Env ?? [],
+    workingDir: process?.WorkingDir ?? '',
+  };
+}
+
+export interface ImageStart {
+  /** The built metadata of the image: files as chunks of an extra device. */
+  readonly metadata: string;
+  readonly layerIds: readonly number[];
+  /** Bytes of the image's configuration. */
+  readonly config: Buffer;
+  readonly loader: Pick<LazyLoader, 'ensure' | 'readHere'>;
+  readonly signal: AbortSignal;
+  readonly log: Logger;
+}
+
+/** Fetches what the start will read. Errors: that of the metadata or configuration; single files are passed over. */
+export async function fetchImageStart(start: ImageStart): Promise<void> {
+  const { loader, log, signal } = start;
+  const startedMs = performance.now();
+  if ((await stat(start.metadata)).size > MAX_METADATA_BYTES) return;
+  const tree = new ErofsReader(await readFile(start.metadata));
+  const options = { layers: start.layerIds, priority: Priority.prefetch, signal };
+  const { files, bytes } = await fetchStartFiles(tree, startCommandOf(start.config), {
+    ensure: (ranges) => loader.ensure(ranges, options),
+    read: async (ranges) => {
+      await loader.ensure(ranges, options);
+      return Buffer.concat(await Promise.all(ranges.map((range) => loader.readHere(range))));
+    },
+  });
+  log.debug({ files, bytes, tookMs: performance.now() - startedMs }, 'the files of a start are here');
+}
