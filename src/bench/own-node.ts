@@ -206,7 +206,18 @@ export interface TargetDescription extends Pick<BenchImage, 'name' | 'command' |
   readonly lazy: string;
 }
 
-/** Removes the benchmark's namespace; what a killed run left in it keeps it there, and is said by containerd. */
+/** Removes what a killed run left in the benchmark's namespace: the next start would not be cold. */
+export async function clearNamespace(node: ContenderNode): Promise<void> {
+  const list = async (what: string): Promise<string[]> =>
+    (await execute(ctr(node, what, 'ls', '-q'), { allowFailure: true })).split('\n').filter((line) => line !== '');
+  for (const container of await list('containers')) {
+    await execute(ctr(node, 'tasks', 'rm', '--force', container), { allowFailure: true });
+    await execute(ctr(node, 'containers', 'rm', container), { allowFailure: true });
+  }
+  for (const image of await list('images')) await execute(ctr(node, 'images', 'rm', '--sync', image));
+}
+
+/** Removes the benchmark's namespace, which must be empty. */
 export async function removeNamespace(node: ContenderNode): Promise<void> {
   await execute(ctr(node, 'namespaces', 'rm', node.namespace), { allowFailure: true });
 }

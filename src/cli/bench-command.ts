@@ -6,7 +6,7 @@ import { join } from 'node:path';
 import type { Command } from 'commander';
 import { type Contender, dedup, overlayfs, parsePeer, peer } from '../bench/contenders.ts';
 import { describeMachine } from '../bench/machine.ts';
-import { OwnRegistries, ownNode, removeNamespace, requireSnapshotters } from '../bench/own-node.ts';
+import { clearNamespace, OwnRegistries, ownNode, removeNamespace, requireSnapshotters } from '../bench/own-node.ts';
 import { type Daemon, socketOwner } from '../bench/process-use.ts';
 import { writeReport } from '../bench/report/write.ts';
 import type { BenchLink, BenchResult, Ready } from '../bench/result.ts';
@@ -199,6 +199,7 @@ async function bench(context: CliContext, image: string, command: readonly strin
           floor: { probe: registries.probe(image), yardstick, ours, indexDirectory: new RootPaths(config.root).layers },
         };
   say(`seed ${seed}, ${availableParallelism()} cores, results in ${flags.output}`);
+  await clearNamespace(node);
   try {
     await runBench(
       {
