@@ -167,7 +167,7 @@ describe('the emulated link', { skip: missing === undefined ? false : `missing: 
       address: link.farAddress,
       port: 80,
     });
-    const config = { insecure_registries: [link.farAddress] };
+    const config = { insecure_registries: [registry.host] };
     const product = await Product.create(config, { inside: link.near });
     let containerd: TestContainerd | undefined;
     try {

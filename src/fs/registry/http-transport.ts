@@ -74,6 +74,12 @@ export class HttpTransport {
     return this.#insecure.has(name) || this.#insecure.has(name.replace(/:\d+$/, ''));
   }
 
+  /** The same for the server of a URL, whose default port is as good as none. */
+  #isInsecureServer(url: URL): boolean {
+    const port = url.port || (url.protocol === 'https:' ? '443' : '80');
+    return this.isInsecure(`${url.hostname}:${port}`);
+  }
+
   /** Sends one request and returns when the head of the response is here. Does not follow redirects. */
   async send(request: HttpRequest): Promise<HttpResponse> {
     if (this.#closed) throw new DedupError('CLOSED', 'the registry transport is closed');
@@ -130,7 +136,7 @@ export class HttpTransport {
 
   #checkPlain(url: URL): void {
     if (url.protocol === 'https:') return;
-    if (url.protocol === 'http:' && (isLoopback(url.host) || this.isInsecure(url.host))) return;
+    if (url.protocol === 'http:' && (isLoopback(url.host) || this.#isInsecureServer(url))) return;
     throw new DedupError('REGISTRY_PROTOCOL', `refused to send a request over plain HTTP to ${redactUrl(url)}`, {
       hint: `if ${url.host} is meant to be plain HTTP, configure it as insecure`,
     });
@@ -147,7 +153,7 @@ export class HttpTransport {
     if (known !== undefined) return known;
     const tls = {
       secureContext: await this.#trust(),
-      rejectUnauthorized: !this.isInsecure(url.host),
+      rejectUnauthorized: !this.#isInsecureServer(url),
       timeout: this.#options.connectTimeoutMs ?? 10_000,
     };
     const connections =
@@ -221,7 +227,9 @@ function probeTls(url: URL, timeoutMs: number): Promise<Probe> {
     socket.once('error', (error: NodeJS.ErrnoException) => {
       const unreachable = ['ECONNREFUSED', 'ETIMEDOUT', 'EHOSTUNREACH', 'ENETUNREACH', 'ENOTFOUND', 'EAI_AGAIN'];
       const code = codeOf(error);
-      if (unreachable.includes(code)) settle(() => reject(transportError(error, what)));
+      // Without a port the two schemes have servers of their own.
+      if (code === 'ECONNREFUSED' && url.port === '') settle(() => resolve({ scheme: 'http', certain: false }));
+      else if (unreachable.includes(code)) settle(() => reject(transportError(error, what)));
       // A server that is just starting or ending resets, whatever it speaks.
       else settle(() => resolve({ scheme: 'http', certain: code !== 'ECONNRESET' }));
     });

@@ -7,6 +7,7 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { after, before, describe, test } from 'node:test';
 import { digestOf } from '../../../src/digest.ts';
+import { HttpTransport } from '../../../src/fs/registry/http-transport.ts';
 import { openRepository, RegistryPool } from '../../../src/fs/registry/pool.ts';
 import { proxyFor } from '../../../src/fs/registry/proxy-environment.ts';
 import { blobReaderSuite, soon, withCode } from '../../suites/blob-reader.ts';
@@ -237,4 +238,10 @@ describe('proxies', () => {
     );
     assert.equal(proxyFor(new URL('https://a.io'), { HTTP_PROXY: 'http://upper' }), undefined);
   });
+});
+
+test('a host that may be plain, named without a port, is asked on port 80 when nothing listens on 443', async () => {
+  const transport = new HttpTransport({ env });
+  assert.equal(await transport.schemeOf('127.0.7.43', soon()), 'http');
+  await transport.close();
 });
