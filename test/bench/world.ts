@@ -2,7 +2,7 @@
 // and any peer, at its near end. Everything is this process's own and ends with it.
 import { type ChildProcess, spawn } from 'node:child_process';
 import { randomBytes } from 'node:crypto';
-import { existsSync, readFileSync } from 'node:fs';
+import { existsSync, readdirSync, readFileSync, readlinkSync } from 'node:fs';
 import { mkdtemp, readdir, readFile, rm } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
@@ -23,7 +23,7 @@ import { RootPaths } from '../../src/paths.ts';
 import { MiB } from '../../src/units.ts';
 import { socketAnswers, TestContainerd, waitFor } from '../support/containerd.ts';
 import { makeImage } from '../support/images.ts';
-import { Link, type LinkProfile } from '../support/link/link.ts';
+import { type Inside, Link, type LinkProfile } from '../support/link/link.ts';
 import { PROGRAM, Product } from '../support/product.ts';
 import { RegistryProcess } from '../support/registry.ts';
 import { makeCertificates } from '../support/tls.ts';
@@ -108,6 +108,7 @@ export class World implements Meter {
     const dir = await mkdtemp(join(tmpdir(), 'bench-world-'));
     parts.defer(async () => await rm(dir, { recursive: true, force: true }));
     const link = parts.use(await Link.start(options.profile));
+    parts.defer(() => endAll(link.near));
     const certificates = options.tls ? await makeCertificates(dir, [`IP:${link.farAddress}`]) : undefined;
     const registry = parts.use(
       await RegistryProcess.start({
@@ -261,6 +262,20 @@ function receivedBytes(pid: number): number {
     if (device !== undefined && device !== 'lo') sum += Number(bytes);
   }
   return sum;
+}
+
+/** Ends what is left in a network namespace of ours: a peer may have daemons that outlive its service. */
+function endAll(inside: Inside): void {
+  const namespace = readlinkSync(inside[1]!.replace('--net=', ''));
+  // Never the machine's own.
+  if (namespace === readlinkSync('/proc/self/ns/net')) return;
+  for (const pid of readdirSync('/proc').filter((name) => /^\d+$/.test(name))) {
+    try {
+      if (readlinkSync(`/proc/${pid}/ns/net`) === namespace) process.kill(Number(pid), 'SIGKILL');
+    } catch {
+      // It has ended meanwhile.
+    }
+  }
 }
 
 interface Service {
