@@ -1,49 +1,14 @@
 // Starts benchmark images in a containerd of their own with overlayfs, without network, and says whether and when each
 // was ready: proves that an image is what its specification says. Needs root; builds what is missing.
 //   node test/bench/images/try.ts [NAME…] [--version 1|2]
-import { type ChildProcess, spawn } from 'node:child_process';
-import { readFileSync } from 'node:fs';
+import { spawn } from 'node:child_process';
 import { join } from 'node:path';
-import { setTimeout as sleep } from 'node:timers/promises';
 import { parseArgs } from 'node:util';
-import type { Ready } from '../../../src/bench/result.ts';
+import { waitReady } from '../../../src/bench/ready.ts';
 import { run, TestContainerd } from '../../support/containerd.ts';
 import { BENCH_IMAGES, type BuiltBenchImage, benchImages, type ImageVersion } from './bench-images.ts';
 
 const READY_TIMEOUT_MS = 120_000;
-const POLL_MS = 5;
-
-/** True when a process of the network namespace of `pid` listens on the TCP port. Source: proc(5), net/tcp. */
-function listens(pid: number, port: number): boolean {
-  const wanted = `:${port.toString(16).toUpperCase().padStart(4, '0')}`;
-  return ['tcp', 'tcp6'].some((table) => {
-    try {
-      return readFileSync(`/proc/${pid}/net/${table}`, 'utf8')
-        .split('\n')
-        .map((line) => line.trim().split(/\s+/))
-        .some((fields) => fields[1]?.endsWith(wanted) === true && fields[3] === '0A');
-    } catch {
-      return false; // not there yet, or there no more
-    }
-  });
-}
-
-/** Resolves when the container is ready; throws when it ends or the time is over before. */
-async function untilReady(ready: Ready, child: ChildProcess, output: () => string, pid: () => Promise<number>) {
-  const deadline = Date.now() + READY_TIMEOUT_MS;
-  const pattern = ready.kind === 'line' ? new RegExp(ready.pattern, 'm') : undefined;
-  for (let task = 0; ; await sleep(POLL_MS)) {
-    const ended = child.exitCode !== null;
-    if (ready.kind === 'exit' && child.exitCode === 0) return;
-    if (pattern?.test(output()) === true) return;
-    if (ready.kind === 'port' && !ended) {
-      if (task === 0) task = await pid();
-      if (task !== 0 && listens(task, ready.port)) return;
-    }
-    if (ended) throw new Error(`ended with ${child.exitCode} before it was ready:\n${output()}`);
-    if (Date.now() > deadline) throw new Error(`not ready within ${READY_TIMEOUT_MS} ms:\n${output()}`);
-  }
-}
 
 async function tryImage(containerd: TestContainerd, image: BuiltBenchImage): Promise<string> {
   const reference = `bench.test/images:${image.tag}`;
@@ -51,9 +16,10 @@ async function tryImage(containerd: TestContainerd, image: BuiltBenchImage): Pro
   await run('tar', ['-C', image.dir, '--exclude=./image.json', '-cf', archive, '.'], { timeoutMs: 300_000 });
   await containerd.ctr(['images', 'import', '--base-name', 'bench.test/images', archive], { timeoutMs: 600_000 });
   await run('rm', [archive]);
-  const began = performance.now();
-  const arguments_ = ['--address', containerd.address, '--namespace', containerd.namespace];
-  const child = spawn('ctr', [...arguments_, 'run', '--rm', reference, image.tag], {
+  const pidFile = join(containerd.dir, `${image.tag}.pid`);
+  const node = ['--address', containerd.address, '--namespace', containerd.namespace];
+  const beganMs = performance.now();
+  const child = spawn('ctr', [...node, 'run', '--rm', '--pid-file', pidFile, reference, image.tag], {
     stdio: ['ignore', 'pipe', 'pipe'],
   });
   let output = '';
@@ -62,15 +28,10 @@ async function tryImage(containerd: TestContainerd, image: BuiltBenchImage): Pro
       output += text;
     });
   const ended = new Promise((resolve) => child.once('close', resolve));
-  const pid = async () => {
-    const tasks = await containerd.ctr(['tasks', 'ls'], { allowFailure: true });
-    return Number(tasks.stdout.match(new RegExp(`^${image.tag}\\s+(\\d+)`, 'm'))?.[1] ?? 0);
-  };
   try {
-    await untilReady(image.spec.ready, child, () => output, pid);
-    const readyMs = performance.now() - began;
+    const readyMs = await waitReady(image.spec.ready, { child, pidFile, timeoutMs: READY_TIMEOUT_MS });
     const last = output.trim().split('\n').at(-1) ?? '';
-    return `${image.tag}: ready after ${readyMs.toFixed(0)} ms; ${last.slice(0, 160)}`;
+    return `${image.tag}: ready ${(readyMs - beganMs).toFixed(0)} ms after ctr run; ${last.slice(0, 160)}`;
   } finally {
     await containerd.ctr(['tasks', 'kill', '--all', '--signal', 'SIGKILL', image.tag], { allowFailure: true });
     await ended;
