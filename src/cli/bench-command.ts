@@ -4,14 +4,14 @@ import { randomInt } from 'node:crypto';
 import { availableParallelism } from 'node:os';
 import { join } from 'node:path';
 import type { Command } from 'commander';
-import { type Contender, dedup, overlayfs, parsePeer, peer } from '../bench/contenders.ts';
+import { type Contender, type ContenderNode, dedup, overlayfs, parsePeer, peer } from '../bench/contenders.ts';
 import { describeMachine } from '../bench/machine.ts';
 import { clearNamespace, OwnRegistries, ownNode, removeNamespace, requireSnapshotters } from '../bench/own-node.ts';
 import { type Daemon, socketOwner } from '../bench/process-use.ts';
 import { writeReport } from '../bench/report/write.ts';
 import type { BenchLink, BenchResult, Ready } from '../bench/result.ts';
 import { ResultFile } from '../bench/result-file.ts';
-import { type BenchCell, runBench } from '../bench/run.ts';
+import { type BenchPlan, runBench } from '../bench/run.ts';
 import { DedupError } from '../errors.ts';
 import { RootPaths, RunPaths } from '../paths.ts';
 import type { CliContext } from './context.ts';
@@ -81,7 +81,7 @@ export function registerBenchCommand(program: Command, context: CliContext): voi
 }
 
 /** Errors: INVALID_ARGUMENT. */
-export function wholeNumber(option: string, text: string, minimum: number, maximum: number): number {
+function wholeNumber(option: string, text: string, minimum: number, maximum: number): number {
   const value = Number(text);
   if (/^\d+$/.test(text) && value >= minimum && value <= maximum) return value;
   throw new DedupError('INVALID_ARGUMENT', `${option} ${JSON.stringify(text)} is not a number`, {
@@ -124,29 +124,15 @@ function peerDirectories(flags: BenchFlags): Map<string, string[]> {
   return found;
 }
 
-async function bench(context: CliContext, image: string, command: readonly string[], flags: BenchFlags): Promise<void> {
-  const config = context.config();
-  const pairs = wholeNumber('--pairs', flags.pairs, 1, 10_000);
-  const timeoutMs = wholeNumber('--timeout-seconds', flags.timeoutSeconds, 1, 86_400) * 1000;
-  const seed = flags.seed === undefined ? randomInt(2 ** 31) : wholeNumber('--seed', flags.seed, 0, 2 ** 31);
-  const ready = readyOf(flags);
-  const peers = flags.peer.map(parsePeer);
-  const directories = peerDirectories(flags);
-  const user = flags.user === undefined ? {} : { user: flags.user };
-  const say = (text: string): void => void process.stderr.write(`${text}\n`);
-
-  const node = await ownNode({
-    address: flags.address ?? config.containerd_address,
-    containerdRoot: flags.containerdRoot,
-    ...user,
-  });
+/** The snapshotters that were asked for. Errors: INVALID_ARGUMENT. */
+function contendersOf(context: CliContext, node: ContenderNode, flags: BenchFlags): Contender[] {
   const own: Readonly<Record<string, () => Contender>> = {
     overlayfs: () => overlayfs(node),
     dedup: () =>
       dedup(node, {
         program: ourProgram(context),
         pullFlags: flags.user === undefined ? [] : ['--user', flags.user],
-        root: config.root,
+        root: context.config().root,
         daemons: () => Promise.resolve(ourDaemons(context)),
       }),
   };
@@ -157,26 +143,46 @@ async function bench(context: CliContext, image: string, command: readonly strin
       hint: 'others are given with --peer NAME=SOCKET[,PULL-COMMAND]',
     });
   });
-  contenders.push(...peers.map((spec) => peer(node, spec, directories.get(spec.name) ?? [])));
+  const directories = peerDirectories(flags);
+  for (const spec of flags.peer.map(parsePeer)) contenders.push(peer(node, spec, directories.get(spec.name) ?? []));
+  return contenders;
+}
+
+async function requireRunning(context: CliContext, node: ContenderNode, contenders: readonly Contender[]) {
   await requireSnapshotters(
     node,
     contenders.map(({ plugin }) => plugin),
   );
-  if (contenders.some(({ name }) => name === 'dedup') && ourDaemons(context).length < 2) {
-    throw new DedupError('UNAVAILABLE', `dedup-snapshotter does not run with ${config.address} and ${config.run_dir}`, {
-      hint: 'start it, or name its configuration with --config FILE',
-    });
-  }
+  const { address, run_dir: runDir } = context.config();
+  if (!contenders.some(({ name }) => name === 'dedup') || ourDaemons(context).length === 2) return;
+  throw new DedupError('UNAVAILABLE', `dedup-snapshotter does not run with ${address} and ${runDir}`, {
+    hint: 'start it, or name its configuration with --config FILE',
+  });
+}
 
-  const interrupt = new AbortController();
-  const onSignal = (): void => interrupt.abort(new DedupError('CANCELLED', 'interrupted'));
-  process.once('SIGINT', onSignal);
-  process.once('SIGTERM', onSignal);
+async function bench(context: CliContext, image: string, command: readonly string[], flags: BenchFlags): Promise<void> {
+  const config = context.config();
+  const pairs = wholeNumber('--pairs', flags.pairs, 1, 10_000);
+  const timeoutMs = wholeNumber('--timeout-seconds', flags.timeoutSeconds, 1, 86_400) * 1000;
+  const path = join(flags.output, 'result.json');
+  const resume = flags.resume === true;
+  const earlier = resume ? await ResultFile.seedOf(path) : undefined;
+  const seed =
+    flags.seed === undefined ? (earlier ?? randomInt(2 ** 31)) : wholeNumber('--seed', flags.seed, 0, 2 ** 31);
+  const ready = readyOf(flags);
+  const say = (text: string): void => void process.stderr.write(`${text}\n`);
+  const node = await ownNode({
+    address: flags.address ?? config.containerd_address,
+    containerdRoot: flags.containerdRoot,
+    ...(flags.user === undefined ? {} : { user: flags.user }),
+  });
+  const contenders = contendersOf(context, node, flags);
+  await requireRunning(context, node, contenders);
+
   await using registries = new OwnRegistries(context.registryOptions(), flags.user);
   const lazy = flags.lazyImage ?? image;
   const { target, layers, tls } = await registries.target({ name: image, plain: image, lazy, command, ready });
   const link: BenchLink = { name: 'as it is', tls };
-  const cells: BenchCell[] = [{ target, layers, link, pairs }];
   const fresh: BenchResult = {
     format: 'dedup-snapshotter-bench/1',
     startedAt: new Date().toISOString(),
@@ -189,34 +195,36 @@ async function bench(context: CliContext, image: string, command: readonly strin
     floors: [],
     resources: [],
   };
-  const options = { resume: flags.resume === true };
-  const file = await ResultFile.open(join(flags.output, 'result.json'), fresh, options);
-  const [yardstick, ours] = ['overlayfs', 'dedup'].map((name) => contenders.find((one) => one.name === name));
-  const floor =
-    yardstick === undefined || ours === undefined
-      ? {}
-      : {
-          floor: { probe: registries.probe(image), yardstick, ours, indexDirectory: new RootPaths(config.root).layers },
-        };
+  const file = await ResultFile.open(path, fresh, { resume });
+  const yardstick = contenders.find(({ name }) => name === 'overlayfs');
+  const ours = contenders.find(({ name }) => name === 'dedup');
+  const indexDirectory = new RootPaths(config.root).layers;
+  const both = yardstick !== undefined && ours !== undefined;
+  const interrupt = new AbortController();
+  const onSignal = (): void => interrupt.abort(new DedupError('CANCELLED', 'interrupted', { hint: RESUME_HINT }));
+  process.once('SIGINT', onSignal);
+  process.once('SIGTERM', onSignal);
   say(`seed ${seed}, ${availableParallelism()} cores, results in ${flags.output}`);
   await clearNamespace(node);
   try {
-    await runBench(
-      {
-        seed,
-        cells,
-        contenders,
-        node,
-        meter: registries,
-        timeoutMs,
-        signal: interrupt.signal,
-        enterLink: () => Promise.resolve(),
-        ...floor,
-        sampler: { intervalMs: 100, networkBytes: () => registries.bytes, foreign: () => [] },
-        say,
-      },
-      file,
-    );
+    const plan: BenchPlan = {
+      seed,
+      cells: [{ target, layers, link, pairs }],
+      contenders,
+      node,
+      meter: registries,
+      timeoutMs,
+      signal: interrupt.signal,
+      enterLink: () => Promise.resolve(),
+      ...(both ? { floor: { probe: registries.probe(image), yardstick, ours, indexDirectory } } : {}),
+      sampler: { intervalMs: 100, networkBytes: () => registries.bytes, foreign: () => [] },
+      say,
+    };
+    await runBench(plan, file);
+  } catch (error) {
+    // What was being done when the signal came fails too; that is not the reason.
+    interrupt.signal.throwIfAborted();
+    throw error;
   } finally {
     process.off('SIGINT', onSignal);
     process.off('SIGTERM', onSignal);
@@ -226,6 +234,8 @@ async function bench(context: CliContext, image: string, command: readonly strin
     }
   }
 }
+
+const RESUME_HINT = 'what was measured is kept; go on with --resume and the same --output';
 
 /** How this program is called again, with the same runtime and configuration. */
 function ourProgram(context: CliContext): string[] {

@@ -1,6 +1,6 @@
 // What a pull shows of itself while it goes on: one line per layer, for logs and pipes. For terminals see pull-bar.ts.
-import type { PullEvent } from '../snapshotter/dedupd-client.ts';
 import { formatBytes } from '../units.ts';
+import type { PullEvent } from './pull-client.ts';
 
 export interface Progress {
   show(event: PullEvent): void;
@@ -17,16 +17,16 @@ const WORDS = {
 export class LineProgress implements Progress {
   #layers: readonly { readonly digest: string; readonly size: number }[] = [];
 
-  show({ resolved, step }: PullEvent): void {
-    if (resolved !== null) {
-      this.#layers = resolved.layers;
-      process.stderr.write(`${resolved.name}: ${resolved.layers.length} layers, manifest ${resolved.manifest}\n`);
+  show(event: PullEvent): void {
+    if (event.kind === 'resolved') {
+      this.#layers = event.layers;
+      process.stderr.write(`${event.name}: ${event.layers.length} layers, manifest ${event.manifest}\n`);
+      return;
     }
-    if (step === null) return;
-    const { digest, size } = this.#layers[step.layer] ?? { digest: '', size: 0 };
-    const title = `layer ${step.layer + 1}/${this.#layers.length} ${digest.slice(0, 19)}`;
-    if (step.state !== 'fetching') process.stderr.write(`${title}: ${WORDS[step.state]}\n`);
-    else if (step.bytes === 0) process.stderr.write(`${title}: fetching ${formatBytes(size)}\n`);
+    const { digest, size } = this.#layers[event.layer] ?? { digest: '', size: 0 };
+    const title = `layer ${event.layer + 1}/${this.#layers.length} ${digest.slice(0, 19)}`;
+    if (event.state !== 'fetching') process.stderr.write(`${title}: ${WORDS[event.state]}\n`);
+    else if (event.bytes === 0) process.stderr.write(`${title}: fetching ${formatBytes(size)}\n`);
   }
 
   end(): void {}

@@ -2,10 +2,9 @@
 // options, signals and words for people. A pull takes a moment, so this loads nothing that it can do without.
 import type { Command } from 'commander';
 import { DedupError, errorCode } from '../errors.ts';
-import { parseReference } from '../fs/registry/reference.ts';
 import { DEFAULT_CONFIG_FILE, RunPaths } from '../paths.ts';
-import { DedupdClient, type PullEvent, type PullRequest } from '../snapshotter/dedupd-client.ts';
 import { formatBytes } from '../units.ts';
+import { type PullEvent, type PullRequest, pullImage } from './pull-client.ts';
 import { LineProgress, type Progress } from './pull-progress.ts';
 import { runDirectory } from './run-directory.ts';
 
@@ -47,23 +46,21 @@ export function registerRpullCommand(program: Command): void {
     .option('--lease-seconds <seconds>', 'how long leftovers are kept if dedupd is killed (default: 30)')
     .addHelpText('after', EXAMPLES)
     .action(async (reference: string, flags: RpullFlags) => {
-      // Refused here, a mistake needs no service to be told.
-      parseReference(reference);
       const request = {
         reference,
         platform: flags.platform ?? '',
         credentials: flags.user ?? '',
-        containerd_address: flags.address ?? '',
+        containerdAddress: flags.address ?? '',
         namespace: flags.namespace,
         snapshotter: flags.snapshotter,
-        lease_ms: leaseMs(flags.leaseSeconds),
+        leaseMs: leaseMs(flags.leaseSeconds),
       };
       await rpull(request, program.opts<{ config?: string }>().config);
     });
 }
 
 async function rpull(request: PullRequest, configFile: string | undefined): Promise<void> {
-  const client = new DedupdClient({ address: new RunPaths(await runDirectory(configFile)).dedupdSocket });
+  const socket = new RunPaths(await runDirectory(configFile)).dedupdSocket;
   const interrupt = new AbortController();
   const onSignal = () => interrupt.abort();
   process.once('SIGINT', onSignal);
@@ -72,7 +69,7 @@ async function rpull(request: PullRequest, configFile: string | undefined): Prom
   if (process.stderr.isTTY) progress = new (await import('./pull-bar.ts')).BarProgress();
   const summary = new Summary();
   try {
-    for await (const event of client.pullImage(request, interrupt.signal)) {
+    for await (const event of pullImage(socket, request, interrupt.signal)) {
       progress.show(event);
       summary.add(event);
     }
@@ -84,7 +81,6 @@ async function rpull(request: PullRequest, configFile: string | undefined): Prom
   } finally {
     process.off('SIGINT', onSignal);
     process.off('SIGTERM', onSignal);
-    client.close();
   }
 }
 
@@ -117,14 +113,15 @@ class Summary {
   readonly #count = { present: 0, lazy: 0, unpacked: 0 };
   #fetchedBytes = 0;
 
-  add({ resolved, step }: PullEvent): void {
-    if (resolved !== null) {
-      this.#name = resolved.name;
-      this.#sizes = resolved.layers.map(({ size }) => size);
+  add(event: PullEvent): void {
+    if (event.kind === 'resolved') {
+      this.#name = event.name;
+      this.#sizes = event.layers.map(({ size }) => size);
+      return;
     }
-    if (step === null || step.state === 'fetching' || step.state === 'unpacking') return;
-    this.#count[step.state]++;
-    if (step.state === 'unpacked') this.#fetchedBytes += this.#sizes[step.layer] ?? 0;
+    if (event.state === 'fetching' || event.state === 'unpacking') return;
+    this.#count[event.state]++;
+    if (event.state === 'unpacked') this.#fetchedBytes += this.#sizes[event.layer] ?? 0;
   }
 
   toString(): string {

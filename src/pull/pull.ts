@@ -103,8 +103,10 @@ const PREPARE_ATTEMPTS = 3;
 export async function pullImage(options: PullOptions): Promise<PullResult> {
   const ended = new AbortController();
   const signal = AbortSignal.any([options.signal, ended.signal]);
+  // Asked for while the lease is made; whoever needs them sees their errors.
   const root = options.repository.getManifest(tagOrDigest(options.reference), signal);
-  root.catch(() => undefined); // asked for while the lease is made; whoever needs it sees its error
+  const record = options.client.getImage(formatReference(options.reference), { signal });
+  for (const asked of [root, record]) asked.catch(() => undefined);
   let lease: PullLease;
   try {
     lease = await PullLease.start(options.client, {
@@ -118,7 +120,7 @@ export async function pullImage(options: PullOptions): Promise<PullResult> {
   const pull = new Pull({ ...options, signal }, lease);
   let result: PullResult;
   try {
-    result = await pull.run(root);
+    result = await pull.run(root, record);
   } catch (error) {
     const lost = ended.signal.aborted;
     ended.abort(error);
@@ -153,11 +155,14 @@ class Pull {
     await Promise.allSettled(this.#underWay);
   }
 
-  async run(resolving: Promise<ManifestBytes>): Promise<PullResult> {
+  /** `resolving`: what the reference stands for; `record`: the image of that name that containerd has. */
+  async run(
+    resolving: Promise<ManifestBytes>,
+    record: Promise<{ readonly digest: string } | undefined>,
+  ): Promise<PullResult> {
     const { repository, platform, signal } = this.#options;
-    const recorded = this.#client.getImage(this.#name, { signal });
-    this.#begin(recorded);
     const root = await resolving;
+    const isKnown = (await record)?.digest === root.digest;
     let manifest = root;
     if (INDEX_TYPES.has(root.mediaType)) {
       const { descriptor, position } = chooseManifest(root.bytes, platform, this.#name);
@@ -176,11 +181,12 @@ class Pull {
     }
     const parsed = parseManifest(manifest.bytes, this.#name);
     const makeReady = () => this.#options.makeReady?.(manifest.digest, parsed.layers, this.#config.promise) ?? [];
-    const isKnown = (await recorded)?.digest === root.digest;
     const ready = isKnown ? undefined : makeReady();
+    // Of an image that containerd has it has the configuration, too.
+    const config = isKnown ? undefined : this.#fetchConfig(parsed.config);
     this.#begin(this.#store(manifest, { 'containerd.io/gc.ref.content.config': parsed.config.digest }));
-    const layers = await this.#storeConfig(parsed.config, (config) =>
-      imageLayers(config, parsed.layers, platform, this.#name),
+    const layers = await this.#storeConfig(parsed.config, config, (bytes) =>
+      imageLayers(bytes, parsed.layers, platform, this.#name),
     );
     this.#emit({ kind: 'resolved', name: this.#name, manifest: manifest.digest, layers });
 
@@ -217,12 +223,26 @@ class Pull {
 
   // --- content ---------------------------------------------------------------------------------------------------
 
-  /** Answers with the layers as soon as the configuration's bytes are here; storing it goes on beside what follows. */
-  async #storeConfig(config: Descriptor, parse: (bytes: Buffer) => ImageLayer[]): Promise<ImageLayer[]> {
+  async #fetchConfig(config: Descriptor): Promise<Buffer> {
     if (config.size > MAX_JSON_BYTES) {
       throw new DedupError('REGISTRY_PROTOCOL', `the configuration of ${this.#name} has ${config.size} bytes`);
     }
-    const { repository, signal, snapshotter } = this.#options;
+    const parts: Buffer[] = [];
+    for await (const part of this.#options.repository.readAll(config, this.#options.signal)) parts.push(part);
+    return Buffer.concat(parts);
+  }
+
+  /**
+   * Answers with the layers as soon as the configuration's bytes are here; storing it goes on beside what follows.
+   * `fetching`: its bytes, where they have been asked for.
+   */
+  async #storeConfig(
+    config: Descriptor,
+    fetching: Promise<Buffer> | undefined,
+    parse: (bytes: Buffer) => ImageLayer[],
+  ): Promise<ImageLayer[]> {
+    const { snapshotter } = this.#options;
+    const fetched = (): Promise<Buffer> => fetching ?? this.#fetchConfig(config);
     const { promise, resolve, reject } = Promise.withResolvers<ImageLayer[]>();
     let labels: Labels | undefined;
     this.#config.promise.catch(() => undefined); // nobody may be interested
@@ -235,14 +255,13 @@ class Pull {
       resolve(layers);
     };
     const store = async (): Promise<void> => {
+      if (fetching !== undefined) learn(await fetching);
       await this.#write(
         config,
         () => labels ?? {},
         async function* () {
-          const parts: Buffer[] = [];
-          for await (const part of repository.readAll(config, signal)) parts.push(part);
-          const bytes = Buffer.concat(parts);
-          learn(bytes);
+          const bytes = await fetched();
+          if (labels === undefined) learn(bytes);
           yield bytes;
         },
       );

@@ -1,7 +1,6 @@
 // The client side of proto/dedupd.proto: calls dedupd with a deadline each, compares versions before anything else and
 // turns statuses back into DedupErrors. Used by the snapshots service, the supervisor and the CLI; retries nothing.
 import {
-  type ClientDuplexStream,
   type ClientReadableStream,
   credentials,
   Metadata,
@@ -9,7 +8,8 @@ import {
   type ServiceError,
 } from '@grpc/grpc-js';
 import { DedupError, ERROR_CODES, type ErrorCode, GrpcStatus, wrapError } from '../errors.ts';
-import { DEDUPD_PROTOCOL, HINT_METADATA, loadProto } from '../protocol.ts';
+import { loadProto } from '../protocol.ts';
+import { DEDUPD_PROTOCOL, HINT_METADATA } from '../protocol-version.ts';
 import { MiB } from '../units.ts';
 import type {
   ImageMounter,
@@ -63,31 +63,6 @@ export interface MountProgress {
   readonly bytes_total: number;
   readonly done: boolean;
   readonly path: string;
-}
-
-/** What to pull, and where to: proto/dedupd.proto, PullImageRequest. Empty text and 0: as dedupd has it. */
-export interface PullRequest {
-  readonly reference: string;
-  readonly platform: string;
-  readonly credentials: string;
-  readonly containerd_address: string;
-  readonly namespace: string;
-  readonly snapshotter: string;
-  readonly lease_ms: number;
-}
-
-/** proto/dedupd.proto, PullImageEvent: either of the two. */
-export interface PullEvent {
-  readonly resolved: {
-    readonly name: string;
-    readonly manifest: string;
-    readonly layers: readonly { readonly digest: string; readonly size: number }[];
-  } | null;
-  readonly step: {
-    readonly layer: number;
-    readonly state: 'fetching' | 'unpacking' | 'present' | 'lazy' | 'unpacked';
-    readonly bytes: number;
-  } | null;
 }
 
 interface MountImageMessage {
@@ -229,27 +204,6 @@ export class DedupdClient implements ImageMounter {
     }
   }
 
-  /**
-   * Pulls an image into containerd; what happens, as it happens. After an abort it ends, with CANCELLED, once dedupd has
-   * left nothing behind. Asks for no Hello first: the request carries the version. Errors: those of the pull.
-   */
-  async *pullImage(request: PullRequest, signal: AbortSignal): AsyncGenerator<PullEvent> {
-    const invoke = this.#client.PullImage as () => ClientDuplexStream<object, PullEvent>;
-    const stream = invoke.call(this.#client);
-    const stop = (): void => void stream.write({ stop: true });
-    try {
-      stream.write({ ...request, protocol: DEDUPD_PROTOCOL });
-      if (signal.aborted) stop();
-      else signal.addEventListener('abort', stop, { once: true });
-      for await (const message of stream) yield message as PullEvent;
-    } catch (error) {
-      throw this.#convert('PullImage', error);
-    } finally {
-      signal.removeEventListener('abort', stop);
-      stream.end();
-    }
-  }
-
   async unmountReference(directory: string): Promise<void> {
     await this.#call('UnmountReference', { directory });
   }
@@ -321,9 +275,7 @@ export class DedupdClient implements ImageMounter {
     // A status with the name of a code in it was sent by the daemon itself; all others come from the connection.
     if (name !== undefined && Object.hasOwn(ERROR_CODES, name)) {
       const hint = (error as Partial<ServiceError>).metadata?.get(HINT_METADATA)[0]?.toString();
-      // A pull's error is about the pull; who carries it out is no news to whoever asked for it.
-      const from = method === 'PullImage' ? '' : 'dedupd: ';
-      return new DedupError(name as ErrorCode, `${from}${named?.[1] ?? text}`, {
+      return new DedupError(name as ErrorCode, `dedupd: ${named?.[1] ?? text}`, {
         cause: error,
         ...(hint === undefined ? {} : { hint }),
       });

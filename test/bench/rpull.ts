@@ -1,5 +1,6 @@
 // What a lazy pull costs, as seen from outside: from the start of the `rpull` process to its end, with the requests the
-// registry answered. A real registry, containerd and product; every round finds a node that knows nothing of the image.
+// registry answered. A real registry, containerd and product; every round finds a node that knows nothing of the image, and
+// nothing is fetched ahead: that is measured with the starts of containers.
 //   node test/bench/rpull.ts [--rounds 10] [--rtt MILLISECONDS]
 // With --rtt the registry is behind a relay that delays what passes by half of it each way, and the first bytes of a
 // connection by a whole one more for its handshake. That shows dependent round trips; it does not show slow start.
@@ -50,7 +51,7 @@ function quartiles(of: readonly number[]): string {
 }
 
 const registry = await RegistryProcess.start();
-const product = await Product.create({ log_level: 'info' });
+const product = await Product.create({ log_level: 'info', prefetch: { enabled: false } });
 let containerd: TestContainerd | undefined;
 let link: Server | undefined;
 try {
