@@ -43,6 +43,11 @@ export class ResultFile {
     });
   }
 
+  /** The seed of the run in a file that is to be continued; undefined when there is none. */
+  static async seedOf(path: string): Promise<number | undefined> {
+    return existsSync(path) ? (JSON.parse(await readFile(path, 'utf8')) as BenchResult).seed : undefined;
+  }
+
   get result(): BenchResult {
     return this.#result;
   }

@@ -182,14 +182,16 @@ function worldPeers(): WorldPeer[] {
 }
 
 const say = (text: string): void => void process.stderr.write(`${text}\n`);
-const seed = values.seed === undefined ? randomInt(2 ** 31) : wholeNumber('--seed', values.seed);
 const keys = linkKeys();
 const peers = worldPeers();
 const startedAt = new Date().toISOString();
 const output = values.output ?? join(await testCacheDir(), 'bench-results', startedAt.replace(/[:.]/g, '-'));
+const resultPath = join(output, 'result.json');
+const earlier = values.resume ? await ResultFile.seedOf(resultPath) : undefined;
+const seed = values.seed === undefined ? (earlier ?? randomInt(2 ** 31)) : wholeNumber('--seed', values.seed);
 const interrupt = new AbortController();
 for (const signal of ['SIGINT', 'SIGTERM'] as const) {
-  process.once(signal, () => interrupt.abort(new Error('interrupted: the results so far are kept')));
+  process.once(signal, () => interrupt.abort());
 }
 
 const images = await worldImages(say);
@@ -219,7 +221,7 @@ const fresh: BenchResult = {
   floors: [],
   resources: [],
 };
-const file = await ResultFile.open(join(output, 'result.json'), fresh, { resume: values.resume });
+const file = await ResultFile.open(resultPath, fresh, { resume: values.resume });
 const [yardstick, ours] = world.contenders;
 say(`seed ${seed}; results in ${output}`);
 try {
@@ -256,6 +258,10 @@ try {
     },
     file,
   );
+} catch (error) {
+  if (!interrupt.signal.aborted) throw error;
+  say(`interrupted; to go on, repeat it with --resume --output ${output}`);
+  process.exitCode = 130;
 } finally {
   if (file.result.starts.length > 0) process.stdout.write(`${await writeReport(file.result, output)}\n`);
 }
