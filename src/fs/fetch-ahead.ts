@@ -6,6 +6,7 @@ import { KiB, MiB } from '../units.ts';
 import type { LayerMap } from './loadable-layer.ts';
 import { Neighbours } from './neighbours.ts';
 import { Readahead } from './readahead.ts';
+import type { Touched } from './touched.ts';
 
 /** Priorities of what is fetched: a reader waits; a prefetch knows what it wants; a guess may be wrong. */
 export const Priority = { onDemand: 100, prefetch: 10, background: 0 } as const;
@@ -23,6 +24,8 @@ export interface FetchAheadOptions {
   readonly isPresent: (address: number, length: number) => boolean;
   /** False: only what lies ahead of a sequential reader is fetched. */
   readonly guess: boolean;
+  /** What was read of what is here; without it, no guess is ever known to have been right. */
+  readonly touched: Touched | undefined;
   readonly log: Logger;
 }
 
@@ -31,8 +34,19 @@ const MAX_GUESSES = 64;
 /** Guessed bytes under way at least and at most, whatever the link is like. */
 const MIN_UNDER_WAY = 256 * KiB;
 const MAX_UNDER_WAY = 4 * MiB;
-/** Guessed bytes in all: this much, and as much again as readers have waited for. */
-const FREE_GUESSES_BYTES = 2 * MiB;
+/** Guessed bytes that nobody has read: this much, and half of what readers have waited for or found here. */
+const FREE_GUESSES_BYTES = 4 * MiB;
+const FREE_GUESSES_SHARE = 0.5;
+/** A guess that was not read by then was wrong. */
+const JUDGED_AFTER_MS = 2000;
+
+interface Guess {
+  readonly map: LayerMap;
+  readonly span: number;
+  readonly bytes: number;
+  /** When it came, by performance.now(). */
+  readonly atMs: number;
+}
 
 export class FetchAhead {
   readonly #options: FetchAheadOptions;
@@ -40,8 +54,11 @@ export class FetchAhead {
   readonly #neighbours = new Neighbours();
   /** Guessed spans that wait, the best last. */
   #guesses: { readonly map: LayerMap; readonly span: number }[] = [];
+  /** Guessed spans that came and were not read yet. */
+  #came: Guess[] = [];
   #underWayBytes = 0;
-  #guessedBytes = 0;
+  #unreadBytes = 0;
+  #usefulBytes = 0;
   #closed: boolean = false;
 
   constructor(options: FetchAheadOptions) {
@@ -54,6 +71,7 @@ export class FetchAhead {
     const [first, last] = [Math.min(...spans), Math.max(...spans)];
     this.#sequential(map, first, last);
     if (!this.#options.guess) return;
+    this.#judge();
     const reach = this.#reach(map);
     for (const span of this.#neighbours.onMiss(map.layerId, first, last, map.spanCount, reach).reverse())
       this.#guesses.push({ map, span });
@@ -87,15 +105,43 @@ export class FetchAhead {
     while (!this.#closed && this.#guesses.length > 0 && this.#underWayBytes < limit) {
       const { map, span } = this.#guesses.pop()!;
       if (this.#isHere(map, span)) continue;
-      if (this.#guessedBytes > FREE_GUESSES_BYTES + fetcher.demandedBytes) return;
+      const free = FREE_GUESSES_BYTES + FREE_GUESSES_SHARE * (fetcher.demandedBytes + this.#usefulBytes);
+      if (this.#unreadBytes > free) return;
       const bytes = map.compressedRange(span, 1).length;
       this.#underWayBytes += bytes;
-      this.#guessedBytes += bytes;
+      this.#unreadBytes += bytes;
+      this.#forEachPiece(map, span, (address, length) => this.#options.touched?.clear(address, length));
       void this.#fetch(map, span, Priority.background).then(() => {
         this.#underWayBytes -= bytes;
+        this.#came.push({ map, span, bytes, atMs: performance.now() });
+        this.#judge();
         this.#pump();
       });
     }
+  }
+
+  /** Learns which guesses were right. */
+  #judge(): void {
+    const { touched } = this.#options;
+    const late = performance.now() - JUDGED_AFTER_MS;
+    this.#came = this.#came.filter(({ map, span, bytes, atMs }) => {
+      let useful = false;
+      this.#forEachPiece(map, span, (address, length) => {
+        useful ||= touched?.any(address, length) === true;
+      });
+      if (!useful && atMs > late) return true;
+      this.#neighbours.judge(map.layerId, useful);
+      if (useful) {
+        this.#unreadBytes -= bytes;
+        this.#usefulBytes += bytes;
+      }
+      return false;
+    });
+  }
+
+  #forEachPiece(map: LayerMap, span: number, visit: (address: number, length: number) => void): void {
+    for (const { ref } of map.ordinaryPieces(map.spanStart(span), map.spanEnd(span)))
+      if (ref.address > 0) visit(ref.address, ref.length);
   }
 
   async #fetch(map: LayerMap, span: number, priority: number): Promise<void> {
@@ -122,10 +168,15 @@ export class FetchAhead {
     this.#readahead.forget(layerId);
     this.#neighbours.forget(layerId);
     this.#guesses = this.#guesses.filter(({ map }) => map.layerId !== layerId);
+    this.#came = this.#came.filter((guess) => {
+      if (guess.map.layerId === layerId) this.#unreadBytes -= guess.bytes;
+      return guess.map.layerId !== layerId;
+    });
   }
 
   close(): void {
     this.#closed = true;
     this.#guesses = [];
+    this.#came = [];
   }
 }

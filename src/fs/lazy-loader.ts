@@ -9,6 +9,7 @@ import { LayerMap, type LayerProvider, nameOf, type PieceRef } from './loadable-
 import { copyTar } from './span-edges.ts';
 import { DEFAULT_FETCH_LIMITS, type FetchLimits, type FetchStats, SpanFetcher } from './span-fetcher.ts';
 import { type LoaderNative, type LoaderStore, type RunOutput, toStore } from './span-storer.ts';
+import type { Touched } from './touched.ts';
 
 /** What the loader needs of the node store: look-ups, reads, verified writes. */
 export interface ReadableStore extends LoaderStore {
@@ -34,6 +35,8 @@ export interface LazyLoaderOptions {
   readonly layerBytes?: number;
   /** Whether spans that may be wanted next are fetched on a guess. Default: only those ahead of a sequential reader. */
   readonly guess?: boolean;
+  /** What readers found here, if anyone notes it: guesses follow from how good they were. */
+  readonly touched?: Touched;
 }
 
 export interface ReadOptions {
@@ -99,6 +102,7 @@ export class LazyLoader {
       fetcher: this.#fetcher,
       isPresent: (address, length) => options.store.isPresent(address, length),
       guess: options.guess === true,
+      touched: options.touched,
       log: options.log,
     });
     const layerBytes = options.layerBytes ?? 32 * MiB;

@@ -33,10 +33,23 @@ describe('neighbours of misses', () => {
     assert.deepEqual(neighbours.onMiss(1, 12, 12, SPANS, 4), []);
   });
 
-  it('guesses nothing where a round trip costs less than a span', () => {
+  it('looks further when its guesses were read, and less far when they were not', () => {
     const neighbours = new Neighbours();
-    neighbours.onMiss(1, 10, 10, SPANS, 0);
-    assert.deepEqual(neighbours.onMiss(1, 11, 11, SPANS, 0), []);
+    const reach = (): number => {
+      neighbours.forget(9);
+      neighbours.onMiss(1, 50, 50, 1000, 0);
+      const spans = neighbours.onMiss(1, 51, 51, 1000, 0);
+      return Math.max(...spans) - 51;
+    };
+    assert.equal(reach(), 1);
+    for (let i = 0; i < 12; i++) neighbours.judge(1, true);
+    assert.equal(reach(), 8);
+    for (let i = 0; i < 4; i++) neighbours.judge(1, false);
+    assert.equal(reach(), 4);
+    for (let i = 0; i < 400; i++) neighbours.judge(1, i % 4 === 0);
+    assert.equal(reach(), 4, 'one in four is neither');
+    for (let i = 0; i < 400; i++) neighbours.judge(1, true);
+    assert.equal(reach(), 32, 'there is an end to it');
   });
 
   it('does not take a repeated miss for a second one', () => {

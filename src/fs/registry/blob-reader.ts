@@ -37,6 +37,8 @@ export interface Repository extends BlobReader {
   readonly path: string;
   /** Errors: REGISTRY_NOT_FOUND and those of readRange; DIGEST_MISMATCH when asked for by digest. */
   getManifest(tagOrDigest: string, signal: AbortSignal): Promise<ManifestBytes>;
+  /** Says that blobs will be read in a moment: connections may be opened meanwhile. Never fails. */
+  expectReads(): void;
   hasBlob(blob: Digest, signal: AbortSignal): Promise<boolean>;
   /**
    * A whole blob of at most `maxBytes` whose size nobody has told, in one request; verified. Errors: those of readRange,

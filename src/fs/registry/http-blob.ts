@@ -16,6 +16,8 @@ import { checkRange, type StreamingRepository, verified, verifiedBlob } from './
 /** More than any registry accepts for a manifest (the common limit is 4 MiB). */
 const MAX_MANIFEST_BYTES = 8 * MiB;
 const MAX_REFERRER_PAGES = 20;
+/** How long connections may be prepared for. */
+const EXPECT_MS = 5_000;
 /** Signed URLs live for some minutes to an hour; a renewed one costs one request. */
 const REDIRECT_TTL_MS = 4 * 60_000;
 
@@ -158,6 +160,13 @@ export class HttpRepository implements StreamingRepository {
       throw new DedupError('DIGEST_MISMATCH', `${doing}: expected the digest ${expected}, got ${digest}`);
     }
     return { digest, mediaType: mediaTypeOf(header(response, 'content-type'), bytes), bytes };
+  }
+
+  expectReads(): void {
+    const expect = async (): Promise<void> => {
+      await this.#transport.expect(await this.#url('', AbortSignal.timeout(EXPECT_MS)), 'data');
+    };
+    expect().catch(() => undefined); // the reads that follow say what is wrong
   }
 
   async hasBlob(blob: Digest, signal: AbortSignal): Promise<boolean> {

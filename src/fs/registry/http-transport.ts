@@ -4,11 +4,12 @@ import { X509Certificate } from 'node:crypto';
 import { readFile } from 'node:fs/promises';
 import { isIP } from 'node:net';
 import { createSecureContext, getCACertificates, type SecureContext, connect as tlsConnect } from 'node:tls';
-import { type Dispatcher, Pool, ProxyAgent } from 'undici';
+import { buildConnector, type Dispatcher, Pool, ProxyAgent } from 'undici';
 import { DedupError } from '../../errors.ts';
 import { proxyFor } from './proxy-environment.ts';
 import { isLoopback } from './reference.ts';
 import { redactUrl } from './secrets.ts';
+import { SpareConnections } from './spare-connections.ts';
 
 /** Blobs travel on connections of their own, so that a token or a manifest never waits behind them. */
 export type Lane = 'data' | 'control';
@@ -59,6 +60,7 @@ export class HttpTransport {
   readonly #options: TransportOptions;
   readonly #insecure: ReadonlySet<string>;
   readonly #dispatchers = new Map<string, Dispatcher>();
+  readonly #spares = new Map<Dispatcher, SpareConnections>();
   #secureContext: Promise<SecureContext> | undefined;
   readonly #schemes = new Map<string, Promise<Probe>>();
   #closed: boolean = false;
@@ -104,6 +106,15 @@ export class HttpTransport {
   }
 
   /**
+   * Opens all connections of a lane that has none, without waiting for them: what is asked for in a moment finds them
+   * there. Does nothing behind a proxy. Failures are left to the requests that follow.
+   */
+  async expect(url: URL, lane: Lane): Promise<void> {
+    const dispatcher = await this.#dispatcher(url, lane);
+    if (dispatcher instanceof Pool && dispatcher.stats.connected === 0) this.#spares.get(dispatcher)?.open(url);
+  }
+
+  /**
    * "https" or "http" for a server whose scheme nobody stated. Only loopback and insecure hosts may be plain; there a TLS
    * handshake is tried, and what answers it is https. Errors: REGISTRY_HTTP, DEADLINE, CANCELLED.
    */
@@ -131,6 +142,8 @@ export class HttpTransport {
     this.#closed = true;
     const dispatchers = [...this.#dispatchers.values()];
     this.#dispatchers.clear();
+    for (const spares of this.#spares.values()) spares.close();
+    this.#spares.clear();
     await Promise.all(dispatchers.map((dispatcher) => dispatcher.destroy()));
   }
 
@@ -164,12 +177,17 @@ export class HttpTransport {
     if (raced !== undefined) return raced;
     if (this.#closed) throw new DedupError('CLOSED', 'the registry transport is closed');
     const proxy = this.#proxy(url);
-    const dispatcher =
-      proxy === undefined
-        ? new Pool(url.origin, { ...common, connect: tls })
-        : new ProxyAgent({ ...common, uri: proxy, requestTls: tls, proxyTls: { secureContext: tls.secureContext } });
-    this.#dispatchers.set(key, dispatcher);
-    return dispatcher;
+    if (proxy !== undefined) {
+      const proxyTls = { secureContext: tls.secureContext };
+      const agent = new ProxyAgent({ ...common, uri: proxy, requestTls: tls, proxyTls });
+      this.#dispatchers.set(key, agent);
+      return agent;
+    }
+    const spares = new SpareConnections(buildConnector({ ...tls, allowH2: false }), connections);
+    const pool = new Pool(url.origin, { ...common, connect: spares.connect });
+    this.#dispatchers.set(key, pool);
+    this.#spares.set(pool, spares);
+    return pool;
   }
 
   /** Bundled, system and configured authorities, parsed once for all connections. */

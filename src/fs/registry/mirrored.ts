@@ -80,6 +80,11 @@ export class MirroredRepository implements StreamingRepository {
     return this.#firstOf(tagOrDigest, signal, (repository) => repository.getManifest(tagOrDigest, signal));
   }
 
+  expectReads(): void {
+    const [mirror] = this.#usable('');
+    (mirror?.repository ?? this.#origin).expectReads();
+  }
+
   /** Asks the origin only: the answer decides whether a push there can be left out. */
   hasBlob(blob: Digest, signal: AbortSignal): Promise<boolean> {
     return this.#origin.hasBlob(blob, signal);

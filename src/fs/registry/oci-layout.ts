@@ -114,6 +114,8 @@ export class OciLayout implements StreamingRepository {
     return { digest, mediaType: entry?.mediaType ?? mediaTypeOf(undefined, bytes), bytes };
   }
 
+  expectReads(): void {}
+
   async hasBlob(blob: Digest, signal: AbortSignal): Promise<boolean> {
     throwIfAborted(signal, `looking for blob ${blob} in ${this.name}`);
     try {

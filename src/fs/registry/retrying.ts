@@ -120,6 +120,10 @@ export class RetryingRepository implements StreamingRepository {
     return this.#retry('reading a manifest', signal, (bounded) => this.#inner.getManifest(tagOrDigest, bounded));
   }
 
+  expectReads(): void {
+    this.#inner.expectReads();
+  }
+
   hasBlob(blob: Digest, signal: AbortSignal): Promise<boolean> {
     return this.#retry('looking for a blob', signal, (bounded) => this.#inner.hasBlob(blob, bounded));
   }
