@@ -64,7 +64,7 @@ urlpatterns = [path("report", report)]
 from django.test import Client
 
 reply = Client().get("/report")
-print("ready", reply.status_code, len(reply.content), "after", round(time.monotonic() - began, 3), "s", flush=True)
+print(f"ready {reply.status_code} {len(reply.content)} after {time.monotonic() - began:.3f} s", flush=True)
 `;
 
 export const NGINX_SITE = `server {
