@@ -11,6 +11,7 @@
 #include "aligned_memory.h"
 #include "arguments.h"
 #include "inflate/gzip_indexer.h"
+#include "inflate/isal.h"
 #include "inflate/span_decoder.h"
 #include "kept_alive.h"
 #include "promise_thread.h"
@@ -269,6 +270,10 @@ Napi::Value decode_spans(const Napi::CallbackInfo& info) {
   return promise;
 }
 
+Napi::Value inflater(const Napi::CallbackInfo& info) {
+  return Napi::String::New(info.Env(), inflate::isal_available() ? "isa-l" : "zlib");
+}
+
 }  // namespace
 
 void register_inflate(Napi::Env env, Napi::Object exports) {
@@ -276,6 +281,7 @@ void register_inflate(Napi::Env env, Napi::Object exports) {
   env.AddCleanupHook([constructor] { delete constructor; });
   exports.Set("gzipIndexer", Napi::Function::New<edge<gzip_indexer>>(env, "gzipIndexer", constructor));
   export_async<decode_spans>(env, exports, "decodeSpans");
+  export_function<inflater>(env, exports, "inflater");
 }
 
 }  // namespace dedup

@@ -210,6 +210,8 @@ interface Addon {
   fuseStart(args: FuseSessionArgs): Promise<FuseSession>;
   gzipIndexer(options: { spanBytes: number }): GzipIndexer;
   streamHasher(): StreamHasher;
+  /** What decodeSpans inflates gzip with: ISA-L where libisal.so.2 is installed and DEDUP_NO_ISAL is not set. */
+  inflater(): 'isa-l' | 'zlib';
   /** Inflates spans in parallel on native threads. Errors: LAYER_INVALID. */
   decodeSpans(job: DecodeJob): Promise<Buffer>;
   /**

@@ -1,6 +1,7 @@
 // The random-access half of native/inflate: decodeSpans over gzip, zstd and plain runs. Inflation from every restart
 // point is tested beside the indexer.
 import assert from 'node:assert/strict';
+import { spawnSync } from 'node:child_process';
 import { describe, it } from 'node:test';
 import { constants, gzipSync, zstdCompressSync } from 'node:zlib';
 import fc from 'fast-check';
@@ -245,3 +246,17 @@ describe('decodeSpans', () => {
     );
   });
 });
+
+// The library is optional: where it is not installed, zlib does all of it.
+if (process.env.DEDUP_NO_ISAL === undefined) {
+  it('decodes with ISA-L when it is there, and passes all of this with zlib alone', () => {
+    assert.equal(native().inflater(), 'isa-l');
+    const env: NodeJS.ProcessEnv = { ...process.env, DEDUP_NO_ISAL: '1' };
+    delete env.NODE_TEST_CONTEXT;
+    const { status, stdout } = spawnSync(process.execPath, ['--test', import.meta.filename], { env, encoding: 'utf8' });
+    assert.equal(status, 0, stdout);
+    assert.match(stdout, /pass \d\d/);
+  });
+} else {
+  it('decodes with zlib when it is told to', () => assert.equal(native().inflater(), 'zlib'));
+}
