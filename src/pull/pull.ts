@@ -105,6 +105,7 @@ export async function pullImage(options: PullOptions): Promise<PullResult> {
   const signal = AbortSignal.any([options.signal, ended.signal]);
   // Asked for while the lease is made; whoever needs them sees their errors.
   const root = options.repository.getManifest(tagOrDigest(options.reference), signal);
+  options.repository.expectReads(); // configuration and indexes are asked for together, once the manifest names them
   const record = options.client.getImage(formatReference(options.reference), { signal });
   for (const asked of [root, record]) asked.catch(() => undefined);
   let lease: PullLease;

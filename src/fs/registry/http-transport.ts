@@ -56,6 +56,9 @@ export interface HttpResponse {
 /** Idle connections are kept this long; below the idle limit of common load balancers. */
 const KEEP_ALIVE_MS = 20_000;
 
+/** Opened ahead of reads: a configuration and the indexes of most images are no more. */
+const SPARE_CONNECTIONS = 4;
+
 export class HttpTransport {
   readonly #options: TransportOptions;
   readonly #insecure: ReadonlySet<string>;
@@ -106,7 +109,7 @@ export class HttpTransport {
   }
 
   /**
-   * Opens all connections of a lane that has none, without waiting for them: what is asked for in a moment finds them
+   * Opens some connections of a lane that has none, without waiting for them: what is asked for in a moment finds them
    * there. Does nothing behind a proxy. Failures are left to the requests that follow.
    */
   async expect(url: URL, lane: Lane): Promise<void> {
@@ -183,7 +186,10 @@ export class HttpTransport {
       this.#dispatchers.set(key, agent);
       return agent;
     }
-    const spares = new SpareConnections(buildConnector({ ...tls, allowH2: false }), connections);
+    const spares = new SpareConnections(
+      buildConnector({ ...tls, allowH2: false }),
+      Math.min(connections, SPARE_CONNECTIONS),
+    );
     const pool = new Pool(url.origin, { ...common, connect: spares.connect });
     this.#dispatchers.set(key, pool);
     this.#spares.set(pool, spares);

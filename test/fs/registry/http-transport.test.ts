@@ -2,7 +2,7 @@ import assert from 'node:assert/strict';
 import { randomBytes } from 'node:crypto';
 import { mkdtemp, readFile, rm, writeFile } from 'node:fs/promises';
 import { createServer, type Server } from 'node:http';
-import { type AddressInfo, connect, createServer as createTcpServer } from 'node:net';
+import { type AddressInfo, connect, createServer as createTcpServer, type Socket } from 'node:net';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { after, before, describe, test } from 'node:test';
@@ -11,6 +11,7 @@ import { HttpTransport } from '../../../src/fs/registry/http-transport.ts';
 import { openRepository, RegistryPool } from '../../../src/fs/registry/pool.ts';
 import { proxyFor } from '../../../src/fs/registry/proxy-environment.ts';
 import { blobReaderSuite, soon, withCode } from '../../suites/blob-reader.ts';
+import { waitFor } from '../../support/containerd.ts';
 import { FaultProxy } from '../../support/fault-proxy.ts';
 import { freePort, RegistryProcess } from '../../support/registry.ts';
 import { makeCertificates, type TestCertificates } from '../../support/tls.ts';
@@ -244,4 +245,48 @@ test('a host that may be plain, named without a port, is asked on port 80 when n
   const transport = new HttpTransport({ env });
   assert.equal(await transport.schemeOf('127.0.7.43', soon()), 'http');
   await transport.close();
+});
+
+test('connections opened ahead carry the reads that follow, whether they are there yet or broken meanwhile', async () => {
+  const sockets = new Set<Socket>();
+  let opened = 0;
+  // As long as one read is not answered, the next one needs another connection.
+  const waiting: (() => void)[] = [];
+  const server = createServer((request, response) => {
+    waiting.push(() => response.end(bytes));
+    if (request.url !== `/v2/x/blobs/${digest}`) response.statusCode = 404;
+    if (waiting.length === 4) for (const answer of waiting.splice(0)) answer();
+  });
+  server.on('connection', (socket) => {
+    opened++;
+    sockets.add(socket);
+  });
+  after(() => {
+    server.closeAllConnections();
+    server.close();
+  });
+  await new Promise<void>((resolve) => server.listen(0, '127.0.0.1', resolve));
+  const endpoints = { 'ahead.example': `http://127.0.0.1:${(server.address() as AddressInfo).port}` };
+  const readAll = (pool: RegistryPool) => {
+    const repository = pool.repository({ host: 'ahead.example', path: 'x' });
+    const one = async () => assert.ok((await repository.readBlob(digest, bytes.length, soon())).equals(bytes));
+    return Promise.all([one(), one(), one(), one()]);
+  };
+  for (const moment of ['at once', 'when they are there', 'when they are gone'] as const) {
+    const pool = new RegistryPool({ env, retry, endpoints });
+    pool.repository({ host: 'ahead.example', path: 'x' }).expectReads();
+    const before = opened;
+    if (moment !== 'at once') await waitFor('four connections', () => opened === before + 4);
+    if (moment === 'when they are gone') for (const socket of sockets) socket.resetAndDestroy();
+    await readAll(pool);
+    if (moment === 'when they are there') assert.equal(opened, before + 4);
+    await pool.close();
+  }
+  // What nobody takes is closed with the pool.
+  const pool = new RegistryPool({ env, retry, endpoints });
+  sockets.clear();
+  pool.repository({ host: 'ahead.example', path: 'x' }).expectReads();
+  await waitFor('four connections', () => sockets.size === 4);
+  await pool.close();
+  await waitFor('their end', () => [...sockets].every((socket) => socket.destroyed || socket.readableEnded));
 });
