@@ -11,6 +11,8 @@ import type { LayerIndex } from './layer-index.ts';
 import { indexError } from './wire.ts';
 
 const WINDOW_BYTES = 32 * KiB;
+/** Spans whose windows are read together: about 60 KiB. */
+const WINDOW_GROUP = 4;
 const EMPTY = new Uint8Array(0);
 
 /** Decompressed windows of all layers, bounded by bytes. Its keys name the restart blob, so layers can share one. */
@@ -72,9 +74,16 @@ export class RestartReader {
           const length = spans.windowLength[span]!;
           if (length === 0) continue;
           const at = spans.windowOffset[span]! - range.offset;
-          const window = this.#decompress(bytes.subarray(at, at + length), span);
+          const wanted = span >= first && span < first + count;
+          let window: Uint8Array;
+          try {
+            window = this.#decompress(bytes.subarray(at, at + length), span);
+          } catch (error) {
+            if (wanted) throw error;
+            continue; // Whoever wants it reads it again, and is told.
+          }
           this.#cache.set(restart.digest, span, window);
-          windows[span - first] = window;
+          if (wanted) windows[span - first] = window;
         }
       }),
     );
@@ -86,9 +95,19 @@ export class RestartReader {
     for (let span = first; span < first + count; span++) this.#cache.delete(this.#index.restart.digest, span);
   }
 
-  /** Joins spans whose windows stand one after the other in the blob. */
-  #runs(missing: readonly number[]): { from: number; to: number; range: ByteRange }[] {
-    const { windowOffset, windowLength } = this.#index.spans;
+  /**
+   * Joins spans whose windows stand one after the other in the blob. Of windows that are not here the neighbours come too,
+   * up to the border of their group: readers stay in a place for a while, and a request costs more than a few windows.
+   */
+  #runs(wanted: readonly number[]): { from: number; to: number; range: ByteRange }[] {
+    const { restart, spans } = this.#index;
+    const { windowOffset, windowLength, count } = spans;
+    const groups = new Set(wanted.map((span) => Math.floor(span / WINDOW_GROUP)));
+    const missing: number[] = [];
+    for (const group of [...groups].sort((a, b) => a - b)) {
+      for (let span = group * WINDOW_GROUP; span < Math.min(count, (group + 1) * WINDOW_GROUP); span++)
+        if (windowLength[span]! > 0 && this.#cache.get(restart.digest, span) === undefined) missing.push(span);
+    }
     const runs: { from: number; to: number; range: ByteRange }[] = [];
     for (const span of missing) {
       const offset = windowOffset[span]!;
