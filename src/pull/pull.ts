@@ -35,6 +35,7 @@ import {
   type Mount,
 } from './containerd-client.ts';
 import { PullLease } from './pull-lease.ts';
+import { fitsLabel, PulledContent } from './pulled-content.ts';
 
 /** How a layer came to be there. */
 export type LayerOutcome = 'present' | 'lazy' | 'unpacked';
@@ -66,8 +67,8 @@ export interface PullOptions {
   readonly onEvent?: (event: PullEvent) => void;
   /**
    * Asked to make the layers that the manifest lists ready to be offered, as early as possible; not for an image that
-   * containerd has. `config`: the bytes of its configuration, once they are here. Answers for each layer with a promise, which never rejects, of whether the snapshotter is expected to
-   * take it; or nothing.
+   * containerd has. `config`: the bytes of its configuration, once they are here. Answers for each layer with a promise,
+   * which never rejects, of whether the snapshotter is expected to take it; or nothing.
    */
   readonly makeReady?: (
     manifest: Digest,
@@ -89,8 +90,6 @@ export interface PullResult {
 
 export const DEFAULT_LEASE_LIFETIME_MS = 30_000;
 
-/** containerd refuses labels whose name and value together are longer (containerd labels/validate.go). */
-const MAX_LABEL_BYTES = 4096;
 /** Annotations of a layer with this prefix are handed to the snapshotter (containerd snapshots.FilterInheritedLabels). */
 const INHERITED_PREFIX = 'containerd.io/snapshot/';
 const PREPARE_ATTEMPTS = 3;
@@ -141,6 +140,7 @@ class Pull {
   readonly #client: ContainerdClient;
   readonly #lease: PullLease;
   readonly #name: string;
+  readonly #content: PulledContent;
   readonly #underWay: Promise<unknown>[] = [];
   readonly #config = Promise.withResolvers<Buffer>();
 
@@ -149,6 +149,8 @@ class Pull {
     this.#client = options.client;
     this.#lease = lease;
     this.#name = formatReference(options.reference);
+    const { client, reference, signal } = options;
+    this.#content = new PulledContent({ client, lease, reference, signal });
   }
 
   /** Resolves when nothing that run() began is under way. */
@@ -257,7 +259,7 @@ class Pull {
     };
     const store = async (): Promise<void> => {
       if (fetching !== undefined) learn(await fetching);
-      await this.#write(
+      await this.#content.write(
         config,
         () => labels ?? {},
         async function* () {
@@ -282,81 +284,13 @@ class Pull {
 
   /** Puts a manifest or index into the content store. */
   async #store({ digest, bytes }: ManifestBytes, labels: Labels): Promise<void> {
-    await this.#write(
+    await this.#content.write(
       { digest, size: bytes.length },
       () => labels,
       async function* () {
         yield bytes;
       },
     );
-  }
-
-  /**
-   * Puts a blob of any size into the content store, with its source and the labels wanted once its bytes are here; asks
-   * for its bytes only when the node lacks it. When this returns, the blob is there and held.
-   */
-  async #write(
-    blob: { digest: Digest; size: number },
-    labels: () => Labels,
-    bytes: () => AsyncIterable<Buffer>,
-  ): Promise<void> {
-    const content: LeaseResource = { id: blob.digest, type: 'content' };
-    const ref = `${this.#lease.name}-${blob.digest}`;
-    const ingest: LeaseResource = { id: ref, type: 'ingests' };
-    await this.#lease.expect(content, ingest);
-    try {
-      await this.#ingest(ref, blob, () => ({ ...labels(), ...this.#sourceLabel('') }), bytes);
-    } catch (error) {
-      if (!hasCode(error, 'ALREADY_EXISTS')) {
-        await this.#client.abortIngest(ref).catch(() => undefined); // the lease takes care of what stays
-        throw error;
-      }
-      // It was there before, or somebody else was faster: hold it, then add to its labels what is ours.
-      await this.#lease.hold(content);
-      const known = (await this.#client.contentInfo(blob.digest, this.#scope()))?.labels ?? {};
-      await this.#client.setContentLabels(
-        blob.digest,
-        { ...labels(), ...this.#sourceLabel(known[this.#sourceName] ?? '') },
-        this.#scope(),
-      );
-    } finally {
-      this.#lease.forget(ingest);
-    }
-  }
-
-  /** Errors: ALREADY_EXISTS. A blob that another namespace has is taken over without being sent. */
-  async #ingest(
-    ref: string,
-    blob: { digest: Digest; size: number },
-    labels: () => Labels,
-    bytes: () => AsyncIterable<Buffer>,
-  ): Promise<void> {
-    const lease = this.#lease.current;
-    let writer = await this.#client.openWriter(ref, blob, { lease, signal: this.#options.signal });
-    try {
-      if (writer.offset !== blob.size) for await (const part of bytes()) await writer.write(part);
-      if (!this.#lease.mayEndUnder(lease)) {
-        // The commit belongs to the lease that the stream was opened under, which may have run out by now.
-        await writer.close();
-        writer = await this.#client.openWriter(ref, blob, this.#scope());
-      }
-      await writer.commit(blob, labels());
-    } catch (error) {
-      writer.cancel();
-      throw error;
-    }
-  }
-
-  /** containerd names the host without its port (containerd remotes/docker/handler.go). */
-  get #sourceName(): string {
-    return `containerd.io/distribution.source.${this.#options.reference.host.replace(/:\d+$/, '')}`;
-  }
-
-  /** This repository added to those that a blob is known to come from. */
-  #sourceLabel(known: string): Labels {
-    const repositories = known.split(',').filter((repository) => repository !== '');
-    const value = [...new Set([...repositories, this.#options.reference.path])].sort().join(',');
-    return fitsLabel(this.#sourceName, value) ? { [this.#sourceName]: value } : {};
   }
 
   // --- layers ----------------------------------------------------------------------------------------------------
@@ -458,7 +392,7 @@ class Pull {
   ): Promise<void> {
     const { repository, snapshotter, signal } = this.#options;
     const emit = (bytes: number) => this.#emit({ kind: 'fetching', layer: position, bytes, totalBytes: layer.size });
-    await this.#write(
+    await this.#content.write(
       layer,
       () => ({}),
       async function* () {
@@ -511,10 +445,6 @@ class Pull {
     labels[LABEL_IMAGE_LAYERS] = above;
     return labels;
   }
-}
-
-function fitsLabel(name: string, value: string): boolean {
-  return Buffer.byteLength(name) + Buffer.byteLength(value) <= MAX_LABEL_BYTES;
 }
 
 /** The promise; or, when it comes first, the reason of the signal. */
