@@ -8,7 +8,7 @@ export NODE
 DEPENDENCIES := node_modules/.installed
 SOURCES := $(shell find src -name '*.ts' 2>/dev/null)
 
-.PHONY: help setup build native test lint format demo install uninstall clean asan docs bench
+.PHONY: help setup build native test lint format demo install uninstall clean asan docs bench gate
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -57,6 +57,9 @@ demo: setup build ## start two real images cold, plain and lazily, and compare (
 
 bench: setup build ## cold starts on emulated links beside overlayfs; ARGS="--help" says what can be chosen (needs root)
 	@$(NODE) test/bench/standard.ts $(ARGS)
+
+gate: setup build ## compare what the product uses with the committed baseline; ARGS=--update rewrites that (needs root)
+	@$(NODE) test/gate/gate.ts $(ARGS)
 
 install: build ## install program, default configuration and systemd units (needs root)
 	@scripts/install.sh

@@ -17,8 +17,8 @@ function testFiles(dir: string): string[] {
     .sort();
 }
 
-/** Folders whose tests own kernel state (mounts, loop devices, containerd) and must not overlap. */
-const ALONE = ['test/integration/', 'test/native/', 'test/cli/', 'test/snapshotter/'];
+/** Folders whose tests own kernel state (mounts, loop devices, containerd) or measure, and must not overlap. */
+const ALONE = ['test/integration/', 'test/native/', 'test/cli/', 'test/snapshotter/', 'test/gate/'];
 
 interface Totals {
   passed: number;

@@ -1,5 +1,6 @@
 // Small real OCI images made by the tests themselves, as OCI layout directories, and their way into a registry.
 // Used by end-to-end tests; must not depend on the code under test.
+import { execFileSync } from 'node:child_process';
 import { createHash } from 'node:crypto';
 import { existsSync } from 'node:fs';
 import { chmod, copyFile, mkdir, mkdtemp, readdir, readFile, rename, rm, writeFile } from 'node:fs/promises';
@@ -10,8 +11,11 @@ import { gzip, zstdCompress } from 'node:zlib';
 import { run } from './containerd.ts';
 import { type TarEntry, tarOf } from './tar.ts';
 
-/** zstd-frames: one frame for each MiB of the tar, so that decompression can start at any of them. */
-export type LayerCompression = 'gzip' | 'zstd' | 'zstd-frames' | 'none';
+/**
+ * gnu-gzip: by gzip(1), whose output does not depend on the processor as zlib's in Node does. zstd-frames: one frame for
+ * each MiB of the tar, so that decompression can start at any of them.
+ */
+export type LayerCompression = 'gzip' | 'gnu-gzip' | 'zstd' | 'zstd-frames' | 'none';
 
 /** What one layer holds: members, a directory on disk, or a ready tar (compressed by us). */
 export type LayerSource = (
@@ -60,6 +64,7 @@ const TYPES = {
     manifest: 'application/vnd.oci.image.manifest.v1+json',
     config: 'application/vnd.oci.image.config.v1+json',
     gzip: 'application/vnd.oci.image.layer.v1.tar+gzip',
+    'gnu-gzip': 'application/vnd.oci.image.layer.v1.tar+gzip',
     zstd: 'application/vnd.oci.image.layer.v1.tar+zstd',
     'zstd-frames': 'application/vnd.oci.image.layer.v1.tar+zstd',
     none: 'application/vnd.oci.image.layer.v1.tar',
@@ -68,6 +73,7 @@ const TYPES = {
     manifest: 'application/vnd.docker.distribution.manifest.v2+json',
     config: 'application/vnd.docker.container.image.v1+json',
     gzip: 'application/vnd.docker.image.rootfs.diff.tar.gzip',
+    'gnu-gzip': 'application/vnd.docker.image.rootfs.diff.tar.gzip',
     zstd: 'application/vnd.docker.image.rootfs.diff.tar.zstd',
     'zstd-frames': 'application/vnd.docker.image.rootfs.diff.tar.zstd',
     none: 'application/vnd.docker.image.rootfs.diff.tar',
@@ -272,6 +278,8 @@ async function compress(tar: Buffer, compression: LayerCompression): Promise<Buf
   switch (compression) {
     case 'gzip':
       return await promisify(gzip)(tar);
+    case 'gnu-gzip':
+      return execFileSync('gzip', ['-n', '-6'], { input: tar, maxBuffer: 2 * tar.length + 4096 });
     case 'zstd':
       return await promisify(zstdCompress)(tar);
     case 'zstd-frames': {

@@ -14,6 +14,8 @@ import { SnapshotsClient } from './snapshots-service.ts';
 
 export interface LazyNodeOptions {
   readonly config?: Readonly<Record<string, unknown>>;
+  /** Words before the product's commands. */
+  readonly inside?: readonly string[];
   readonly containerd?: TestContainerdOptions;
   readonly registry?: RegistryProcessOptions;
   /** Called with the host of the proxy before containerd starts; what it answers is added to containerd's options. */
@@ -106,7 +108,7 @@ export class LazyNode {
   static async start(options: LazyNodeOptions = {}, login?: string): Promise<LazyNode> {
     const registry = await RegistryProcess.start(options.registry);
     const proxy = await FaultProxy.start(`http://${registry.host}`);
-    const product = await Product.create(options.config);
+    const product = await Product.create(options.config, { inside: options.inside ?? [] });
     try {
       await product.start();
       const more = (await options.prepare?.({ registry, proxy })) ?? {};
