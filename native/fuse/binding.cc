@@ -18,9 +18,8 @@ using fuse::Session;
 struct Callbacks {
   Napi::FunctionReference on_miss;
   Napi::FunctionReference on_end;
-  /** Keep the bitmaps mapped while threads use them. */
+  /** Keeps the bitmap mapped while threads test it. */
   Napi::ObjectReference presence;
-  Napi::ObjectReference touched;
   std::weak_ptr<Session> session;
 
   void deliver(Napi::Env env) {
@@ -185,18 +184,9 @@ Napi::Value start(const Napi::CallbackInfo& info) {
   if (threads < 1 || threads > 64) throw Error("INVALID_ARGUMENT", "threads must be between 1 and 64");
   if (background < 1 || background > 65535)
     throw Error("INVALID_ARGUMENT", "maxBackground must be between 1 and 65535");
-  const auto bitmap = [blocks](Napi::Uint8Array& bytes, const char* name) {
-    if (bytes.ByteLength() < (blocks + 7) / 8 || reinterpret_cast<std::uintptr_t>(bytes.Data()) % 4096 != 0)
-      throw Error("INVALID_ARGUMENT", std::string(name) + " must come from presenceCreate for this store");
-    return bytes.Data();
-  };
-  args.store.presence = bitmap(presence, "presence");
-  Napi::ObjectReference kept_touched;
-  if (!object.Get("touched").IsUndefined()) {
-    Napi::Uint8Array touched = to_bytes(object.Get("touched"), "touched");
-    args.store.touched = bitmap(touched, "touched");
-    kept_touched = Napi::Persistent(touched.As<Napi::Object>());
-  }
+  if (presence.ByteLength() < (blocks + 7) / 8 || reinterpret_cast<std::uintptr_t>(presence.Data()) % 4096 != 0)
+    throw Error("INVALID_ARGUMENT", "presence must come from presenceCreate for this store");
+  args.store.presence = presence.Data();
   args.threads = static_cast<unsigned>(threads);
   args.max_background = static_cast<std::uint16_t>(background);
 
@@ -205,7 +195,6 @@ Napi::Value start(const Napi::CallbackInfo& info) {
   fresh->on_miss = Napi::Persistent(to_function(object.Get("onMiss"), "onMiss"));
   fresh->on_end = Napi::Persistent(to_function(object.Get("onEnd"), "onEnd"));
   fresh->presence = Napi::Persistent(presence.As<Napi::Object>());
-  fresh->touched = std::move(kept_touched);
   std::shared_ptr<Callbacks> callbacks = make_callbacks(state, std::move(fresh));
   const std::shared_ptr<AddonState> held = state.shared_from_this();
   args.on_queued = [held, callbacks] { held->post([callbacks](Napi::Env env) { callbacks->deliver(env); }); };

@@ -40,7 +40,6 @@ Hit read_store(const StoreView& store, std::uint64_t offset, std::uint32_t lengt
     if (!read_fully(store.fd, buffer + (begin - offset), stop - begin, begin)) return Hit::failed;
     // A block may have been taken away and punched between the look and the read. Present again or not: ask.
     if (presence::clear_epoch() != epoch) return Hit::no;
-    if (store.touched != nullptr) presence::set(store.touched, first, count);
   }
   std::memset(buffer, 0, begin - offset);
   std::memset(buffer + (stop - offset), 0, end - stop);

@@ -6,15 +6,13 @@
 
 namespace dedup::fuse {
 
-/** The store as a session sees it. Descriptor and bitmaps belong to the caller and outlive the session. */
+/** The store as a session sees it. Descriptor and bitmap belong to the caller and outlive the session. */
 struct StoreView {
   int fd = -1;
   std::uint64_t bytes = 0;
   std::uint64_t head_bytes = 0;  // answered with zeros, never looked up
   std::uint64_t tail_bytes = 0;  // likewise
   const std::uint8_t* presence = nullptr;
-  /** Of the same form: blocks that were read and were here. May be null. */
-  std::uint8_t* touched = nullptr;
 };
 
 enum class Hit {

@@ -34,7 +34,6 @@ import { ReferenceMounts } from './reference-mounts.ts';
 import type { Repository } from './registry/blob-reader.ts';
 import { type Credentials, parseUserPassword } from './registry/credentials.ts';
 import { RegistryPool, type RepositoryName } from './registry/pool.ts';
-import { Touched } from './touched.ts';
 import { inspectMachine } from './transport/machine.ts';
 import { chooseTransport, openTransport, type TransportChoice } from './transport/select.ts';
 import type { ErofsLayoutKind, Transport } from './transport/transport.ts';
@@ -164,9 +163,7 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
         new RestartReader(index, paths.layerRestart(index.restart.digest), windowCache);
       const book = await LayerBook.open({ paths, store, repository, windows });
       const limits = { requestsPerHost: config.dedupd.workers, edgeBytes: config.span_cache_bytes };
-      const guess = config.prefetch.enabled;
-      const touched = new Touched(native().presenceCreate(store.storeBytes));
-      const loader = new LazyLoader({ store, layers: book, native: native(), log, limits, guess, touched });
+      const loader = new LazyLoader({ store, layers: book, native: native(), log, limits });
       opened.push({ [Symbol.asyncDispose]: async () => loader.close() });
       let plane: DataPlane | undefined;
       const transport = await openTransport(choice, {
@@ -177,7 +174,6 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
           headBytes: store.headBytes,
           tailBytes: store.tailBytes,
           presence: store.presence,
-          touched: touched.bitmap,
         },
         source: {
           read: (range, imageId) => loader.read(range, { layers: plane?.layersOfImage(imageId) ?? [] }),

@@ -9,7 +9,6 @@ import { LayerMap, type LayerProvider, nameOf, type PieceRef } from './loadable-
 import { copyTar } from './span-edges.ts';
 import { DEFAULT_FETCH_LIMITS, type FetchLimits, type FetchStats, SpanFetcher } from './span-fetcher.ts';
 import { type LoaderNative, type LoaderStore, type RunOutput, toStore } from './span-storer.ts';
-import type { Touched } from './touched.ts';
 
 /** What the loader needs of the node store: look-ups, reads, verified writes. */
 export interface ReadableStore extends LoaderStore {
@@ -33,10 +32,6 @@ export interface LazyLoaderOptions {
   readonly failureMs?: number;
   /** Memory for opened layers, bytes. */
   readonly layerBytes?: number;
-  /** Whether spans that may be wanted next are fetched on a guess. Default: only those ahead of a sequential reader. */
-  readonly guess?: boolean;
-  /** What readers found here, if anyone notes it: guesses follow from how good they were. */
-  readonly touched?: Touched;
 }
 
 export interface ReadOptions {
@@ -99,10 +94,8 @@ export class LazyLoader {
       options.log,
     );
     this.#ahead = new FetchAhead({
-      fetcher: this.#fetcher,
+      fetch: (map, span, priority) => this.#fetcher.fetch(map, span, priority),
       isPresent: (address, length) => options.store.isPresent(address, length),
-      guess: options.guess === true,
-      touched: options.touched,
       log: options.log,
     });
     const layerBytes = options.layerBytes ?? 32 * MiB;
@@ -482,7 +475,6 @@ export class LazyLoader {
   /** Every read that waits fails with CLOSED; nothing is fetched any more. Idempotent. */
   close(): void {
     this.#abort.abort();
-    this.#ahead.close();
     this.#fetcher.close();
     this.#maps.clear();
   }

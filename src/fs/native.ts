@@ -65,8 +65,6 @@ export interface FuseSessionArgs {
   readonly tailBytes: number;
   /** Presence bitmap: one bit per 4 KiB block of the store, from `presenceCreate`. */
   readonly presence: Uint8Array;
-  /** Bitmap of the same form, in which every block that was read and was here is marked. */
-  readonly touched?: Uint8Array;
   /** Reader threads. */
   readonly threads: number;
   /** FUSE_INIT max_background. */

@@ -4,7 +4,6 @@ import PQueue from 'p-queue';
 import { DedupError, errorCode, wrapError } from '../errors.ts';
 import type { Logger } from '../log.ts';
 import { MiB } from '../units.ts';
-import { LinkEstimate } from './link-estimate.ts';
 import { type LayerBlobSource, type LayerMap, nameOf } from './loadable-layer.ts';
 import type { BlobReader } from './registry/blob-reader.ts';
 import { SpanEdges } from './span-edges.ts';
@@ -79,8 +78,6 @@ const DISTRUST_MS = 30_000;
 
 export class SpanFetcher {
   readonly edges: SpanEdges;
-  /** The way to the registries, all taken together: a node has one, nearly always. */
-  readonly link = new LinkEstimate();
   readonly #storer: SpanStorer;
   readonly #limits: FetchLimits;
   readonly #log: Logger;
@@ -117,11 +114,6 @@ export class SpanFetcher {
       badPieces: this.#storer.badPieces,
       waiting: this.#flights.size,
     };
-  }
-
-  /** Compressed bytes of the distinct spans that readers waited for. */
-  get demandedBytes(): number {
-    return this.#spanBytes;
   }
 
   /**
@@ -331,9 +323,7 @@ export class SpanFetcher {
     return {
       readRange: async (blob, range, signal) => {
         this.#requests++;
-        const startedMs = performance.now();
         const bytes = await reader.readRange(blob, range, signal);
-        this.link.add(performance.now() - startedMs, bytes.length);
         this.#wireBytes += bytes.length;
         return bytes;
       },

@@ -110,7 +110,7 @@ class StartFiles {
     this.#seen.add(file.path);
     if (file.size === 0) return;
     const whole = file.size <= WHOLE_FILE_BYTES;
-    const bringing = this.#bringPart(file, 0, whole ? file.size : HEAD_BYTES);
+    const bringing = begun(this.#bringPart(file, 0, whole ? file.size : HEAD_BYTES));
     const head = await this.#read(file, 0, LOOK_BYTES);
     const header = parseElfHeader(head);
     const further: Promise<void>[] = [bringing];
@@ -133,11 +133,11 @@ class StartFiles {
     if (!whole) {
       // Relocations are written there before the program runs.
       for (const { offset, length } of header.segments.filter(({ writable }) => writable))
-        further.push(this.#bringPart(file, offset, length));
+        further.push(begun(this.#bringPart(file, offset, length)));
     }
     if (header.interpreter !== undefined) {
       const path = await this.#read(file, header.interpreter.offset, Math.min(header.interpreter.length, LOOK_BYTES));
-      further.push(this.#load(this.#tree.file(path.toString('latin1').replace(/\0.*$/s, ''))));
+      further.push(begun(this.#load(this.#tree.file(path.toString('latin1').replace(/\0.*$/s, '')))));
     }
     if (header.dynamic !== undefined && header.dynamic.length <= MiB) {
       const dynamic = await this.#read(file, header.dynamic.offset, header.dynamic.length);
@@ -146,7 +146,7 @@ class StartFiles {
         const needs = parseNeeds(dynamic, await this.#read(file, strings.offset, strings.length));
         const origin = file.path.replace(/\/?[^/]*$/, '');
         const first = needs.searchPath.map((directory) => directory.replace(/\$\{?ORIGIN\}?/g, `/${origin}`));
-        for (const library of needs.libraries) further.push(this.#load(this.#library(library, first)));
+        for (const library of needs.libraries) further.push(begun(this.#load(this.#library(library, first))));
       }
     }
     await Promise.all(further);
@@ -181,4 +181,10 @@ class StartFiles {
     const skip = offset % BLOCK_BYTES;
     return bytes.subarray(skip, skip + end - offset);
   }
+}
+
+/** Something that goes on beside what follows; its failure is seen by whoever awaits it later, or else passed over. */
+function begun(work: Promise<void>): Promise<void> {
+  work.catch(() => undefined);
+  return work;
 }

@@ -173,7 +173,7 @@ export class HttpTransport {
       timeout: this.#options.connectTimeoutMs ?? 10_000,
     };
     const connections =
-      lane === 'data' ? (this.#options.dataConnections ?? 8) : (this.#options.controlConnections ?? 2);
+      lane === 'data' ? (this.#options.dataConnections ?? 4) : (this.#options.controlConnections ?? 2);
     // HTTP/2 would be one socket with a small window: slow on any link with a round trip worth mentioning.
     const common = { allowH2: false, connections, pipelining: 1, keepAliveTimeout: KEEP_ALIVE_MS };
     const raced = this.#dispatchers.get(key);

@@ -23,8 +23,6 @@ export interface StoreView {
   readonly headBytes: number;
   readonly tailBytes: number;
   readonly presence: Uint8Array;
-  /** Where reads of what is here leave their marks, one bit per block. */
-  readonly touched?: Uint8Array;
 }
 
 export interface FuseTransportOptions {
@@ -64,7 +62,6 @@ export class FuseTransport implements Transport {
       headBytes: options.store.headBytes,
       tailBytes: options.store.tailBytes,
       presence: options.store.presence,
-      ...(options.store.touched === undefined ? {} : { touched: options.store.touched }),
       threads: READER_THREADS,
       maxBackground: MAX_BACKGROUND,
       onMiss: (misses) => {
