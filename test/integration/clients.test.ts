@@ -40,6 +40,8 @@ describe('CRI of containerd 1.6', () => {
 
   before(async () => {
     node = await LazyNode.start({
+      // Bytes are counted: only what is read counts here.
+      config: { prefetch: { enabled: false } },
       // CRI works in this namespace whatever it is told.
       containerd: { namespace: 'k8s.io' },
       prepare: async ({ registry }) => {
@@ -117,7 +119,10 @@ describe('clients of containerd 1.6 other than CRI', () => {
   let lazy: string;
 
   before(async () => {
-    node = await LazyNode.start({ containerd: { cri: { snapshotter: 'dedup', annotations: false } } });
+    node = await LazyNode.start({
+      config: { prefetch: { enabled: false } },
+      containerd: { cri: { snapshotter: 'dedup', annotations: false } },
+    });
     ({ image, plain, lazy } = await node.publish('team/app', await smallLayers('whole')));
   });
 

@@ -141,8 +141,12 @@ export class LazyNode {
   }
 
   /** Makes an image, pushes it, and makes a lazily loadable copy of it beside it. */
-  async publish(repository: string, layers: readonly LayerSource[]): Promise<PublishedImage> {
-    const image = await makeImage({ layers, tag: 'plain' });
+  async publish(
+    repository: string,
+    layers: readonly LayerSource[],
+    config?: Readonly<Record<string, unknown>>,
+  ): Promise<PublishedImage> {
+    const image = await makeImage({ layers, tag: 'plain', ...(config === undefined ? {} : { config }) });
     this.#layouts.add(image.dir);
     const pushed = await pushLayout(image.dir, 'plain', this.registry.host, repository, 'plain', this.#login);
     const login = this.#login === undefined ? [] : ['--user', this.#login];
