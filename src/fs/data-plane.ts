@@ -163,8 +163,7 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
         new RestartReader(index, paths.layerRestart(index.restart.digest), windowCache);
       const book = await LayerBook.open({ paths, store, repository, windows });
       const limits = { requestsPerHost: config.dedupd.workers, edgeBytes: config.span_cache_bytes };
-      const guess = config.prefetch.enabled;
-      const loader = new LazyLoader({ store, layers: book, native: native(), log, limits, guess });
+      const loader = new LazyLoader({ store, layers: book, native: native(), log, limits });
       opened.push({ [Symbol.asyncDispose]: async () => loader.close() });
       let plane: DataPlane | undefined;
       const transport = await openTransport(choice, {

@@ -32,8 +32,6 @@ export interface LazyLoaderOptions {
   readonly failureMs?: number;
   /** Memory for opened layers, bytes. */
   readonly layerBytes?: number;
-  /** Whether what lies around close misses is fetched too. Default: only what lies ahead of a sequential reader. */
-  readonly guess?: boolean;
 }
 
 export interface ReadOptions {
@@ -97,8 +95,6 @@ export class LazyLoader {
     );
     this.#ahead = new FetchAhead({
       fetch: (map, span, priority) => this.#fetcher.fetch(map, span, priority),
-      demandedBytes: () => this.#fetcher.demandedBytes,
-      guess: options.guess === true,
       isPresent: (address, length) => options.store.isPresent(address, length),
       log: options.log,
     });

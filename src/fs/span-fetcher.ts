@@ -116,11 +116,6 @@ export class SpanFetcher {
     };
   }
 
-  /** Compressed bytes of the distinct spans that readers waited for. */
-  get demandedBytes(): number {
-    return this.#spanBytes;
-  }
-
   /**
    * The decompressed bytes around a span, after every whole piece in them was stored. Joins the flight of the span if
    * there is one, and raises its priority. Errors: REGISTRY_*, DEADLINE, LAYER_INVALID, STORE_*, CLOSED.
