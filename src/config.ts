@@ -27,7 +27,10 @@ function isEndpoint(value: string): boolean {
 }
 
 const prefetch = z.strictObject({
-  enabled: z.boolean().default(true).describe('fetch what a start will probably read before it is asked for; false: only what is read'),
+  enabled: z
+    .boolean()
+    .default(true)
+    .describe('fetch what a start will probably read before it is asked for; false: only what is read'),
   workers: z.int().min(1).max(64).default(4).describe('parallel prefetch requests'),
   queue_size: z.int().min(1).max(1_000_000).default(1000).describe('prefetch requests waiting at most'),
   trace_dir: absolute.optional().describe('where traces are kept; always below the root unless given'),
@@ -119,7 +122,8 @@ const NOT_YET: readonly (readonly [path: string, feature: string])[] = [
   ['enable_fscache', 'the fscache transport'],
   ['enable_mem_dedup', 'memory deduplication'],
   ['ksm', 'memory deduplication'],
-  ['prefetch', 'access traces and prefetch'],
+  ['prefetch.queue_size', 'access traces and prefetch'],
+  ['prefetch.trace_dir', 'access traces and prefetch'],
   ['exporterConfig', 'the Prometheus exporter'],
   ['autoRemoveDev', 'choosing to keep devices (they are always removed)'],
   ['dedupd.fscache_domain', 'the fscache transport'],

@@ -17,8 +17,8 @@ export function registryOptions(config: Config): RegistryOptions {
     insecureHosts: config.insecure_registries,
     caFiles: config.ca_files,
     mirrors: config.mirrorRegistry,
-    // As many for what readers wait for as for what is fetched ahead.
-    dataConnections: 2 * config.dedupd.workers,
+    // What is fetched ahead takes no connection of a reader.
+    dataConnections: config.dedupd.workers + config.prefetch.workers,
     ...(config.credentials_file === undefined ? {} : { credentialsFile: config.credentials_file }),
   };
 }

@@ -162,7 +162,11 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
       const windows = (index: LayerIndex): RestartReader =>
         new RestartReader(index, paths.layerRestart(index.restart.digest), windowCache);
       const book = await LayerBook.open({ paths, store, repository, windows });
-      const limits = { requestsPerHost: config.dedupd.workers, edgeBytes: config.span_cache_bytes };
+      const limits = {
+        requestsPerHost: config.dedupd.workers,
+        aheadPerHost: config.prefetch.workers,
+        edgeBytes: config.span_cache_bytes,
+      };
       const loader = new LazyLoader({ store, layers: book, native: native(), log, limits });
       opened.push({ [Symbol.asyncDispose]: async () => loader.close() });
       let plane: DataPlane | undefined;

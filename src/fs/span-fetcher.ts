@@ -10,8 +10,10 @@ import { SpanEdges } from './span-edges.ts';
 import { type LoaderNative, type LoaderStore, type RunOutput, SpanStorer } from './span-storer.ts';
 
 export interface FetchLimits {
-  /** Parallel range requests per host: as many for readers, and as many for what is fetched ahead. */
+  /** Parallel range requests per host, for readers. */
   readonly requestsPerHost: number;
+  /** As many more for what is fetched ahead. */
+  readonly aheadPerHost: number;
   /** Runs that are decoded, verified and written at once. */
   readonly decodes: number;
   /** Limits of one joined request: compressed and decompressed bytes. */
@@ -25,6 +27,7 @@ export interface FetchLimits {
 
 export const DEFAULT_FETCH_LIMITS: FetchLimits = Object.freeze({
   requestsPerHost: 4,
+  aheadPerHost: 4,
   decodes: 2,
   maxRunBytes: 4 * MiB,
   maxRunOutputBytes: 4 * MiB,
@@ -177,8 +180,11 @@ export class SpanFetcher {
   #queueOf(host: string, priority: number): PQueue {
     let queues = this.#queues.get(host);
     if (queues === undefined) {
-      const concurrency = this.#limits.requestsPerHost;
-      queues = { wanted: new PQueue({ concurrency }), ahead: new PQueue({ concurrency }) };
+      const { requestsPerHost, aheadPerHost } = this.#limits;
+      queues = {
+        wanted: new PQueue({ concurrency: requestsPerHost }),
+        ahead: new PQueue({ concurrency: aheadPerHost }),
+      };
       this.#queues.set(host, queues);
     }
     return priority >= WANTED_PRIORITY ? queues.wanted : queues.ahead;

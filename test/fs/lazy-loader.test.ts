@@ -143,7 +143,7 @@ describe('LazyLoader', () => {
     const layer = await layerOf(files, small);
     const registry = new MemoryBlobs(layer);
     registry.delayMs = 10;
-    const test = await rig({ limits: { requestsPerHost: 1, maxRunBytes: 1 } });
+    const test = await rig({ limits: { requestsPerHost: 1, aheadPerHost: 1, maxRunBytes: 1 } });
     const stored = await test.add(layer, [{ host: 'one', reader: registry }]);
     const range = (file: number) => ({ offset: stored.addresses[file]!, length: 4096 });
     const wanted = Array.from({ length: 20 }, (_, i) => range(i * 2));
