@@ -19,9 +19,12 @@ export MALLOC_ARENA_MAX="${MALLOC_ARENA_MAX:-2}"
 export MALLOC_MMAP_THRESHOLD_="${MALLOC_MMAP_THRESHOLD_:-131072}"
 export MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-131072}"
 flags='--optimize-for-size --max-semi-space-size=4 --expose-gc'
-for word; do
-  # Those are over in a moment, and start a fifth faster without.
-  case $word in rpull | mount | umount | images | config | doctor) flags= ;; esac
-done
+case ${1:-} in
+  --config) verb=${3:-} ;;
+  --config=*) verb=${2:-} ;;
+  *) verb=${1:-} ;;
+esac
+# Those are over in a moment, and start a fifth faster without.
+case $verb in rpull | mount | umount | images | config | doctor) flags= ;; esac
 # shellcheck disable=SC2086
 exec "$node" $flags --disable-warning=ExperimentalWarning "$home/dist/$name.js" "$@"

@@ -164,7 +164,12 @@ function servePull(
     const stop = new AbortController();
     const end = (why: string) => stop.abort(new DedupError('CANCELLED', why));
     call.on('cancelled', () => end('the client has gone'));
+    let asked = false;
+    call.once('end', () => {
+      if (!asked) call.emit('error', toStatus(new DedupError('INVALID_ARGUMENT', 'the call named no image')));
+    });
     call.once('data', (request: PullImageMessage) => {
+      asked = true;
       call.on('data', () => end('interrupted'));
       const pull = async (): Promise<void> => {
         if (request.protocol !== DEDUPD_PROTOCOL) {

@@ -223,7 +223,7 @@ export class LayerIntake {
   /** Builds the file system of an image of which every layer is lazy. Errors: those of the layers. */
   async #build(layers: readonly (Promise<LayerRecord> | undefined)[], config: Promise<Buffer>): Promise<void> {
     config.catch(() => undefined); // Looked at once the layers are here.
-    if (layers.some((layer) => layer !== undefined)) this.#options.expectBuild();
+    if (layers.every((layer) => layer !== undefined)) this.#options.expectBuild();
     const rows = await Promise.all(layers);
     const lazy = rows.filter((row) => row !== undefined);
     if (lazy.length < rows.length) return;

@@ -211,6 +211,11 @@ export class SpanFetcher {
   /** Forgets what is kept about layers that were dropped, and distrust that has ended. */
   forget(layerIds: readonly number[]): void {
     for (const layerId of layerIds) this.#touched.delete(layerId);
+    for (const flight of this.#flights.values()) {
+      if (!flight.queued || !layerIds.includes(flight.map.layerId)) continue;
+      flight.queued = false;
+      flight.reject(new DedupError('UNAVAILABLE', `layer ${flight.map.blob.digest} was dropped`));
+    }
     const now = performance.now();
     for (const [key, until] of this.#distrusted) if (until <= now) this.#distrusted.delete(key);
   }
@@ -224,13 +229,14 @@ export class SpanFetcher {
     const tryAdd = (span: number, atFront: boolean): boolean => {
       const flight = this.#flights.get(`${map.layerId}:${span}`);
       if (flight?.queued !== true || flight.map !== map) return false;
+      const joins = mixed || flight.priority >= WANTED_PRIORITY !== seed.priority >= WANTED_PRIORITY;
       const first = atFront ? span : flights[0]!.span;
       const last = atFront ? flights.at(-1)!.span : span;
-      if (flight.priority >= WANTED_PRIORITY !== seed.priority >= WANTED_PRIORITY) mixed = true;
-      const maxBytes = mixed ? Math.min(MAX_MIXED_BYTES, this.#limits.maxRunBytes) : this.#limits.maxRunBytes;
+      const maxBytes = joins ? Math.min(MAX_MIXED_BYTES, this.#limits.maxRunBytes) : this.#limits.maxRunBytes;
       if (map.compressedRange(first, last - first + 1).length > maxBytes) return false;
       if (map.spanEnd(last) - map.spanStart(first) > this.#limits.maxRunOutputBytes) return false;
       flight.queued = false;
+      mixed = joins;
       if (atFront) flights.unshift(flight);
       else flights.push(flight);
       return true;
@@ -374,6 +380,8 @@ export class SpanFetcher {
     windows: readonly Uint8Array[],
   ): Promise<void> {
     try {
+      // A layer that was dropped while its bytes came: nothing must be written where they belonged.
+      if (isDropped(run.map)) throw new DedupError('CLOSED', `layer ${run.map.blob.digest} was dropped`);
       const output = await this.#storer.decodeAndStore(run.map, run.first, nameOf(source), data, windows);
       for (const flight of run.flights) flight.resolve(output);
     } catch (error) {
@@ -403,5 +411,15 @@ export class SpanFetcher {
     }
     for (const flight of [...this.#flights.values()]) flight.reject(new DedupError('CLOSED', 'the loader is closed'));
     this.edges.clear();
+  }
+}
+
+/** True when the layer is not known to the node any more. */
+function isDropped(map: LayerMap): boolean {
+  try {
+    map.layer.sources();
+    return false;
+  } catch {
+    return true;
   }
 }

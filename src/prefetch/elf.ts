@@ -32,6 +32,10 @@ const DT_RUNPATH = 29;
 const PROGRAM_HEADER_BYTES = 56;
 /** Longest string table that is worth reading, bytes. */
 const MAX_STRINGS = 1 << 20;
+/** Longest name in it (PATH_MAX), and how many are believed: real programs have a few dozen. */
+const MAX_NAME_BYTES = 4096;
+const MAX_LIBRARIES = 200;
+const MAX_SEARCH_PATH = 32;
 
 /** Of a 64-bit little-endian ELF file, from its first bytes; undefined for anything else. */
 export function parseElfHeader(head: Buffer): ElfHeader | undefined {
@@ -69,18 +73,22 @@ export function stringTable(dynamic: Buffer, header: ElfHeader): ElfRange | unde
 
 export function parseNeeds(dynamic: Buffer, strings: Buffer): ElfNeeds {
   const text = (at: number): string => {
-    const end = strings.indexOf(0, at);
-    return at < strings.length ? strings.toString('latin1', at, end < 0 ? strings.length : end) : '';
+    const name = strings.subarray(at, at + MAX_NAME_BYTES);
+    const end = name.indexOf(0);
+    return end < 0 ? '' : name.toString('latin1', 0, end);
   };
   const entries = dynamicEntries(dynamic);
   const named = (...tags: number[]): string[] =>
-    entries.filter(({ tag }) => tags.includes(tag)).map(({ value }) => text(value));
+    entries
+      .filter(({ tag }) => tags.includes(tag))
+      .slice(0, MAX_LIBRARIES)
+      .map(({ value }) => text(value));
   // ld.so(8): DT_RPATH counts only where there is no DT_RUNPATH.
   const runPath = named(DT_RUNPATH);
   const searchPath = (runPath.length > 0 ? runPath : named(DT_RPATH)).flatMap((list) => list.split(':'));
   return {
     libraries: named(DT_NEEDED).filter((name) => name !== ''),
-    searchPath: searchPath.filter((directory) => directory !== ''),
+    searchPath: searchPath.filter((directory) => directory !== '').slice(0, MAX_SEARCH_PATH),
   };
 }
 

@@ -1,16 +1,22 @@
 // Has the files of an image's start fetched while its pull goes on: puts together the image's configuration, its built
 // metadata and the loader. Called by dedupd's data plane; whatever fails here, a start only reads them later.
 import { readFile, stat } from 'node:fs/promises';
+import PQueue from 'p-queue';
 import { z } from 'zod';
 import { Priority } from '../fs/fetch-ahead.ts';
 import { ErofsReader } from '../fs/image/erofs/reader.ts';
 import type { LazyLoader } from '../fs/lazy-loader.ts';
 import type { Logger } from '../log.ts';
-import { MiB } from '../units.ts';
+import { KiB, MiB } from '../units.ts';
 import { fetchStartFiles, type StartCommand } from './start-files.ts';
 
 /** Metadata larger than this is not read into memory for a hint: about 400,000 entries. */
 const MAX_METADATA_BYTES = 64 * MiB;
+
+/** A configuration larger than this is none that people write. */
+const MAX_CONFIG_BYTES = 128 * KiB;
+/** Metadata of so many images is held in memory at once. */
+const starts = new PQueue({ concurrency: 2 });
 
 /** OCI image-spec config.md; Docker writes null for what is empty. */
 const words = z.array(z.string()).nullish();
@@ -21,11 +27,13 @@ const imageConfig = z.object({
 /** What an image runs by default. Errors: a SyntaxError or ZodError for what is no image configuration. */
 export function startCommandOf(config: Buffer): StartCommand {
   const process = imageConfig.parse(JSON.parse(config.toString('utf8'))).config;
+  // Names in an image are bytes, and kept as latin1 text.
+  const bytes = (text: string): string => Buffer.from(text, 'utf8').toString('latin1');
   return {
-    entrypoint: process?.Entrypoint ?? [],
-    cmd: process?.Cmd ?? [],
-    env: process?.Env ?? [],
-    workingDir: process?.WorkingDir ?? '',
+    entrypoint: (process?.Entrypoint ?? []).map(bytes),
+    cmd: (process?.Cmd ?? []).map(bytes),
+    env: (process?.Env ?? []).map(bytes),
+    workingDir: bytes(process?.WorkingDir ?? ''),
   };
 }
 
@@ -42,9 +50,13 @@ export interface ImageStart {
 
 /** Fetches what the start will read. Errors: that of the metadata or configuration; single files are passed over. */
 export async function fetchImageStart(start: ImageStart): Promise<void> {
+  await starts.add(() => fetchOne(start));
+}
+
+async function fetchOne(start: ImageStart): Promise<void> {
   const { loader, log, signal } = start;
   const startedMs = performance.now();
-  if ((await stat(start.metadata)).size > MAX_METADATA_BYTES) return;
+  if (start.config.length > MAX_CONFIG_BYTES || (await stat(start.metadata)).size > MAX_METADATA_BYTES) return;
   const tree = new ErofsReader(await readFile(start.metadata));
   const options = { layers: start.layerIds, priority: Priority.prefetch, signal };
   const { files, bytes } = await fetchStartFiles(tree, startCommandOf(start.config), {

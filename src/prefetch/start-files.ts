@@ -1,7 +1,7 @@
 // Fetches what the start of an image's own command is certain to read, before anyone starts it: the program, the script
 // interpreter, the dynamic linker and the libraries they name, and the few files every container runtime looks into.
 // Called by dedupd once an image's metadata is built; a hint only, so that every failure ends it silently.
-import { BLOCK_BYTES, type ByteRange, MiB } from '../units.ts';
+import { BLOCK_BYTES, type ByteRange, KiB, MiB } from '../units.ts';
 import { type ElfHeader, parseElfHeader, parseNeeds, stringTable } from './elf.ts';
 
 /** What an image's configuration says about its process (OCI image-spec config.md). */
@@ -38,6 +38,10 @@ const HEAD_BYTES = 2 * MiB;
 /** Where an end is put to it, bytes of files. */
 const MAX_BYTES = 48 * MiB;
 const MAX_FILES = 200;
+/** Paths that are looked up; a command or a library path can name any number. */
+const MAX_LOOK_UPS = 2000;
+/** Longest dynamic section that is read, bytes. */
+const MAX_DYNAMIC_BYTES = 64 * KiB;
 /** First bytes of a file that are looked at. */
 const LOOK_BYTES = 4096;
 
@@ -72,6 +76,7 @@ class StartFiles {
   readonly #command: StartCommand;
   readonly #fetcher: StartFetcher;
   readonly #seen = new Set<string>();
+  #lookUps = 0;
 
   constructor(tree: StartTree, command: StartCommand, fetcher: StartFetcher) {
     this.#tree = tree;
@@ -81,24 +86,34 @@ class StartFiles {
 
   async run(): Promise<void> {
     const { entrypoint, cmd, workingDir } = this.#command;
-    const wanted: Promise<void>[] = ALWAYS.map((path) => this.#bring(this.#tree.file(path)));
+    const wanted: Promise<void>[] = ALWAYS.map((path) => begun(this.#bring(this.#file(path))));
     for (const words of [entrypoint, cmd]) {
       // The first word is a program; others may be scripts, configuration, or programs that an entrypoint executes.
       for (const [i, word] of words.entries()) {
-        const file = i === 0 ? this.#program(word) : word.includes('/') ? this.#tree.file(word, workingDir) : undefined;
-        if (file !== undefined) wanted.push(this.#load(file));
+        const file = i === 0 ? this.#program(word) : word.includes('/') ? this.#file(word, workingDir) : undefined;
+        if (file !== undefined) wanted.push(begun(this.#load(file)));
       }
     }
     // Each is a hint of its own: one that fails leaves the others alone.
     await Promise.allSettled(wanted);
   }
 
+  /** What the tree has at a path; nothing once enough was looked up, or where its metadata is damaged. */
+  #file(path: string, from?: string): StartFile | undefined {
+    if (++this.#lookUps > MAX_LOOK_UPS) return undefined;
+    try {
+      return this.#tree.file(path, from);
+    } catch {
+      return undefined; // Whoever mounts the image is told.
+    }
+  }
+
   /** A program by the name the command gives: a path, or a name looked up in PATH. */
   #program(word: string): StartFile | undefined {
-    if (word.includes('/')) return this.#tree.file(word, this.#command.workingDir);
+    if (word.includes('/')) return this.#file(word, this.#command.workingDir);
     const path = this.#command.env.find((line) => line.startsWith('PATH=')) ?? DEFAULT_PATH;
     for (const directory of path.slice('PATH='.length).split(':')) {
-      const file = this.#tree.file(`${directory}/${word}`);
+      const file = this.#file(`${directory}/${word}`);
       if (file !== undefined) return file;
     }
     return undefined;
@@ -123,8 +138,8 @@ class StartFiles {
     // execve(2): the interpreter's path, then at most one argument.
     const [line = ''] = head.toString('latin1', 2).split('\n', 1);
     const [interpreter = '', argument = ''] = line.trim().split(/\s+/);
-    const wanted = [this.#load(this.#tree.file(interpreter))];
-    if (interpreter.endsWith('/env') && argument !== '') wanted.push(this.#load(this.#program(argument)));
+    const wanted = [begun(this.#load(this.#file(interpreter)))];
+    if (interpreter.endsWith('/env') && argument !== '') wanted.push(begun(this.#load(this.#program(argument))));
     await Promise.all(wanted);
   }
 
@@ -137,9 +152,9 @@ class StartFiles {
     }
     if (header.interpreter !== undefined) {
       const path = await this.#read(file, header.interpreter.offset, Math.min(header.interpreter.length, LOOK_BYTES));
-      further.push(begun(this.#load(this.#tree.file(path.toString('latin1').replace(/\0.*$/s, '')))));
+      further.push(begun(this.#load(this.#file(path.toString('latin1').replace(/\0.*$/s, '')))));
     }
-    if (header.dynamic !== undefined && header.dynamic.length <= MiB) {
+    if (header.dynamic !== undefined && header.dynamic.length <= MAX_DYNAMIC_BYTES) {
       const dynamic = await this.#read(file, header.dynamic.offset, header.dynamic.length);
       const strings = stringTable(dynamic, header);
       if (strings !== undefined) {
@@ -153,9 +168,9 @@ class StartFiles {
   }
 
   #library(name: string, first: readonly string[]): StartFile | undefined {
-    if (name.includes('/')) return this.#tree.file(name);
+    if (name.includes('/')) return this.#file(name);
     for (const directory of [...first, ...LIBRARY_DIRECTORIES]) {
-      const file = this.#tree.file(`/${directory.replace('*', MULTIARCH)}/${name}`);
+      const file = this.#file(`/${directory.replace('*', MULTIARCH)}/${name}`);
       if (file !== undefined) return file;
     }
     return undefined;
@@ -176,7 +191,7 @@ class StartFiles {
   /** Bytes of a file; fewer at its end or where it has holes. */
   async #read(file: StartFile, offset: number, length: number): Promise<Buffer> {
     const end = Math.min(file.size, offset + length);
-    if (end <= offset) return Buffer.alloc(0);
+    if (end <= offset || this.bytes + end - offset > MAX_BYTES) return Buffer.alloc(0);
     const bytes = await this.#fetcher.read(file.ranges(offset, end - offset));
     const skip = offset % BLOCK_BYTES;
     return bytes.subarray(skip, skip + end - offset);

@@ -309,7 +309,9 @@ class Pull {
       if (position < next || ready[position] === undefined) return undefined;
       const hold = this.#lease.hold(this.#snapshot(layer.chainId));
       this.#begin(hold);
-      return Promise.all([hold, ready[position]]);
+      const both = Promise.all([hold, ready[position]]);
+      both.catch(() => undefined); // looked at when it is this layer's turn, if it comes to that
+      return both;
     });
     for (let position = 0; position < next; position++)
       this.#emit({ kind: 'layer', layer: position, outcome: 'present' });

@@ -3,6 +3,8 @@ import assert from 'node:assert/strict';
 import { execFileSync } from 'node:child_process';
 import { existsSync, readFileSync, realpathSync, statSync } from 'node:fs';
 import { test } from 'node:test';
+import { parseNeeds } from '../../src/prefetch/elf.ts';
+import { startCommandOf } from '../../src/prefetch/image-start.ts';
 import {
   fetchStartFiles,
   type StartCommand,
@@ -129,4 +131,46 @@ test('files that are no ELF files, damaged or endless chains end quietly', async
   for (const word of ['/cut', '/text', '/self', '/empty', '/nowhere'])
     await fetchStartFiles(node.tree, { ...COMMAND, cmd: [word] }, node.fetcher);
   assert.ok(node.fetched.has('/self'));
+});
+
+test('a hostile library list is cut short', () => {
+  const strings = Buffer.alloc(1 << 20, 'a');
+  const dynamic = Buffer.alloc(16 * 4096);
+  for (let i = 0; i < 4095; i++) dynamic.writeBigUInt64LE(1n, 16 * i); // DT_NEEDED at offset 0, which has no end
+  assert.deepEqual(parseNeeds(dynamic, strings).libraries, []);
+  strings[100] = 0;
+  assert.equal(parseNeeds(dynamic, strings).libraries.length, 200);
+});
+
+test('a command of any length is looked at for so long only', async () => {
+  let lookUps = 0;
+  const tree: StartTree = {
+    file: () => {
+      lookUps++;
+      return undefined;
+    },
+  };
+  const cmd = Array.from({ length: 100_000 }, (_, i) => `/word${i}`);
+  const env = [`PATH=${'/x:'.repeat(100_000)}`];
+  await fetchStartFiles(tree, { entrypoint: ['program'], cmd, env, workingDir: '' }, new Node().fetcher);
+  assert.ok(lookUps <= 2000, `${lookUps}`);
+});
+
+test('damaged metadata ends it quietly', async () => {
+  const tree: StartTree = {
+    file: () => {
+      throw new Error('cut off');
+    },
+  };
+  assert.deepEqual(await fetchStartFiles(tree, { ...COMMAND, cmd: ['bash'] }, new Node().fetcher), {
+    files: 0,
+    bytes: 0,
+  });
+});
+
+test('names of a command are bytes', () => {
+  const config = Buffer.from(JSON.stringify({ config: { Cmd: ['/opt/gr\u00fc\u00df'], Env: null } }));
+  const { cmd, env } = startCommandOf(config);
+  assert.deepEqual(cmd, [Buffer.from('/opt/grüß').toString('latin1')]);
+  assert.deepEqual(env, []);
 });

@@ -51,6 +51,8 @@ function startChild(): ChildProcess {
     stdio: ['ignore', 'ignore', 'pipe', 'ipc'],
   });
   child.stderr?.setEncoding('utf8');
+  // Whoever waits for it listens as well; one that nobody waits for may fail to start.
+  child.on('error', () => undefined);
   return child;
 }
 
@@ -145,6 +147,10 @@ function buildInChild(request: ImageBuildRequest, signal?: AbortSignal): Promise
     };
     const onClose = (code: number | null, by: string | null): void =>
       ended(`its process ended with ${by ?? `exit code ${code}`}`);
+    if (child.pid === undefined) {
+      settle(new DedupError('INTERNAL', `building ${request.output}: its process did not start`));
+      return;
+    }
     child.stderr?.on('data', onStderr);
     child.on('message', onMessage).on('error', onError).on('close', onClose);
     child.send(request, (error) => {

@@ -90,9 +90,11 @@ export class RestartReader {
     return windows;
   }
 
-  /** Drops cached windows of spans [first, first + count): call it when what they gave failed verification. */
+  /** Drops cached windows of spans [first, first + count) and those read with them: when what they gave failed verification. */
   forget(first: number, count: number): void {
-    for (let span = first; span < first + count; span++) this.#cache.delete(this.#index.restart.digest, span);
+    const from = Math.floor(first / WINDOW_GROUP) * WINDOW_GROUP;
+    const until = Math.ceil((first + count) / WINDOW_GROUP) * WINDOW_GROUP;
+    for (let span = from; span < until; span++) this.#cache.delete(this.#index.restart.digest, span);
   }
 
   /**

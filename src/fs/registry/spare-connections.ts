@@ -23,7 +23,8 @@ export class SpareConnections {
   /** Opens as many as there may be, unless some wait already. */
   open(url: URL): void {
     if (this.#closed || this.#opening.length > 0) return;
-    const { protocol, hostname, host } = url;
+    const { protocol, host } = url;
+    const hostname = url.hostname.replace(/^\[(.*)\]$/, '$1');
     const port = url.port || (protocol === 'https:' ? '443' : '80');
     for (let i = 0; i < this.#count; i++) this.#add({ protocol, hostname, host, port });
   }

@@ -27,7 +27,6 @@ export interface ImageFile {
   /** Its path after all links were followed, without a leading "/". */
   readonly path: string;
   readonly size: number;
-  readonly executable: boolean;
   /** Where bytes [offset, offset + length) of it lie in the store, in whole blocks, holes left out. */
   ranges(offset: number, length: number): ByteRange[];
 }
@@ -65,7 +64,6 @@ export class ErofsReader {
     return {
       path: found.path,
       size: inode.size,
-      executable: (inode.mode & 0o111) !== 0,
       ranges: (offset, length) => this.#ranges(inode, offset, length),
     };
   }
@@ -135,14 +133,23 @@ export class ErofsReader {
 
   /** Number of the inode that a directory names so. */
   #find(directory: Inode, name: string): number | undefined {
-    const content = this.#content(directory);
     const wanted = Buffer.from(name, 'latin1');
-    for (let block = 0; block < content.length; block += BLOCK_BYTES) {
-      const entries = content.subarray(block, Math.min(block + BLOCK_BYTES, content.length));
-      const nid = findInBlock(entries, wanted);
-      if (nid !== undefined) return nid;
+    // The last block whose first name is not behind the wanted one.
+    let low = 0;
+    let high = Math.ceil(directory.size / BLOCK_BYTES) - 1;
+    while (low < high) {
+      const middle = (low + high + 1) >>> 1;
+      if (Buffer.compare(nameIn(this.#block(directory, middle), 0), wanted) <= 0) low = middle;
+      else high = middle - 1;
     }
-    return undefined;
+    return findInBlock(this.#block(directory, low), wanted);
+  }
+
+  /** Block `number` of a directory; the last one may be shorter and inline. */
+  #block(directory: Inode, number: number): Buffer {
+    const length = Math.min(BLOCK_BYTES, directory.size - number * BLOCK_BYTES);
+    const inline = directory.layout === DataLayout.flatInline && length < BLOCK_BYTES;
+    return this.#slice(inline ? directory.after : (directory.union + number) * BLOCK_BYTES, length);
   }
 
   #ranges(inode: Inode, offset: number, length: number): ByteRange[] {
@@ -167,22 +174,28 @@ export class ErofsReader {
 
 /** Names are sorted as bytes within and over blocks. */
 function findInBlock(entries: Buffer, wanted: Buffer): number | undefined {
-  const count = entries.readUInt16LE(8) / DIRENT_BYTES;
   let low = 0;
-  let high = count - 1;
+  let high = countIn(entries) - 1;
   while (low <= high) {
     const middle = (low + high) >>> 1;
-    const at = middle * DIRENT_BYTES;
-    const start = entries.readUInt16LE(at + 8);
-    let end = middle + 1 < count ? entries.readUInt16LE(at + DIRENT_BYTES + 8) : entries.length;
-    if (middle + 1 === count) {
-      const zero = entries.indexOf(0, start);
-      if (zero >= 0) end = zero;
-    }
-    const order = Buffer.compare(wanted, entries.subarray(start, end));
-    if (order === 0) return entries.readUInt32LE(at);
+    const order = Buffer.compare(wanted, nameIn(entries, middle));
+    if (order === 0) return entries.readUInt32LE(middle * DIRENT_BYTES);
     if (order < 0) high = middle - 1;
     else low = middle + 1;
   }
   return undefined;
+}
+
+/** Entries of a block: the first name stands behind them. */
+function countIn(entries: Buffer): number {
+  return entries.readUInt16LE(8) / DIRENT_BYTES;
+}
+
+/** A name ends where the next one begins; the last one at the first zero byte or at the end of the block. */
+function nameIn(entries: Buffer, index: number): Buffer {
+  const at = index * DIRENT_BYTES;
+  const start = entries.readUInt16LE(at + 8);
+  if (index + 1 < countIn(entries)) return entries.subarray(start, entries.readUInt16LE(at + DIRENT_BYTES + 8));
+  const zero = entries.indexOf(0, start);
+  return entries.subarray(start, zero < 0 ? entries.length : zero);
 }
