@@ -59,10 +59,10 @@ bool answers_rightly(const Library& isal) {
   constexpr std::size_t kStateBytes = sizeof(inflate_state);
 
   struct Free {
-    void operator()(std::uint8_t* memory) const { ::operator delete(memory, std::align_val_t{64}); }
+    void operator()(std::uint8_t* memory) const { ::operator delete (memory, std::align_val_t{64}); }
   };
   const std::unique_ptr<std::uint8_t, Free> memory(
-      static_cast<std::uint8_t*>(::operator new(2 * kStateBytes, std::align_val_t{64})));
+      static_cast<std::uint8_t*>(::operator new (2 * kStateBytes, std::align_val_t{64})));
   std::memset(memory.get(), kUntouched, 2 * kStateBytes);
   std::uint8_t output[kAnswer.size()];
   const auto* window = reinterpret_cast<const std::uint8_t*>(kWindow.data());
