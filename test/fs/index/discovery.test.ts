@@ -201,12 +201,26 @@ describe('the restart reader', () => {
     for (const [span, window] of all.entries()) assert.equal(window.length > 0, withWindow.includes(span));
     assert.deepEqual(await windows.readWindows(0, built.index.spans.count, source, signal()), all);
     assert.equal(source.ranges.length, 1);
-    windows.forget(withWindow[1]!, 1);
-    await windows.readWindows(0, built.index.spans.count, source, signal());
-    assert.deepEqual(source.ranges[1], {
-      offset: built.index.spans.windowOffset[withWindow[1]!],
-      length: built.index.spans.windowLength[withWindow[1]!],
-    });
+  });
+
+  test('brings the windows of a group together, and drops them together', async () => {
+    const { windowOffset, windowLength } = built.index.spans;
+    const source = reader();
+    const windows = new RestartReader(built.index, join(top, 'nowhere'), new WindowCache(16 * MiB));
+    const inGroup = withWindow.filter((span) => span < 4);
+    const [first = 0, last = 0] = [inGroup[0], inGroup.at(-1)];
+    assert.ok(inGroup.length >= 2, `${inGroup.length} windows in the first group`);
+    const [window] = await windows.readWindows(first, 1, source, signal());
+    assert.ok((window?.length ?? 0) > 0);
+    const offset = windowOffset[first]!;
+    const group = { offset, length: windowOffset[last]! + windowLength[last]! - offset };
+    assert.deepEqual(source.ranges, [group]);
+    for (const span of inGroup) await windows.readWindows(span, 1, source, signal());
+    assert.equal(source.ranges.length, 1, 'all of them are here');
+    // One that gave wrong bytes came with the others: all are asked for again.
+    windows.forget(last, 1);
+    await windows.readWindows(first, 1, source, signal());
+    assert.deepEqual(source.ranges, [group, group]);
   });
 
   test('reads the local file where there is one, and the registry behind its end', async () => {
