@@ -1,13 +1,14 @@
 // The main job, shown: two real images on one base, pushed to a real registry, started cold by real containerd and runc,
 // once with containerd's overlayfs and once with ours. Leaves a clean machine. Run by `make demo`.
 import { readdirSync, readFileSync } from 'node:fs';
+import { pssBytes } from '../../src/bench/process-use.ts';
 import { isRoot } from '../../src/runtime.ts';
 import { formatBytes } from '../../src/units.ts';
 import { type ColdStart, coldStart, type Way } from '../../test/support/cold-start.ts';
 import { TestContainerd } from '../../test/support/containerd.ts';
 import { debianImages, NGINX_IMAGE, PYTHON_IMAGE } from '../../test/support/debian-images.ts';
 import { pushLayout } from '../../test/support/images.ts';
-import { Product, pssBytes } from '../../test/support/product.ts';
+import { Product } from '../../test/support/product.ts';
 import { RegistryProcess } from '../../test/support/registry.ts';
 
 const IMAGES = [

@@ -155,7 +155,7 @@ export class LayerIntake {
       const { bytes } = await this.#repository(source).getManifest(manifest, this.#options.stop);
       const { layers, config } = parseManifest(bytes, `manifest ${manifest}`);
       const rows = this.#addLayers(manifest, layers, sources, NO_PULL.underWay);
-      await this.#build(rows, this.#readConfig(config, source));
+      await this.#build(rows, this.#repository(source).readBlob(config.digest, MAX_JSON_BYTES, this.#options.stop));
     };
     fetchAhead().catch((error: unknown) => this.#aheadFailed(manifest, source, error));
   }
@@ -209,15 +209,6 @@ export class LayerIntake {
         return row;
       });
     });
-  }
-
-  /** The configuration of an image. Errors: of the registry; REGISTRY_PROTOCOL for one of absurd size. */
-  async #readConfig(config: BlobId, source: LayerSourceName): Promise<Buffer> {
-    if (config.size > MAX_JSON_BYTES)
-      throw new DedupError('REGISTRY_PROTOCOL', `configuration ${config.digest} has ${config.size} bytes`);
-    const parts: Buffer[] = [];
-    for await (const part of this.#repository(source).readAll(config, this.#options.stop)) parts.push(part);
-    return Buffer.concat(parts);
   }
 
   /** Builds the file system of an image of which every layer is lazy. Errors: those of the layers. */

@@ -3,11 +3,12 @@
 //   node test/bench/figures.ts [--pairs 10] [--rounds 50] [all|wire|memory…]
 import { readdirSync, readFileSync } from 'node:fs';
 import { parseArgs } from 'node:util';
+import { cpuSeconds, pssBytes } from '../../src/bench/process-use.ts';
 import { coldStart, dropCaches, forgetImage, type Way } from '../support/cold-start.ts';
 import { run, TestContainerd } from '../support/containerd.ts';
 import { debianImages, NGINX_IMAGE, PYTHON_IMAGE } from '../support/debian-images.ts';
 import { pushLayout } from '../support/images.ts';
-import { cpuSeconds, Product, pssBytes } from '../support/product.ts';
+import { Product } from '../support/product.ts';
 import { RegistryProcess } from '../support/registry.ts';
 
 const { values, positionals } = parseArgs({
@@ -156,7 +157,7 @@ try {
       if (round === 1 || round % 5 === 0) {
         const { descriptors, mounts, loops } = inventory([service, daemon]);
         say(
-          `| ${round} | ${MB(pssBytes(service))} | ${MB(pssBytes(daemon))} | ${descriptors} | ${mounts} | ${loops} | ${(cpuSeconds(service) + cpuSeconds(daemon)).toFixed(1)} |`,
+          `| ${round} | ${MB(pssBytes(service))} | ${MB(pssBytes(daemon))} | ${descriptors} | ${mounts} | ${loops} | ${[service, daemon].reduce((sum, pid) => sum + cpuSeconds(pid, { children: false }), 0).toFixed(1)} |`,
         );
       }
     }

@@ -21,17 +21,6 @@ function alive(pid: number): boolean {
   }
 }
 
-/** Proportional set size of a process, bytes. */
-export function pssBytes(pid: number): number {
-  return Number(/^Pss:\s+(\d+) kB/m.exec(readFileSync(`/proc/${pid}/smaps_rollup`, 'utf8'))?.[1] ?? 0) * 1024;
-}
-
-/** CPU seconds a process has used, user and system. */
-export function cpuSeconds(pid: number): number {
-  const fields = readFileSync(`/proc/${pid}/stat`, 'utf8').split(') ')[1]?.split(' ') ?? [];
-  return (Number(fields[11]) + Number(fields[12])) / 100;
-}
-
 export class Product {
   readonly dir: string;
   readonly root: string;

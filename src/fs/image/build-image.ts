@@ -147,12 +147,9 @@ function buildInChild(request: ImageBuildRequest, signal?: AbortSignal): Promise
     };
     const onClose = (code: number | null, by: string | null): void =>
       ended(`its process ended with ${by ?? `exit code ${code}`}`);
-    if (child.pid === undefined) {
-      settle(new DedupError('INTERNAL', `building ${request.output}: its process did not start`));
-      return;
-    }
     child.stderr?.on('data', onStderr);
     child.on('message', onMessage).on('error', onError).on('close', onClose);
+    if (child.pid === undefined) return; // it has no channel; its error says why
     child.send(request, (error) => {
       if (error !== null)
         stop(new DedupError('INTERNAL', `building ${request.output}: ${error.message}`, { cause: error }));

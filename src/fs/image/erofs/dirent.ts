@@ -1,10 +1,10 @@
-// EROFS directory blocks: entries and names, sorted as bytes. Used by the writer only. Layout: fs/erofs/erofs_fs.h.
+// EROFS directory blocks: entries and names, sorted as bytes. Used by writer and reader. Layout: fs/erofs/erofs_fs.h.
 import { BLOCK_BYTES } from '../../../units.ts';
 import { EntryType } from '../../index/layer-index.ts';
 import type { InodeKind } from '../tree.ts';
 import { WHITEOUT } from '../tree.ts';
 
-const DIRENT_BYTES = 12;
+export const DIRENT_BYTES = 12;
 
 /** EROFS_FT_*, by kind. */
 export function direntType(kind: InodeKind): number {

@@ -18,10 +18,10 @@ const BLOCK_BITS = 12;
 
 const S_IFIFO = 0o010000;
 const S_IFCHR = 0o020000;
-const S_IFDIR = 0o040000;
+export const S_IFDIR = 0o040000;
 const S_IFBLK = 0o060000;
-const S_IFREG = 0o100000;
-const S_IFLNK = 0o120000;
+export const S_IFREG = 0o100000;
+export const S_IFLNK = 0o120000;
 
 /** File type bits of st_mode. */
 export function modeType(kind: InodeKind): number {

@@ -2,14 +2,11 @@
 // Reads only what writer.ts wrote: extended inodes, files as chunks of an extra device. Used to fetch ahead of a start.
 import { DedupError } from '../../../errors.ts';
 import { BLOCK_BYTES, type ByteRange } from '../../../units.ts';
-import { CHUNK_INDEX_BYTES, DataLayout, INODE_BYTES } from './inode.ts';
+import { DIRENT_BYTES } from './dirent.ts';
+import { CHUNK_INDEX_BYTES, DataLayout, INODE_BYTES, S_IFDIR, S_IFLNK, S_IFREG } from './inode.ts';
 import { MAGIC, NID_BYTES, NULL_BLOCK, SUPERBLOCK_OFFSET } from './superblock.ts';
 
 const S_IFMT = 0o170000;
-const S_IFDIR = 0o040000;
-const S_IFREG = 0o100000;
-const S_IFLNK = 0o120000;
-const DIRENT_BYTES = 12;
 /** As the kernel: more links than these in one path are a loop (include/linux/namei.h, MAXSYMLINKS). */
 const MAX_LINKS = 40;
 
