@@ -2,7 +2,8 @@
 // for ours. Used by the demo and by benchmarks; never by tests, which do not look at times.
 import { spawn } from 'node:child_process';
 import { writeFileSync } from 'node:fs';
-import { run, type TestContainerd } from './containerd.ts';
+import { diskBytes } from '../../src/bench/start.ts';
+import type { TestContainerd } from './containerd.ts';
 import type { Product } from './product.ts';
 import type { RegistryProcess } from './registry.ts';
 
@@ -31,12 +32,6 @@ export type Way = 'overlayfs' | 'dedup';
 
 export function dropCaches(): void {
   writeFileSync('/proc/sys/vm/drop_caches', '3');
-}
-
-/** Bytes that the directories take on disk. */
-export async function diskBytes(directories: readonly string[]): Promise<number> {
-  const { stdout } = await run('du', ['-s', '-x', '--block-size=1', ...directories], { allowFailure: true });
-  return stdout.split('\n').reduce((sum, line) => sum + Number(line.split('\t')[0] ?? 0), 0);
 }
 
 function directoriesOf(setup: ColdStartSetup, way: Way): string[] {
