@@ -167,7 +167,14 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
         aheadPerHost: config.prefetch.workers,
         edgeBytes: config.span_cache_bytes,
       };
-      const loader = new LazyLoader({ store, layers: book, native: native(), log, limits });
+      const loader = new LazyLoader({
+        store,
+        layers: book,
+        native: native(),
+        log,
+        limits,
+        guess: config.prefetch.enabled,
+      });
       opened.push({ [Symbol.asyncDispose]: async () => loader.close() });
       let plane: DataPlane | undefined;
       const transport = await openTransport(choice, {

@@ -1,14 +1,24 @@
-// Fetches what a sequential reader will want next, behind everything that is waited for. Told of every miss by the
-// LazyLoader; hits are answered natively and never seen here.
+// Fetches what readers will want next, behind everything that is waited for: what follows a sequential reader, and what
+// lies around the misses of a start. Told of every miss by the LazyLoader; hits are answered natively and never seen here.
 import type { Logger } from '../log.ts';
 import type { LayerMap } from './loadable-layer.ts';
+import { Neighbours } from './neighbours.ts';
 import { Readahead } from './readahead.ts';
 
 /** Priorities of what is fetched: a reader waits; a prefetch knows what will be wanted; the rest has time. */
 export const Priority = { onDemand: 100, prefetch: 10, background: 0 } as const;
 
+/** Spans guessed at a miss at most. */
+const MAX_GUESSES = 8;
+/** Where a round trip's time carries fewer spans than this, a wrong guess costs a reader more than a right one saves. */
+const MIN_GUESSES = 3;
+
 export interface FetchAheadOptions {
   readonly fetch: (map: LayerMap, span: number, priority: number) => Promise<unknown>;
+  /** Bytes of a layer that its registry sends in the time of a round trip. */
+  readonly roundTripBytes: (map: LayerMap) => number;
+  /** False: only what follows a sequential reader is fetched. */
+  readonly guess: boolean;
   readonly isPresent: (address: number, length: number) => boolean;
   readonly log: Logger;
 }
@@ -16,6 +26,9 @@ export interface FetchAheadOptions {
 export class FetchAhead {
   readonly #options: FetchAheadOptions;
   readonly #readahead = new Readahead();
+  readonly #neighbours = new Neighbours();
+  /** Layers that were read, by their number: those that guesses can be in. */
+  readonly #maps = new Map<number, LayerMap>();
 
   constructor(options: FetchAheadOptions) {
     this.#options = options;
@@ -24,6 +37,26 @@ export class FetchAhead {
   /** Tells of a miss in these spans of a layer, whose fetch has begun. */
   onMiss(map: LayerMap, spans: ReadonlySet<number>): void {
     if (spans.size === 0) return; // A piece of zeros within a sparse chunk needs nothing of the layer.
+    this.#followReader(map, spans);
+    if (this.#options.guess) this.#guess(map, spans);
+  }
+
+  /** What the link would carry while the reader waits: the reader's own bytes go first. */
+  #guess(map: LayerMap, spans: ReadonlySet<number>): void {
+    const nowMs = performance.now();
+    this.#maps.set(map.layerId, map);
+    this.#neighbours.onMiss(map.layerId, spans, map.spanCount, nowMs);
+    const spanBytes = map.blob.size / map.spanCount;
+    const count = Math.min(MAX_GUESSES, Math.floor(this.#options.roundTripBytes(map) / spanBytes));
+    if (count < MIN_GUESSES) return;
+    const guesses = this.#neighbours.take(count, nowMs, ({ layerId, span }) => {
+      const near = this.#maps.get(layerId);
+      return near === undefined || this.#isHere(near, span);
+    });
+    for (const { layerId, span } of guesses) void this.#fetch(this.#maps.get(layerId)!, span);
+  }
+
+  #followReader(map: LayerMap, spans: ReadonlySet<number>): void {
     const { from, count } = this.#readahead.onMiss(map.layerId, Math.min(...spans), Math.max(...spans), map.spanCount);
     if (count === 0) return;
     // Whole pieces: half of one would be thrown away again.
@@ -58,5 +91,7 @@ export class FetchAhead {
   /** Forgets what is known of readers of a layer. */
   forget(layerId: number): void {
     this.#readahead.forget(layerId);
+    this.#neighbours.forget(layerId);
+    this.#maps.delete(layerId);
   }
 }

@@ -32,6 +32,8 @@ export interface LazyLoaderOptions {
   readonly failureMs?: number;
   /** Memory for opened layers, bytes. */
   readonly layerBytes?: number;
+  /** Fetch what lies around the misses of a start. Default false. */
+  readonly guess?: boolean;
 }
 
 export interface ReadOptions {
@@ -95,6 +97,8 @@ export class LazyLoader {
     );
     this.#ahead = new FetchAhead({
       fetch: (map, span, priority) => this.#fetcher.fetch(map, span, priority),
+      roundTripBytes: (map) => this.#fetcher.roundTripBytes(map),
+      guess: options.guess ?? false,
       isPresent: (address, length) => options.store.isPresent(address, length),
       log: options.log,
     });

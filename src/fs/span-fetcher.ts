@@ -4,6 +4,7 @@ import PQueue from 'p-queue';
 import { DedupError, errorCode, wrapError } from '../errors.ts';
 import type { Logger } from '../log.ts';
 import { MiB } from '../units.ts';
+import { LinkEstimate } from './link-estimate.ts';
 import { type LayerBlobSource, type LayerMap, nameOf } from './loadable-layer.ts';
 import type { BlobReader } from './registry/blob-reader.ts';
 import { SpanEdges } from './span-edges.ts';
@@ -88,6 +89,8 @@ export class SpanFetcher {
   /** By host: what a reader waits for, and what is fetched ahead. Neither takes a place of the other. */
   readonly #queues = new Map<string, { readonly wanted: PQueue; readonly ahead: PQueue }>();
   readonly #decodes: PQueue;
+  /** By host. */
+  readonly #links = new Map<string, LinkEstimate>();
   readonly #distrusted = new Map<string, number>();
   readonly #touched = new Map<number, Uint8Array>();
   readonly #abort = new AbortController();
@@ -300,7 +303,7 @@ export class SpanFetcher {
     const timeout = AbortSignal.timeout(this.#limits.attemptTimeoutMs);
     const failed = new AbortController();
     const signal = AbortSignal.any([timeout, this.#abort.signal, failed.signal]);
-    const reader = this.#counted(source.reader);
+    const reader = this.#counted(source);
     const { windowLength } = map.layer.index.spans;
     let windowBytes = 0;
     for (let span = first; span < first + count; span++) windowBytes += windowLength[span]!;
@@ -330,12 +333,27 @@ export class SpanFetcher {
     }
   }
 
+  /** Bytes that the first source of a layer sends in the time of a round trip; 0 as long as that is not known. */
+  roundTripBytes(map: LayerMap): number {
+    const [source] = this.#sources(map);
+    return source === undefined ? 0 : this.#linkTo(source.host).roundTripBytes(performance.now());
+  }
+
+  #linkTo(host: string): LinkEstimate {
+    let link = this.#links.get(host);
+    if (link === undefined) this.#links.set(host, (link = new LinkEstimate()));
+    return link;
+  }
+
   /** The reader with its requests and bytes counted. */
-  #counted(reader: BlobReader): BlobReader {
+  #counted({ host, reader }: LayerBlobSource): BlobReader {
     return {
       readRange: async (blob, range, signal) => {
         this.#requests++;
+        const startedMs = performance.now();
         const bytes = await reader.readRange(blob, range, signal);
+        const nowMs = performance.now();
+        this.#linkTo(host).add(nowMs - startedMs, bytes.length, nowMs);
         this.#wireBytes += bytes.length;
         return bytes;
       },
