@@ -18,7 +18,14 @@ function testFiles(dir: string): string[] {
 }
 
 /** Folders whose tests own kernel state (mounts, loop devices, containerd) or measure, and must not overlap. */
-const ALONE = ['test/integration/', 'test/native/', 'test/cli/', 'test/snapshotter/', 'test/gate/'];
+const ALONE = [
+  'test/integration/',
+  'test/native/',
+  'test/cli/',
+  'test/snapshotter/',
+  'test/gate/',
+  'test/conformance/',
+];
 
 interface Totals {
   passed: number;

@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 BUILD_PACKAGES=(g++ make zlib1g-dev libzstd-dev libisal-dev)
 TEST_PACKAGES=(containerd runc docker-registry skopeo umoci erofs-utils fuse3 attr openssl busybox-static mmdebstrap
   zstd jq util-linux sqlite3 clang-format libasan8 apache2-utils libcap2-bin fio libfuse2 psmisc python3 e2fsprogs iproute2
-  iputils-ping)
+  iputils-ping golang-go golang-github-containerd-containerd-dev)
 
 say() { printf '\033[1m==>\033[0m %s\n' "$*"; }
 
