@@ -6,6 +6,7 @@ import type { RootPaths } from '../paths.ts';
 import { deleteTree } from './disk-tree.ts';
 import type { Gate } from './gate.ts';
 import type { ImageMounter } from './images.ts';
+import { removeInfoFile } from './info-file.ts';
 import type { Metastore } from './metastore-client.ts';
 
 export interface CleanerOptions {
@@ -46,6 +47,8 @@ export class Cleaner {
     const failures: unknown[] = [];
     for (const id of await metastore.removedIds()) {
       try {
+        // First what describes it: a half-deleted one must never be taken for a whole one.
+        await removeInfoFile(paths, id);
         await deleteTree(paths.snapshot(id));
         await metastore.forgetRemoved(id);
         log.debug({ id }, 'directory of a removed snapshot deleted');
@@ -66,6 +69,8 @@ export class Cleaner {
     const { metastore, images, gate, log } = this.#options;
     try {
       const released = await gate.exclusive(async () => {
+        // Snapshots of a lost database that could not be restored use what no row names.
+        if ((await metastore.protectedUpTo()) > 0) return;
         const { mountIds, layers } = await metastore.inUse();
         await images.releaseImages(mountIds);
         await images.retainLayers(layers);

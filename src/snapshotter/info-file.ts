@@ -1,11 +1,37 @@
 // snapshots/<id>/info.json: what metadata.db knows about one snapshot, beside its content, so that a lost database can
 // be rebuilt. Written by the snapshotter at Prepare, and after Commit and Update have been answered.
-import { rename, writeFile } from 'node:fs/promises';
+import { readFile, rename, rm, writeFile } from 'node:fs/promises';
 import { join } from 'node:path';
+import { z } from 'zod';
+import { wrapError } from '../errors.ts';
 import type { RootPaths } from '../paths.ts';
+import { isErrno } from './errno.ts';
 import type { NewSnapshot, SnapshotRecord } from './snapshot-record.ts';
 
-export const INFO_FILE = 'info.json';
+const INFO_FILE = 'info.json';
+
+const layerKey = z.object({ digest: z.string(), index: z.string(), scope: z.string() });
+const id = z.int().min(1);
+const lower = z.discriminatedUnion('kind', [
+  z.object({ kind: z.literal('normal'), id }),
+  z.object({
+    kind: z.literal('lazy'),
+    layers: z.array(layerKey),
+    bottom: z.boolean(),
+    mountId: z.int(),
+    path: z.string(),
+  }),
+]);
+const info = z.object({
+  version: z.literal(1),
+  id,
+  name: z.string().min(1),
+  kind: z.enum(['active', 'view', 'committed']),
+  parent: z.string(),
+  labels: z.record(z.string(), z.string()),
+  lowers: z.array(lower),
+  layer: layerKey.optional(),
+});
 
 /** Replaces the file in one step. Errors: those of node:fs. */
 export async function writeInfoFile(paths: RootPaths, snapshot: NewSnapshot | SnapshotRecord): Promise<void> {
@@ -13,4 +39,28 @@ export async function writeInfoFile(paths: RootPaths, snapshot: NewSnapshot | Sn
   const file = join(paths.snapshot(id), INFO_FILE);
   await writeFile(`${file}.new`, `${JSON.stringify({ version: 1, id, name, kind, parent, labels, lowers, layer })}\n`);
   await rename(`${file}.new`, file);
+}
+
+/** Errors: those of node:fs, but for a file that is not there. */
+export async function removeInfoFile(paths: RootPaths, number: number): Promise<void> {
+  await rm(join(paths.snapshot(number), INFO_FILE), { force: true });
+}
+
+/** What the file of snapshot `number` says; undefined when there is none. Errors: STORE_CORRUPT, STORE_IO. */
+export async function readInfoFile(paths: RootPaths, number: number): Promise<NewSnapshot | undefined> {
+  const file = join(paths.snapshot(number), INFO_FILE);
+  let text: string;
+  try {
+    text = await readFile(file, 'utf8');
+  } catch (error) {
+    if (isErrno(error, 'ENOENT')) return undefined;
+    throw wrapError(error, `reading ${file}`, 'STORE_IO');
+  }
+  try {
+    const found = info.parse(JSON.parse(text));
+    if (found.id !== number) throw new Error(`it describes snapshot ${found.id}`);
+    return found;
+  } catch (error) {
+    throw wrapError(error, `${file} does not describe a snapshot`, 'STORE_CORRUPT');
+  }
 }

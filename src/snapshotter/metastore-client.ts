@@ -86,6 +86,7 @@ const METHODS: Record<keyof SqliteMetastore, true> = {
   removedIds: true,
   protectedUpTo: true,
   protect: true,
+  unprotect: true,
   markRemoved: true,
   forgetRemoved: true,
   addSource: true,

@@ -1,6 +1,8 @@
 // metadata.db: which snapshots exist, what lies below each, what is still to be deleted. The one writer of that file;
 // runs in the metastore's worker thread and is called through metastore-client.ts. Touches no snapshot directory.
+import { existsSync, renameSync } from 'node:fs';
 import Database from 'better-sqlite3';
+import { wallClockMs } from '../clock.ts';
 import { DedupError } from '../errors.ts';
 import type { LayerKey, Source } from './images.ts';
 import { LABEL_SNAPSHOT_REF, type Labels, maskedLabels } from './labels.ts';
@@ -75,6 +77,24 @@ function record(row: Row): SnapshotRecord {
   };
 }
 
+/** Opens the file if SQLite finds no fault in it, else a new one in its place. Errors: those of SQLite and node:fs. */
+function openSound(file: string): Database.Database {
+  let db: Database.Database | undefined;
+  try {
+    db = new Database(file);
+    if (db.pragma('quick_check(1)', { simple: true }) === 'ok') return db;
+  } catch (error) {
+    const code = (error as { code?: unknown }).code;
+    if (code !== 'SQLITE_NOTADB' && !String(code).startsWith('SQLITE_CORRUPT')) throw error;
+  }
+  db?.close();
+  const aside = `${file}.damaged-${Date.now()}`;
+  for (const suffix of ['', '-wal', '-shm']) {
+    if (existsSync(file + suffix)) renameSync(file + suffix, aside + suffix);
+  }
+  return new Database(file);
+}
+
 /**
  * Snapshots in SQLite. WAL with synchronous=NORMAL: what was answered survives the death of the process; after a power
  * cut the last commits may be missing, the file is never torn (docs/decisions/0006-metadata-db.md).
@@ -83,9 +103,12 @@ export class SqliteMetastore {
   readonly #db: Database.Database;
   readonly #statements = new Map<string, Database.Statement>();
 
-  /** Opens or makes the database. Errors: STORE_CORRUPT when it was written by a newer version. */
+  /**
+   * Opens or makes the database. One that is damaged is moved aside, and a new one made: restore() fills it again.
+   * Errors: STORE_CORRUPT when it was written by a newer version.
+   */
   constructor(file: string) {
-    this.#db = new Database(file);
+    this.#db = openSound(file);
     this.#db.pragma('journal_mode = WAL');
     this.#db.pragma('synchronous = NORMAL');
     this.#db.pragma('foreign_keys = ON');
@@ -181,7 +204,7 @@ export class SqliteMetastore {
         this.find(snapshot.name) !== undefined ||
         (snapshot.layer !== undefined && ref !== undefined && this.findByRef(ref, snapshot.parent) !== undefined);
       if (taken) throw new DedupError('ALREADY_EXISTS', `snapshot ${JSON.stringify(snapshot.name)} exists`);
-      const now = Date.now();
+      const now = wallClockMs();
       this.#sql(
         `INSERT INTO snapshots (id, name, kind, parent, labels, ref, created, updated, lowers, layer_digest, layer_index, layer_scope)
          VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
@@ -204,7 +227,8 @@ export class SqliteMetastore {
   }
 
   /**
-   * Turns an active snapshot into a committed one. Its labels become those given; `containerd.io/snapshot.ref` stays.
+   * Turns an active snapshot into a committed one, made now. Its labels become those given; `containerd.io/snapshot.ref`
+   * stays.
    * Errors: NOT_FOUND, FAILED_PRECONDITION when not active, ALREADY_EXISTS for the name.
    */
   commit(key: string, name: string, labels: Labels): SnapshotRecord {
@@ -216,9 +240,11 @@ export class SqliteMetastore {
       }
       const ref = labels[LABEL_SNAPSHOT_REF] ?? active.labels[LABEL_SNAPSHOT_REF];
       const kept = ref === undefined ? labels : { ...labels, [LABEL_SNAPSHOT_REF]: ref };
+      const now = wallClockMs();
       this.#sql(
-        "UPDATE snapshots SET name = ?, kind = 'committed', labels = ?, ref = ?, updated = ?, lowers = '[]' WHERE id = ?",
-      ).run(name, JSON.stringify(kept), ref ?? null, Date.now(), active.id);
+        `UPDATE snapshots SET name = ?, kind = 'committed', labels = ?, ref = ?, created = ?, updated = ?, lowers = '[]'
+         WHERE id = ?`,
+      ).run(name, JSON.stringify(kept), ref ?? null, now, now, active.id);
       return this.get(name);
     })();
   }
@@ -257,8 +283,8 @@ export class SqliteMetastore {
       this.#sql('UPDATE snapshots SET labels = ?, ref = ?, updated = ? WHERE id = ?').run(
         JSON.stringify(kept),
         ref ?? null,
-        // Strictly later than before, also within one millisecond.
-        Math.max(Date.now(), found.updatedMs + 1),
+        // Strictly later than before, also when the clock was set back.
+        Math.max(wallClockMs(), found.updatedMs + 0.001),
         found.id,
       );
       return this.get(name);
@@ -305,6 +331,11 @@ export class SqliteMetastore {
   /** Leaves directories up to this number alone from now on: this database replaces one that was lost. */
   protect(upTo: number): void {
     this.#sql('INSERT INTO protected_ids (up_to) VALUES (?)').run(upTo);
+  }
+
+  /** Every snapshot of a lost database has its row again. */
+  unprotect(): void {
+    this.#sql('DELETE FROM protected_ids').run();
   }
 
   ids(): number[] {

@@ -1,18 +1,16 @@
 // Brings the snapshots directory and metadata.db to terms when the service starts. Called once, before anything is
 // served; mounts nothing: lazy mounts come back when somebody asks for them.
-import { chmod, mkdir, readdir, stat } from 'node:fs/promises';
-import { join } from 'node:path';
+import { chmod, mkdir, readdir } from 'node:fs/promises';
 import type { Logger } from 'pino';
 import { wrapError } from '../errors.ts';
 import type { RootPaths } from '../paths.ts';
-import { isErrno } from './errno.ts';
-import { INFO_FILE } from './info-file.ts';
 import type { Metastore } from './metastore-client.ts';
+import { rebuild } from './rebuild.ts';
 
 /**
  * Marks directories of half-made snapshots for deletion and reports snapshots whose directory is gone. The highest
- * number in use comes back. A new database beside described snapshots means that the old one was lost; it can be rebuilt
- * from them, so they are not deleted, now or at a later start. Errors: STORE_IO.
+ * number in use comes back. A new database beside described snapshots means that the old one was lost: it is rebuilt from
+ * them. Those that cannot be restored are not deleted, now or at a later start. Errors: STORE_IO.
  */
 export async function restore(paths: RootPaths, metastore: Metastore, log: Logger): Promise<number> {
   const found = new Set<number>();
@@ -23,16 +21,26 @@ export async function restore(paths: RootPaths, metastore: Metastore, log: Logge
   } catch (error) {
     throw wrapError(error, `reading ${paths.snapshots}`, 'STORE_IO');
   }
-  const known = new Set(await metastore.ids());
-  const highest = Math.max(0, ...found);
-  const orphans = [...found].filter((id) => !known.has(id));
-  if ((await metastore.lastId()) === 0 && (await anyDescribed(paths, orphans))) await metastore.protect(highest);
+  const highest = found.size === 0 ? 0 : [...found].reduce((a, b) => Math.max(a, b));
+  // Before the first row is made: a start that is killed half-way through is gone on with at the next one.
+  if ((await metastore.lastId()) === 0 && found.size > 0) await metastore.protect(highest);
+  const lost = await metastore.protectedUpTo();
+  let known = new Set(await metastore.ids());
+  if (lost > 0) {
+    const removed = new Set(await metastore.removedIds());
+    const wanted = [...found].filter((id) => id <= lost && !known.has(id) && !removed.has(id));
+    const { restored, left } = await rebuild(paths, metastore, wanted, log);
+    if (left.length === 0) await metastore.unprotect();
+    if (restored > 0) log.warn({ snapshots: restored, left: left.length }, 'metadata.db was lost and is made again');
+    known = new Set(await metastore.ids());
+  }
   const protectedUpTo = await metastore.protectedUpTo();
+  const orphans = [...found].filter((id) => !known.has(id));
   const spared = orphans.filter((id) => id <= protectedUpTo);
   if (spared.length > 0) {
     log.error(
       { snapshots: spared.length, database: paths.metadataDb },
-      'snapshots of a lost metadata.db are left alone; restore the database or reset the root directory',
+      'snapshots of a lost metadata.db that cannot be restored are left alone; reset the root directory to be rid of them',
     );
   }
   for (const id of orphans) if (id > protectedUpTo) await metastore.markRemoved(id);
@@ -41,16 +49,4 @@ export async function restore(paths: RootPaths, metastore: Metastore, log: Logge
       log.error({ id }, 'the directory of a snapshot is gone; containers that need it will not start');
   }
   return Math.max(await metastore.lastId(), highest);
-}
-
-async function anyDescribed(paths: RootPaths, ids: readonly number[]): Promise<boolean> {
-  for (const id of ids) {
-    try {
-      await stat(join(paths.snapshot(id), INFO_FILE));
-      return true;
-    } catch (error) {
-      if (!isErrno(error, 'ENOENT')) throw wrapError(error, 'looking for described snapshots', 'STORE_IO');
-    }
-  }
-  return false;
 }

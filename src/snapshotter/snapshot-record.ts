@@ -33,7 +33,7 @@ export interface SnapshotRecord {
   /** "" without a parent. */
   readonly parent: string;
   readonly labels: Labels;
-  /** Milliseconds since the epoch. */
+  /** Milliseconds since the epoch, with a fraction; of a committed one since its commit, as containerd's own have it. */
   readonly createdMs: number;
   readonly updatedMs: number;
   /** The frozen lower set, top to bottom, of an active snapshot or view. */

@@ -40,7 +40,7 @@ interface MountsMessage {
 
 function timestamp(milliseconds: number): { seconds: number; nanos: number } {
   const seconds = Math.floor(milliseconds / 1000);
-  return { seconds, nanos: (milliseconds - seconds * 1000) * 1_000_000 };
+  return { seconds, nanos: Math.floor((milliseconds - seconds * 1000) * 1000) * 1000 };
 }
 
 function infoMessage(snapshot: SnapshotRecord): object {

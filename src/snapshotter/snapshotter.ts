@@ -49,6 +49,8 @@ export class Snapshotter {
   readonly #cleaner: Cleaner;
   readonly #remote: RemoteLayers;
   readonly #background = new Set<Promise<void>>();
+  /** The last write of each info file that is under way, by snapshot. */
+  readonly #describing = new Map<number, Promise<void>>();
   #overlay: string[] | undefined;
   #lastId = 0;
   #cleanupTimer: NodeJS.Timeout | undefined;
@@ -127,7 +129,7 @@ export class Snapshotter {
       throw new DedupError('UNIMPLEMENTED', `snapshot ${JSON.stringify(key)} cannot be moved to another parent`);
     }
     const committed = await this.#metastore.commit(key, name, labels);
-    this.#inBackground(() => writeInfoFile(this.#paths, committed), 'describing a committed snapshot');
+    this.#describe(committed);
   }
 
   /** Forgets a snapshot; its files go in Cleanup. Errors: NOT_FOUND, FAILED_PRECONDITION with children. */
@@ -144,7 +146,7 @@ export class Snapshotter {
   /** Changes labels by field mask (labels.ts, maskedLabels). Errors: NOT_FOUND, INVALID_ARGUMENT. */
   async update(name: string, labels: Labels, fields: readonly string[]): Promise<SnapshotRecord> {
     const updated = await this.#metastore.update(name, labels, fields);
-    this.#inBackground(() => writeInfoFile(this.#paths, updated), 'describing an updated snapshot');
+    this.#describe(updated);
     return updated;
   }
 
@@ -337,6 +339,20 @@ export class Snapshotter {
   #overlayOptions(): string[] {
     this.#overlay ??= overlayOptions();
     return this.#overlay;
+  }
+
+  /** Writes what is known of a snapshot beside it, after what was known before. */
+  #describe(snapshot: SnapshotRecord): void {
+    const written = (this.#describing.get(snapshot.id) ?? Promise.resolve()).then(() =>
+      writeInfoFile(this.#paths, snapshot),
+    );
+    const last = written
+      .catch(() => undefined)
+      .then(() => {
+        if (this.#describing.get(snapshot.id) === last) this.#describing.delete(snapshot.id);
+      });
+    this.#describing.set(snapshot.id, last);
+    this.#inBackground(() => written, 'describing a snapshot');
   }
 
   #inBackground(work: () => Promise<void>, doing: string): void {

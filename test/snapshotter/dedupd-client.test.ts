@@ -31,7 +31,14 @@ describe('the client of dedupd', () => {
   async function serve(calls: Partial<ControlledPlane>): Promise<void> {
     const log = pino({ level: 'silent' });
     const plane = { root: '/r', transportName: 'fake', ...calls } as ControlledPlane;
-    server = await startControlServer({ address, plane, version: '0', log, onShutdown: () => {} });
+    server = await startControlServer({
+      address,
+      plane,
+      version: '0',
+      log,
+      servesRoot: () => true,
+      onShutdown: () => {},
+    });
   }
 
   function connect(root?: string): DedupdClient {

@@ -2,7 +2,7 @@
 import assert from 'node:assert/strict';
 import { execFileSync, spawn } from 'node:child_process';
 import { existsSync } from 'node:fs';
-import { link, lstat, mkdir, mkdtemp, rm, symlink, writeFile } from 'node:fs/promises';
+import { link, lstat, mkdir, mkdtemp, readdir, readFile, rm, symlink, writeFile } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { after, before, describe, test } from 'node:test';
@@ -64,7 +64,7 @@ describe('metadata.db', () => {
     await assert.rejects(store.ids(), { code: 'CLOSED' });
   });
 
-  test('a database of a newer schema, or a file that is none, is refused with the reason', async () => {
+  test('a database of a newer schema is refused with the reason; a file that is none is moved aside', async () => {
     const newer = join(dir, 'newer.db');
     const db = new Database(newer);
     db.pragma('user_version = 99');
@@ -72,7 +72,11 @@ describe('metadata.db', () => {
     await assert.rejects(openMetastore(newer), { code: 'STORE_CORRUPT', message: /schema 99/ });
     const garbage = join(dir, 'garbage.db');
     await writeFile(garbage, 'this is no database'.repeat(100));
-    await assert.rejects(openMetastore(garbage), { code: 'STORE_IO', message: /metadata\.db/ });
+    const store = await openMetastore(garbage);
+    assert.equal(await store.lastId(), 0);
+    await store.close();
+    const [aside = ''] = (await readdir(dir)).filter((name) => name.startsWith('garbage.db.damaged-'));
+    assert.match(await readFile(join(dir, aside), 'utf8'), /^this is no database/);
   });
 
   test('a tree is measured as du does and deleted, whatever its names', async () => {

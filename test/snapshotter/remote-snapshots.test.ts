@@ -303,7 +303,7 @@ describe('remote snapshots', () => {
     await service.restart();
     await service.client.cleanup();
     assert.ok(existsSync(join(service.paths.snapshotFs(1), 'precious')));
-    assert.ok(lines.some(({ msg }) => /left alone/.test(msg)));
+    assert.ok(lines.some(({ msg }) => /is made again/.test(msg)));
   });
 
   test('containerd takes the remote snapshot into both of two namespaces', async () => {
