@@ -55,6 +55,15 @@ export interface WantedLayer {
   readonly reference: string;
 }
 
+/** A layer on its way into the store. */
+interface Adding {
+  readonly work: Promise<LayerRecord>;
+  /** Digest of the index that is fetched; "" while nobody knows it. */
+  readonly index: string;
+  /** True once its index is here and its row is being made: a moment. Before that a registry may take its time. */
+  storing: boolean;
+}
+
 export interface LayerIntakeOptions {
   readonly config: Config;
   readonly catalog: IndexCatalog;
@@ -80,8 +89,8 @@ export class LayerIntake {
   readonly #catalog: IndexCatalog;
   readonly #store: NodeStore;
   readonly #book: LayerBook;
-  /** Layers whose index is being fetched, by identity: calls share it, and it goes on when a budget ends. */
-  readonly #adding = new Map<string, Promise<LayerRecord>>();
+  /** Layers that are being added, by identity: calls share the work, and it goes on when a budget ends. */
+  readonly #adding = new Map<string, Adding>();
   /** Images that were looked at as a whole lately, by manifest and source. */
   readonly #prepared = new LRUCache<string, true>({ max: 1000, ttl: EXPECTED_MS });
   /** Layers that no snapshot names yet, kept for whoever is about to: the rest of a pull, or a standalone mount. */
@@ -227,22 +236,32 @@ export class LayerIntake {
     const known = this.#book.find(wanted.key);
     if (known?.condemned === true) throw new DedupError('LAYER_NOT_LAZY', 'its index was found to be wrong');
     if (known !== undefined && index_trust.includes(known.trust)) {
+      this.#promised.set(known.id, performance.now());
       await this.#book.addSources(known.id, wanted.sources);
       return known;
     }
     // What one image's referrers say is not another image's word, and one source's failure not another source's.
     const id = JSON.stringify([wanted.key, wanted.sources, wanted.manifest]);
-    let adding = this.#adding.get(id);
-    if (adding === undefined) {
-      adding = this.#discover(wanted, signal).finally(() => this.#adding.delete(id));
-      this.#adding.set(id, adding);
-    }
-    const row = await adding;
-    await this.#book.addSources(row.id, wanted.sources);
-    return row;
+    const running = this.#adding.get(id);
+    if (running !== undefined) return await running.work;
+    const discover = async (): Promise<LayerRecord> => {
+      const row = await this.#discover(wanted, signal, () => {
+        adding.storing = true;
+      });
+      this.#promised.set(row.id, performance.now());
+      await this.#book.addSources(row.id, wanted.sources);
+      return row;
+    };
+    const work = Promise.resolve()
+      .then(discover)
+      .finally(() => this.#adding.delete(id));
+    const adding: Adding = { work, index: index_trust.includes('annotation') ? wanted.key.index : '', storing: false };
+    this.#adding.set(id, adding);
+    return await work;
   }
 
-  async #discover(wanted: WantedLayer, signal: AbortSignal): Promise<LayerRecord> {
+  /** `storing` is called when only the row is left to be made. */
+  async #discover(wanted: WantedLayer, signal: AbortSignal, storing: () => void): Promise<LayerRecord> {
     const { index_trust } = this.#options.config;
     const { key } = wanted;
     const digest = parseDigest(key.digest);
@@ -264,6 +283,7 @@ export class LayerIntake {
         if (indexDigest === undefined)
           throw new DedupError('LAYER_NOT_LAZY', 'no artifact in the registry has its index');
         const index = await this.#catalog.load({ layerDigest: digest, indexDigest }, repository, signal);
+        storing();
         return await this.#add(index, indexDigest, wanted, annotated ? 'annotation' : 'referrer');
       } catch (error) {
         failure = error;
@@ -381,9 +401,16 @@ export class LayerIntake {
     return mountable;
   }
 
-  /** Layers that are being added; all of them have rows once these are settled. */
+  /** Layers whose rows are being made; no registry is waited for. */
   underWay(): Promise<LayerRecord>[] {
-    return [...this.#adding.values(), ...this.#keeping];
+    const storing = [...this.#adding.values()].filter((adding) => adding.storing);
+    return [...storing.map(({ work }) => work), ...this.#keeping];
+  }
+
+  /** Digests of indexes that are being fetched, which have no row yet; undefined while not all of them are known. */
+  arriving(): ReadonlySet<string> | undefined {
+    const indexes = new Set([...this.#adding.values()].map(({ index }) => index));
+    return indexes.has('') ? undefined : indexes;
   }
 
   /** True while a layer may be on nobody's list although its Prepare was told that it is lazy. */
