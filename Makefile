@@ -8,7 +8,7 @@ export NODE
 DEPENDENCIES := node_modules/.installed
 SOURCES := $(shell find src -name '*.ts' 2>/dev/null)
 
-.PHONY: help setup build native test lint format demo install uninstall clean asan docs bench gate
+.PHONY: help setup build native test lint format demo install uninstall clean asan docs bench gate soak
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -60,6 +60,9 @@ bench: setup build ## cold starts on emulated links beside overlayfs; ARGS="--he
 
 gate: setup build ## compare what the product uses with the committed baseline; ARGS=--update rewrites that (needs root)
 	@$(NODE) test/gate/gate.ts $(ARGS)
+
+soak: setup build ## kill the processes of a node some hundred times, compare every byte (needs root); ARGS="--kills N"
+	@$(NODE) test/soak/soak.ts $(ARGS)
 
 install: build ## install program, default configuration and systemd units (needs root)
 	@scripts/install.sh

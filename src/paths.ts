@@ -94,6 +94,10 @@ export class RunPaths {
   get dedupdSocket(): string {
     return join(this.dir, 'dedupd.sock');
   }
+  /** Which directories show images without containerd; as long as the machine runs. */
+  get standaloneMounts(): string {
+    return join(this.dir, 'standalone-mounts.json');
+  }
   /** Where a FUSE session is mounted for the moment it takes to open its root. */
   get fuseMount(): string {
     return join(this.dir, 'fuse');

@@ -71,6 +71,11 @@ loop_info64 status_of(const OwnedFd& device, const std::string& path) {
   return info;
 }
 
+std::string text_of(const loop_info64& info) {
+  const auto* name = reinterpret_cast<const char*>(info.lo_file_name);
+  return {name, ::strnlen(name, loop_abi::kNameBytes)};
+}
+
 loop_info64 wanted_info(const AttachArgs& args) {
   loop_info64 info{};
   info.lo_offset = args.offset;
@@ -162,9 +167,14 @@ void detach(const std::string& path) {
   if (failed) throw sys_error(err, "LOOP_CLR_FD " + path, path);
 }
 
-void change_fd(const std::string& path, int fd) {
+std::string name_of(const std::string& path) { return text_of(status_of(open_device(path, O_RDONLY), path)); }
+
+void change_fd(const std::string& path, int fd, const std::string& name) {
+  // As long as it is open here it stays what it is.
   OwnedFd device = open_device(path, O_RDONLY);
-  const bool direct = (status_of(device, path).lo_flags & LO_FLAGS_DIRECT_IO) != 0;
+  const loop_info64 info = status_of(device, path);
+  if (!name.empty() && text_of(info) != name) throw sys_error(ENXIO, path + " is not " + name + " any more", path);
+  const bool direct = (info.lo_flags & LO_FLAGS_DIRECT_IO) != 0;
   if (::ioctl(device.get(), LOOP_CHANGE_FD, fd) != 0)
     throw sys_error(errno, "LOOP_CHANGE_FD " + path + " to descriptor " + std::to_string(fd), path);
   if (direct) require_direct_io(device, path, "descriptor " + std::to_string(fd));

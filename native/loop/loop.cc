@@ -41,11 +41,23 @@ Napi::Value detach(const Napi::CallbackInfo& info) {
       info.Env(), [path] { loop::detach(path); }, to_undefined);
 }
 
+Napi::Value status(const Napi::CallbackInfo& info) {
+  const std::string path = to_text(info[0], "path");
+  return run_on_thread(
+      info.Env(), [path] { return loop::name_of(path); },
+      [](Napi::Env env, const std::string& name) -> Napi::Value {
+        Napi::Object result = Napi::Object::New(env);
+        result.Set("name", name);
+        return result;
+      });
+}
+
 Napi::Value change_fd(const Napi::CallbackInfo& info) {
   const std::string path = to_text(info[0], "path");
   const int fd = to_fd(info[1], "fd");
+  const std::string name = info[2].IsUndefined() ? "" : to_text(info[2], "name");
   return run_on_thread(
-      info.Env(), [path, fd] { loop::change_fd(path, fd); }, to_undefined);
+      info.Env(), [path, fd, name] { loop::change_fd(path, fd, name); }, to_undefined);
 }
 
 }  // namespace
@@ -53,6 +65,7 @@ Napi::Value change_fd(const Napi::CallbackInfo& info) {
 void register_loop(Napi::Env env, Napi::Object exports) {
   export_async<attach>(env, exports, "loopAttach");
   export_async<detach>(env, exports, "loopDetach");
+  export_async<status>(env, exports, "loopStatus");
   export_async<change_fd>(env, exports, "loopChangeFd");
 }
 

@@ -134,6 +134,8 @@ export interface ControlServerOptions {
   readonly pullImage?: ImagePuller;
   readonly version: string;
   readonly log: Logger;
+  /** False once the root was emptied or replaced: whoever asks is told to look for another dedupd. */
+  readonly servesRoot: () => boolean;
   /** Called after Shutdown was answered. */
   readonly onShutdown: () => void;
 }
@@ -226,13 +228,14 @@ export async function startControlServer(options: ControlServerOptions): Promise
   });
   server.addService(packages.dedup.v1.Dedupd.service, {
     ...(options.pullImage === undefined ? {} : { PullImage: servePull(options.pullImage, log, stopping.signal) }),
-    Hello: unary('Hello', log, async () => ({
-      protocol: DEDUPD_PROTOCOL,
-      version,
-      root: plane.root,
-      pid: process.pid,
-      transport: plane.transportName,
-    })),
+    Hello: unary('Hello', log, async () => {
+      if (!options.servesRoot()) {
+        setImmediate(options.onShutdown);
+        throw new DedupError('UNAVAILABLE', `this dedupd is stopping: its root ${plane.root} was emptied`);
+      }
+      const { root, transportName: transport } = plane;
+      return { protocol: DEDUPD_PROTOCOL, version, root, pid: process.pid, transport };
+    }),
     PrepareLayer: unary('PrepareLayer', log, (request: PrepareLayerMessage) => plane.prepareLayer(request)),
     MountImage: unary('MountImage', log, async ({ layers, bottom, below }: MountImageMessage) => {
       const { path, mountId, rootUid, rootGid } = await plane.mountImage(layers, bottom, below);

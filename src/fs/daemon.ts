@@ -1,6 +1,6 @@
 // Composition root of dedupd: takes the root's lock, wires store, loader, transport and control server, and stops in
 // order. One per root.
-import { closeSync, openSync, rmSync } from 'node:fs';
+import { closeSync, fstatSync, openSync, rmSync, statSync } from 'node:fs';
 import { mkdir } from 'node:fs/promises';
 import { setFlagsFromString } from 'node:v8';
 import { Command } from 'commander';
@@ -65,6 +65,16 @@ async function lockRoot(paths: RootPaths): Promise<number> {
   throw new DedupError('LOCKED', `another dedupd serves ${paths.root}`, { hint: 'one dedupd per root' });
 }
 
+/** True as long as the file that was locked is the one below the root: an emptied root has none, or another one. */
+function isStillLocked(paths: RootPaths, lock: number): boolean {
+  const found = statSync(paths.lock, { throwIfNoEntry: false });
+  const held = fstatSync(lock);
+  return found !== undefined && found.ino === held.ino && found.dev === held.dev;
+}
+
+/** How often it is looked whether the root is still ours. */
+const ROOT_CHECK_MS = 1_000;
+
 async function serve(config: Config, log: Logger, pullerFor: PullerFactory): Promise<void> {
   if (!isRoot())
     throw new DedupError('NOT_ROOT', 'dedupd mounts file systems, which only root may do', { hint: 'use sudo' });
@@ -78,6 +88,7 @@ async function serve(config: Config, log: Logger, pullerFor: PullerFactory): Pro
   const paths = new RootPaths(config.root);
   const run = new RunPaths(config.run_dir);
   const lock = await lockRoot(paths);
+  const servesRoot = () => isStillLocked(paths, lock);
   try {
     await mkdir(run.dir, { recursive: true, mode: 0o700 });
     await using plane = await DataPlane.open({ config, paths, run, log });
@@ -87,12 +98,26 @@ async function serve(config: Config, log: Logger, pullerFor: PullerFactory): Pro
       pullImage: pullerFor({ plane, config }),
       version: VERSION,
       log,
+      servesRoot,
       onShutdown: () => requestShutdown(),
     });
     log.info({ root: config.root, transport: plane.transportName }, 'dedupd is ready');
+    const watch = setInterval(() => {
+      try {
+        if (servesRoot()) return;
+      } catch (error) {
+        log.error({ err: error, root: config.root }, 'the root cannot be looked at');
+        return;
+      }
+      log.warn({ root: config.root }, 'the root was emptied: this dedupd ends, another one begins anew');
+      requestShutdown();
+    }, ROOT_CHECK_MS);
     log.info({ reason: await stopped }, 'stopping');
+    clearInterval(watch);
     await server.close();
-    rmSync(run.dedupdSocket, { force: true });
+    // The successor on an emptied root may listen there by now.
+    if (servesRoot()) rmSync(run.dedupdSocket, { force: true });
+    else plane.abandonMounts();
   } finally {
     closeSync(lock);
   }

@@ -3,7 +3,7 @@
 import { readdir, rm } from 'node:fs/promises';
 import { isAbsolute, join } from 'node:path';
 import type { Config } from '../config.ts';
-import type { Digest } from '../digest.ts';
+import { type Digest, isDigest } from '../digest.ts';
 import { DedupError } from '../errors.ts';
 import type { Logger } from '../log.ts';
 import type { RootPaths, RunPaths } from '../paths.ts';
@@ -110,6 +110,7 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
         placeMetadata: (address, file) => store.placeMetadata(address, file),
         pin: (imageId, layerIds) => store.pin(imageId, layerIds),
         unpin: (imageId) => store.unpin(imageId),
+        known: () => this.#knownImages(),
       },
       build: buildImage,
       log: options.log,
@@ -141,6 +142,8 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
         this.#intake.indexHere(wanted, blob, repository, progress, signal),
       mountable: (row) => this.#intake.mountable(row),
       mounts: this.#mounts,
+      file: options.run.standaloneMounts,
+      log: options.log,
     });
   }
 
@@ -180,6 +183,7 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
       const transport = await openTransport(choice, {
         mountDir: run.fuseMount,
         store: {
+          id: store.id,
           fd: store.fd,
           bytes: store.storeBytes,
           headBytes: store.headBytes,
@@ -204,9 +208,9 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
         credentials,
       });
       plane.#collectWhenIdle();
-      await plane.#mounts.removeLeftovers();
-      await plane.#removeOrphanFiles(true);
       await store.unpinAll();
+      await plane.#references.resume(await plane.#mounts.resume());
+      await plane.#removeOrphanFiles(true);
       return plane;
     } catch (error) {
       for (const resource of opened.reverse()) await resource[Symbol.asyncDispose]();
@@ -250,6 +254,21 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
 
   giveCredentials(host: string, userAndPassword: string): void {
     this.#remember(host, userAndPassword);
+  }
+
+  /** Images made before that could be mounted now, whether they are or not. */
+  async #knownImages(): Promise<{ id: number; layers: MountableLayer[] }[]> {
+    const found: { id: number; layers: MountableLayer[] }[] = [];
+    const rows = new Map(this.#book.all().map((row) => [row.id, row]));
+    for (const { id, layers } of await this.#store.images()) {
+      const known = layers.map((layerId) => rows.get(layerId)).filter((row) => row !== undefined && !row.condemned);
+      if (known.length < layers.length) continue;
+      found.push({
+        id,
+        layers: known.map((row) => ({ layerId: row!.id, digest: row!.digest, indexPath: this.#book.indexPath(row!) })),
+      });
+    }
+    return found;
   }
 
   /** A repository with the credentials (user:password) given, or those known for its host. Errors: INVALID_ARGUMENT. */
@@ -373,17 +392,20 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
       const named = images.has(starting ? name : file);
       if (!named) await rm(join(paths.images, name), { force: true });
     }
-    const kept = new Set(
-      this.#book
-        .all()
-        .flatMap((row) => [
-          paths.layerIndex(row.indexDigest as Digest),
-          paths.layerRestart(row.restartDigest as Digest),
-        ]),
-    );
     for (const name of indexes) {
+      // A file may be here already whose row comes in a moment; looked at anew each time.
+      const arriving = this.#intake.arriving();
+      if (arriving === undefined) return;
       const path = join(paths.layers, name);
-      if (!kept.has(path) && !name.endsWith('.tmp')) await rm(path, { force: true });
+      const named = this.#book
+        .all()
+        .some(
+          (row) =>
+            path === paths.layerIndex(row.indexDigest as Digest) ||
+            path === paths.layerRestart(row.restartDigest as Digest),
+        );
+      const comes = [...arriving].some((index) => isDigest(index) && path === paths.layerIndex(index));
+      if (!named && !comes && !name.endsWith('.tmp')) await rm(path, { force: true });
     }
   }
 
@@ -444,6 +466,12 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
       control_requests: traffic.requests - loader.requests,
       ahead_bytes: loader.aheadBytes,
     };
+  }
+
+  /** The root is somebody else's now: close() takes nothing down by its path. */
+  abandonMounts(): void {
+    this.#references.abandon();
+    this.#mounts.abandon();
   }
 
   /** Unmounts everything, answers what is outstanding, flushes the store. Idempotent. */

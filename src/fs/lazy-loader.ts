@@ -104,7 +104,11 @@ export class LazyLoader {
     });
     const layerBytes = options.layerBytes ?? 32 * MiB;
     // A layer larger than the limit is kept too, alone.
-    this.#maps = new LRUCache({ maxSize: layerBytes, sizeCalculation: (map) => Math.min(map.bytes, layerBytes) });
+    this.#maps = new LRUCache({
+      maxSize: layerBytes,
+      sizeCalculation: (map) => Math.min(map.bytes, layerBytes),
+      dispose: (_map, layerId) => this.#ahead.forget(layerId),
+    });
     this.#failed = new LRUCache({ max: 4096, ttl: options.failureMs ?? 1000 });
   }
 

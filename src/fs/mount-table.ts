@@ -38,6 +38,8 @@ export interface ImageRegistry {
   /** Keeps the chunks of these layers until unpin. */
   pin(imageId: number, layerIds: readonly number[]): Promise<void>;
   unpin(imageId: number): Promise<void>;
+  /** Images made before, with their layers; only those whose layers are all known and not condemned. */
+  known(): Promise<readonly { readonly id: number; readonly layers: readonly MountableLayer[] }[]>;
 }
 
 /** Where the metadata of flat images lies in the reserved part of the store: behind the first MiB, which stays zero. */
@@ -305,7 +307,9 @@ export class MountTable {
     }
     this.#regions.delete(image.id);
     this.#layers.delete(image.id);
-    await rmdir(image.path);
+    await rmdir(image.path).catch((error: NodeJS.ErrnoException) => {
+      if (error.code !== 'ENOENT') throw error; // Whoever emptied the root has removed it.
+    });
     await this.#options.images.unpin(image.id);
     this.#options.log.debug({ image: image.id }, 'image unmounted');
   }
@@ -322,11 +326,32 @@ export class MountTable {
   }
 
   /**
-   * Detaches what a previous daemon left mounted, standalone mounts included: its session is gone, so those mounts can
-   * only answer EIO.
+   * Takes over what an earlier daemon left: the devices of images in use are moved to this session, their mounts belong
+   * to this table from then on. What cannot be taken over is detached, standalone mounts included: it only answers EIO.
+   * Returns where else the images that were taken over are mounted, by image. Errors: KERNEL.
    */
-  async removeLeftovers(): Promise<void> {
-    const { paths, log } = this.#options;
+  async resume(): Promise<ReadonlyMap<number, readonly string[]>> {
+    const { paths, transport, layout, images, log } = this.#options;
+    const known = new Map((await images.known()).map((image) => [image.id, image.layers]));
+    const moved = await transport.resume((id) => {
+      const layers = known.get(id);
+      // Flat metadata counts from the region it was built for, and its file may have been built for another one since.
+      if (layout === 'flat' || layers === undefined || !existsSync(paths.imageMetadata(id))) return false;
+      // The first read may come before the device has been moved.
+      this.#layers.set(id, layers.map(idOf));
+      return true;
+    });
+    const elsewhere = await this.#takeMounts(moved, known);
+    // Moved, but mounted nowhere we can see: a container holds it. It reads on; nothing is kept for it.
+    log.debug({ moved: moved.size, mounted: this.#mounted.size }, 'images of an earlier dedupd taken over');
+    return elsewhere;
+  }
+
+  async #takeMounts(
+    moved: ReadonlySet<number>,
+    known: ReadonlyMap<number, readonly MountableLayer[]>,
+  ): Promise<Map<number, string[]>> {
+    const { paths, images, log } = this.#options;
     await mkdir(paths.mounts, { recursive: true, mode: 0o700 });
     // proc(5), mountinfo: the third field is the device, the fifth the mount point with blanks as octal.
     const all = (await readFile('/proc/self/mountinfo', 'utf8')).split('\n').map((line) => {
@@ -336,19 +361,46 @@ export class MountTable {
         path: path.replace(/\\([0-7]{3})/g, (_, octal) => String.fromCharCode(Number.parseInt(octal, 8))),
       };
     });
-    const devices = new Set(all.filter(({ path }) => path.startsWith(`${paths.mounts}/`)).map(({ device }) => device));
-    for (const { path } of all.filter(({ device }) => devices.has(device)).reverse()) {
-      log.info({ path }, 'detaching an image of an earlier dedupd');
-      await unmountErofs(path);
+    const devices = new Map<string, number>();
+    for (const { device, path } of all) {
+      if (path.startsWith(`${paths.mounts}/`)) devices.set(device, Number(path.slice(paths.mounts.length + 1)));
     }
-    for (const name of await readdir(paths.mounts)) await rmdir(join(paths.mounts, name));
+    const elsewhere = new Map<number, string[]>();
+    for (const { device, path } of all.filter(({ device }) => devices.has(device)).reverse()) {
+      const id = devices.get(device)!;
+      const layers = known.get(id);
+      if (!moved.has(id) || layers === undefined) {
+        log.info({ path }, 'detaching an image of an earlier dedupd');
+        await unmountErofs(path);
+      } else if (path === paths.mountPoint(id)) {
+        await images.pin(id, layers.map(idOf));
+        const owner = await rootOwner(paths.imageMetadata(id));
+        // Whoever uses it is told to release() before anything is unmounted.
+        const rest = { holders: new Map<string, string>(), used: true, idleSinceMs: undefined };
+        this.#mounted.set(id, { id, path, layers, ...owner, ...rest });
+      } else {
+        elsewhere.set(id, [...(elsewhere.get(id) ?? []), path]);
+      }
+    }
+    for (const name of await readdir(paths.mounts)) {
+      if (!this.#mounted.has(Number(name))) await rmdir(join(paths.mounts, name));
+    }
+    return elsewhere;
   }
 
   /** Unmounts everything. Idempotent. */
   async close(): Promise<void> {
     this.#closed = true;
     await Promise.allSettled(this.#mounting.values());
-    for (const image of this.list()) await this.#unmount(image);
+    const failures: unknown[] = [];
+    for (const image of this.list()) await this.#unmount(image).catch((error: unknown) => failures.push(error));
+    if (failures.length > 0) throw failures[0];
+  }
+
+  /** Leaves every mount where it is, for whoever serves this root now. */
+  abandon(): void {
+    this.#closed = true;
+    this.#mounted.clear();
   }
 }
 

@@ -188,7 +188,10 @@ interface Addon {
   umount(target: string, flags: number): Promise<void>;
   loopAttach(args: LoopAttachArgs): Promise<LoopDevice>;
   loopDetach(path: string): Promise<void>;
-  loopChangeFd(path: string, fd: number): Promise<void>;
+  /** Name that a device was attached with. Errors: KERNEL (ENXIO) when it has no backing file. */
+  loopStatus(path: string): Promise<{ name: string }>;
+  /** Errors: KERNEL; ENXIO also when the device is not called `name` (any name when absent). */
+  loopChangeFd(path: string, fd: number, name?: string): Promise<void>;
   /** Takes an exclusive flock(2) without waiting; false when another holds it. */
   flock(fd: number): boolean;
   /** A buffer whose memory starts at a multiple of 4096. */

@@ -1,8 +1,13 @@
 // Standalone mounts: an image reference shown on a directory without containerd. Layers without an index are read once,
 // indexed here, and their chunks kept. Used by the control server for the CLI's mount and umount.
+import { writeSync } from 'node:fs';
+import { readFile } from 'node:fs/promises';
+import { z } from 'zod';
 import { DedupError, wrapError } from '../errors.ts';
+import type { Logger } from '../log.ts';
 import type { LayerRecord, LayerSourceName } from './chunks/index-protocol.ts';
 import type { MountProgressMessage } from './control-server.ts';
+import { writeFileAtomically } from './image/atomic-file.ts';
 import { INDEX_ANNOTATION } from './index/layer-index.ts';
 import { classifyLayer } from './index/media-types.ts';
 import type { WantedLayer } from './layer-intake.ts';
@@ -36,7 +41,13 @@ export interface ReferenceMountsOptions {
   ) => Promise<LayerRecord>;
   readonly mountable: (row: LayerRecord) => Promise<MountableLayer>;
   readonly mounts: MountTable;
+  /** Where it is written down which directories show what, for a dedupd that comes after this one. */
+  readonly file: string;
+  readonly log: Logger;
 }
+
+/** The file: directories with the reference that each was asked for. */
+const writtenDown = z.record(z.string(), z.string());
 
 interface Request {
   readonly reference: string;
@@ -93,16 +104,52 @@ export class ReferenceMounts {
     progress({ step: 'mounting', bytes_done: 0, bytes_total: 0 });
     const image = await this.#options.mounts.mount(mountable, true);
     image.holders.set(directory, formatReference(reference));
+    // Written down first: a dedupd that is killed now leaves a mount that the next one knows.
+    this.#byDirectory.set(directory, image);
+    this.#writeDown();
     try {
       await native().mount({ source: image.path, target: directory, fstype: '', flags: MS_BIND, data: '' });
       const flags = MS_BIND | MS_REMOUNT | MS_RDONLY;
       await native().mount({ source: '', target: directory, fstype: '', flags, data: '' });
     } catch (error) {
+      this.#byDirectory.delete(directory);
       await this.#release(image, directory);
       throw wrapError(error, `showing ${formatReference(reference)} on ${directory}`);
     }
-    this.#byDirectory.set(directory, image);
     return directory;
+  }
+
+  /**
+   * Takes over the directories of an earlier dedupd, where their images were taken over: `elsewhere` names, by image,
+   * every place but its own where it is mounted. Others are containerd's.
+   */
+  async resume(elsewhere: ReadonlyMap<number, readonly string[]>): Promise<void> {
+    let directories: Readonly<Record<string, string>>;
+    try {
+      directories = writtenDown.parse(JSON.parse(await readFile(this.#options.file, 'utf8')));
+    } catch {
+      return; // None was mounted since the machine started.
+    }
+    for (const image of this.#options.mounts.list()) {
+      for (const directory of elsewhere.get(image.id) ?? []) {
+        const reference = directories[directory];
+        if (reference === undefined) continue;
+        image.holders.set(directory, reference);
+        this.#byDirectory.set(directory, image);
+      }
+    }
+    this.#writeDown();
+  }
+
+  #writeDown(): void {
+    const directories: Record<string, string> = {};
+    for (const [directory, image] of this.#byDirectory) directories[directory] = image.holders.get(directory) ?? '';
+    try {
+      writeFileAtomically(this.#options.file, (fd) => writeSync(fd, JSON.stringify(directories)));
+    } catch (error) {
+      // The mount itself is right; only a later dedupd would not know that it is ours.
+      this.#options.log.warn({ err: error, file: this.#options.file }, 'standalone mounts are not written down');
+    }
   }
 
   async #resolve(
@@ -191,16 +238,24 @@ export class ReferenceMounts {
   /** Unmounts the image itself when neither a directory nor a snapshot shows it any more. */
   async #release(image: MountedImage, directory: string): Promise<void> {
     image.holders.delete(directory);
+    this.#writeDown();
     if (image.holders.size === 0 && !image.used) await this.#options.mounts.drop(image.id);
+  }
+
+  /** Leaves every directory as it is, for whoever serves this root now. */
+  abandon(): void {
+    this.#byDirectory.clear();
   }
 
   /** Takes every standalone mount away, used or not. Idempotent. */
   async close(): Promise<void> {
+    if (this.#byDirectory.size === 0) return;
     for (const [directory, image] of this.#byDirectory) {
       // Not there any more when somebody used umount(8): that must not keep the rest from being closed.
       await unmountErofs(directory);
       image.holders.delete(directory);
     }
     this.#byDirectory.clear();
+    this.#writeDown();
   }
 }

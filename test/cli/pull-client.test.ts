@@ -37,7 +37,15 @@ describe('the light client of PullImage', () => {
     const plane = { root: '/r', transportName: 'fake' } as ControlledPlane;
     const log = pino({ level: 'silent' });
     const offered = pullImage === undefined ? {} : { pullImage };
-    server = await startControlServer({ address, plane, version: '0', log, onShutdown: () => {}, ...offered });
+    server = await startControlServer({
+      address,
+      plane,
+      version: '0',
+      log,
+      servesRoot: () => true,
+      onShutdown: () => {},
+      ...offered,
+    });
   }
 
   async function events(signal = AbortSignal.timeout(10_000)): Promise<PullEvent[]> {

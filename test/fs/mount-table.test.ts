@@ -45,6 +45,7 @@ describe('MountTable', () => {
         placeMetadata: async (address) => void placed.push(address),
         pin: async () => {},
         unpin: async () => {},
+        known: async () => [],
       },
       build: async ({ output }) => {
         await mkdir(dirname(output), { recursive: true });

@@ -109,17 +109,23 @@ describe('loop devices', () => {
         const other = join(dir, `other-${forceLegacy}`);
         writeFileSync(other, Buffer.alloc(4 * MIB, 0x5a));
         const next = openSync(other, 'r');
-        await native().loopChangeFd(device.path, next);
+        const { name } = await native().loopStatus(device.path);
+        await assert.rejects(
+          native().loopChangeFd(device.path, next, `${name} of another`),
+          (error: DedupError) => error.details.syscallError === 'ENXIO',
+        );
+        assert.equal(read('loop/backing_file'), path, 'a device of another name is left alone');
+        await native().loopChangeFd(device.path, next, name);
         closeSync(next);
         assert.equal(read('loop/backing_file'), other);
+        assert.equal((await native().loopStatus(device.path)).name, name);
         assert.equal(read('loop/dio'), '1');
       } finally {
         await native().loopDetach(device.path);
       }
-      await assert.rejects(
-        native().loopDetach(device.path),
-        (error: DedupError) => error.details.syscallError === 'ENXIO',
-      );
+      for (const call of [native().loopDetach, native().loopStatus]) {
+        await assert.rejects(call(device.path), (error: DedupError) => error.details.syscallError === 'ENXIO');
+      }
     });
 
     it(`keeps an autoclear device until it is detached (${way})`, limit, async () => {

@@ -2,8 +2,8 @@
 // seed. Used to compare the merge with containerd's own unpack.
 import type { EntrySpec } from './layer-maker.ts';
 
-/** mulberry32: a small generator with a seed, so that a failure can be repeated. */
-function generator(seed: number): (below: number) => number {
+/** mulberry32: whole numbers below the one given; a small generator with a seed, so that a failure can be repeated. */
+export function seededRandom(seed: number): (below: number) => number {
   let state = seed >>> 0;
   return (below) => {
     state = (state + 0x6d2b79f5) >>> 0;
@@ -18,7 +18,7 @@ const NAMES = ['a', 'b', 'c', 'd-', '!', '\xe9'];
 
 /** `layers` layers of `entries` members each. */
 export function randomLayers(seed: number, layers: number, entries: number): EntrySpec[][] {
-  const random = generator(seed);
+  const random = seededRandom(seed);
   const name = (): string => NAMES[random(NAMES.length)]!;
   const path = (): string => Array.from({ length: 1 + random(3) }, name).join('/');
   return Array.from({ length: layers }, (_, layer) => {

@@ -131,6 +131,11 @@ export class NodeStore {
     }
   }
 
+  /** Name of the store file, of at most 42 characters, that no other file has, not even a copy of it. */
+  get id(): string {
+    return this.#file.name;
+  }
+
   /** Descriptor of the store file without O_DIRECT, for a transport to read hits from. Owned by the store. */
   get fd(): number {
     return this.#file.buffered.fd;

@@ -30,9 +30,12 @@ export class StoreFile {
   /** Open O_RDWR without O_DIRECT: the header, reads of present pieces and fdatasync. */
   readonly buffered: FileHandle;
   #header: StoreHeader;
+  /** Device and inode number. */
+  readonly #place: string;
   #closed = false;
 
-  private constructor(direct: FileHandle, buffered: FileHandle, header: StoreHeader) {
+  private constructor(direct: FileHandle, buffered: FileHandle, header: StoreHeader, place: string) {
+    this.#place = place;
     this.direct = direct;
     this.buffered = buffered;
     this.#header = header;
@@ -51,7 +54,7 @@ export class StoreFile {
     let direct: FileHandle | undefined;
     try {
       buffered = await open(file, constants.O_RDWR | constants.O_CREAT, 0o600);
-      const { size } = await buffered.stat();
+      const { size, dev, ino } = await buffered.stat();
       if (size === 0) await buffered.truncate(storeBytes);
       else if (size !== storeBytes) {
         throw new DedupError('STORE_CORRUPT', `${file} has ${size} bytes, not the recorded ${storeBytes}`, {
@@ -69,7 +72,7 @@ export class StoreFile {
         pendingGeneration: 0,
         highWater: firstHighWater,
       };
-      const store = new StoreFile(direct, buffered, header);
+      const store = new StoreFile(direct, buffered, header, `${dev.toString(16)}.${ino.toString(16)}`);
       if (fresh) await store.writeHeader({});
       return { store, fresh };
     } catch (cause) {
@@ -77,6 +80,11 @@ export class StoreFile {
       await buffered?.close();
       throw cause instanceof DedupError ? cause : ioError(cause, `opening the store ${file}`);
     }
+  }
+
+  /** What no other file is called, not even a copy of this one: random id, device, inode. Stays for the file's life. */
+  get name(): string {
+    return `${this.#header.storeId.slice(0, 16)}.${this.#place}`;
   }
 
   get header(): StoreHeader {

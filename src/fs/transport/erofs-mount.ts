@@ -1,6 +1,6 @@
 // Puts loop devices under an EROFS mount and takes them away again: shared by the transports that serve the store
 // through a file of a FUSE filesystem. Every device is released together with the mount that uses it.
-import { closeSync, openSync, writeFileSync } from 'node:fs';
+import { closeSync, openSync, readdirSync, writeFileSync } from 'node:fs';
 import { DedupError, wrapError } from '../../errors.ts';
 import type { Logger } from '../../log.ts';
 import { BLOCK_BYTES } from '../../units.ts';
@@ -22,6 +22,7 @@ interface Attached {
 /** What to attach: the open store file of this image, and whether the loop must bypass the page cache. */
 export interface DataFile {
   readonly fd: number;
+  readonly storeId: string;
   readonly directIo: boolean;
 }
 
@@ -62,7 +63,7 @@ export async function mountErofs(spec: MountSpec, data: DataFile, log: Logger): 
       source = await attach(data.fd, {
         directIo: data.directIo,
         offset: spec.flatOffset,
-        name: `dedup:${spec.imageId}`,
+        name: deviceName(spec.imageId, data.storeId),
       });
       devices.push(source);
     } else {
@@ -73,7 +74,8 @@ export async function mountErofs(spec: MountSpec, data: DataFile, log: Logger): 
         closeSync(metadataFd);
       }
       devices.push(source);
-      const store = await attach(data.fd, { directIo: data.directIo, offset: 0, name: `dedup:${spec.imageId}` });
+      const name = deviceName(spec.imageId, data.storeId);
+      const store = await attach(data.fd, { directIo: data.directIo, offset: 0, name });
       devices.push(store);
       options = `device=${store.path}`;
     }
@@ -91,6 +93,62 @@ export async function mountErofs(spec: MountSpec, data: DataFile, log: Logger): 
     // LOOP_CLR_FD on a device in use makes it go with its last user; on an unused one, now (drivers/block/loop.c).
     for (const device of devices) await native().loopDetach(device.path);
   }
+}
+
+/** What a data device is called: who looks at all devices of the machine finds those of one store. At most 63 bytes. */
+function deviceName(imageId: number, storeId: string): string {
+  return `dedup:${imageId}:${storeId}`;
+}
+
+/** The data devices of a store on this machine, whoever made them. */
+async function dataDevices(storeId: string): Promise<{ path: string; name: string; imageId: number }[]> {
+  const found: { path: string; name: string; imageId: number }[] = [];
+  for (const device of readdirSync('/sys/block')) {
+    if (!device.startsWith('loop')) continue;
+    const path = `/dev/${device}`;
+    try {
+      const { name } = await native().loopStatus(path);
+      const [, imageId, store] = /^dedup:(\d+):([0-9a-f.]+)$/.exec(name) ?? [];
+      if (store === storeId) found.push({ path, name, imageId: Number(imageId) });
+    } catch {
+      // Without a backing file, or gone meanwhile: not one of ours in use.
+    }
+  }
+  return found;
+}
+
+/**
+ * Gives the data devices of an earlier session to the files of this one. The addresses of a store never mean anything
+ * else, so a device of the same store reads the same bytes through whatever session serves it. As Transport.resume.
+ */
+export async function moveDevices(
+  storeId: string,
+  openFile: (imageId: number) => Promise<number>,
+  wanted: (imageId: number) => boolean,
+  log: Logger,
+): Promise<ReadonlySet<number>> {
+  const moved = new Set<number>();
+  const failed = new Set<number>();
+  for (const { path, name, imageId } of await dataDevices(storeId)) {
+    if (!wanted(imageId)) continue;
+    let fd: number | undefined;
+    try {
+      fd = await openFile(imageId);
+      await native().loopChangeFd(path, fd, name);
+      // One that an earlier daemon attached and never mounted goes now; one in use goes with its last user.
+      await native().loopDetach(path);
+      moved.add(imageId);
+      log.info({ image: imageId, device: path }, 'an image in use goes on in this session');
+    } catch (error) {
+      // Its readers go on getting EIO, as they did.
+      failed.add(imageId);
+      log.error({ err: error, image: imageId, device: path }, 'a device in use could not be moved to this session');
+    } finally {
+      if (fd !== undefined) closeSync(fd);
+    }
+  }
+  for (const imageId of failed) moved.delete(imageId);
+  return moved;
 }
 
 /** Detaches a mount; not an error when nothing is mounted there. Errors: KERNEL. */

@@ -128,10 +128,15 @@ export class FuseNativeTransport implements Transport {
     if (this.#root === undefined) throw new DedupError('CLOSED', 'the fuse-native transport is closed');
     const file = await open(`/proc/self/fd/${this.#root.fd}/${spec.imageId}`, constants.O_RDONLY);
     try {
-      await mountErofs(spec, { fd: file.fd, directIo: true }, this.#log);
+      await mountErofs(spec, { fd: file.fd, directIo: true, storeId: this.#options.store.id }, this.#log);
     } finally {
       await file.close();
     }
+  }
+
+  async resume(): Promise<ReadonlySet<number>> {
+    // Its session takes one request at a time: moving a device waits for reads that the session would have to answer.
+    return new Set();
   }
 
   async unmount(target: string): Promise<void> {

@@ -7,7 +7,7 @@ import { constants as osConstants } from 'node:os';
 import { DedupError, ERROR_CODES, errorCode } from '../../errors.ts';
 import type { Logger } from '../../log.ts';
 import { type FuseMiss, type FuseSession, native } from '../native.ts';
-import { mountErofs, unmountErofs } from './erofs-mount.ts';
+import { mountErofs, moveDevices, unmountErofs } from './erofs-mount.ts';
 import type { ByteSource, MountSpec, Transport, TransportCapabilities, TransportStats } from './transport.ts';
 
 /** Threads that read requests. Two keep up with both cores of a small node; more only queue behind them. */
@@ -17,6 +17,8 @@ const READER_THREADS = 2;
 const MAX_BACKGROUND = 512;
 
 export interface StoreView {
+  /** Name of the store file, which no other has: devices of another store are never moved to it. */
+  readonly id: string;
   /** O_RDONLY descriptor of the store file. */
   readonly fd: number;
   readonly bytes: number;
@@ -43,11 +45,13 @@ const CAPABILITIES: TransportCapabilities = Object.freeze({
 export class FuseTransport implements Transport {
   readonly capabilities = CAPABILITIES;
   readonly #source: ByteSource;
+  readonly #storeId: string;
   readonly #log: Logger;
   #session: FuseSession | undefined;
 
   private constructor(options: FuseTransportOptions) {
     this.#source = options.source;
+    this.#storeId = options.store.id;
     this.#log = options.log;
   }
 
@@ -113,10 +117,15 @@ export class FuseTransport implements Transport {
   async mount(spec: MountSpec): Promise<void> {
     const fd = await this.#open().openFile(spec.imageId);
     try {
-      await mountErofs(spec, { fd, directIo: true }, this.#log);
+      await mountErofs(spec, { fd, directIo: true, storeId: this.#storeId }, this.#log);
     } finally {
       closeSync(fd);
     }
+  }
+
+  resume(wanted: (imageId: number) => boolean): Promise<ReadonlySet<number>> {
+    const session = this.#open();
+    return moveDevices(this.#storeId, (imageId) => session.openFile(imageId), wanted, this.#log);
   }
 
   async unmount(target: string): Promise<void> {

@@ -50,6 +50,12 @@ export interface Transport extends AsyncDisposable {
   readonly capabilities: TransportCapabilities;
   /** Mounts the image read-only on `spec.target`. Errors: KERNEL, KERNEL_UNSUPPORTED. */
   mount(spec: MountSpec): Promise<void>;
+  /**
+   * Gives images that an earlier daemon mounted, and that are still in use, to this session: later reads are right again.
+   * `wanted` is asked for each image before its device is moved; false leaves it alone. Returns the numbers of the images
+   * all of whose devices were moved.
+   */
+  resume(wanted: (imageId: number) => boolean): Promise<ReadonlySet<number>>;
   /** Detaches the mount; its devices go with the last user. Idempotent. Errors: KERNEL. */
   unmount(target: string): Promise<void>;
   stats(): TransportStats;
