@@ -30,7 +30,9 @@ const prefetch = z.strictObject({
   enabled: z
     .boolean()
     .default(true)
-    .describe('fetch what a start will read: while its image is pulled, and around what it reads; false: only what is read, and ahead of it'),
+    .describe(
+      'fetch what a start will read: while its image is pulled, and around what it reads; false: only what is read, and ahead of it',
+    ),
   workers: z.int().min(1).max(64).default(4).describe('parallel prefetch requests'),
   queue_size: z.int().min(1).max(1_000_000).default(1000).describe('prefetch requests waiting at most'),
   trace_dir: absolute.optional().describe('where traces are kept; always below the root unless given'),
