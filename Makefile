@@ -61,7 +61,7 @@ bench: setup build ## cold starts on emulated links beside overlayfs; ARGS="--he
 gate: setup build ## compare what the product uses with the committed baseline; ARGS=--update rewrites that (needs root)
 	@$(NODE) test/gate/gate.ts $(ARGS)
 
-soak: setup build ## kill the processes of a node some hundred times, compare every byte (needs root); ARGS="--kills N"
+soak: setup build ## rounds of pull, run, remove; then kills of the processes (needs root); ARGS="--rounds N --kills N"
 	@$(NODE) test/soak/soak.ts $(ARGS)
 
 install: build ## install program, default configuration and systemd units (needs root)
