@@ -1,73 +1,82 @@
-// What the loader fetches around the misses of a start, that it does so only where the link has room, and that guesses
-// change no byte.
+// What is fetched around the misses of a start, that it is only where the link has room, and that guesses change no byte.
 import assert from 'node:assert/strict';
-import { afterEach, describe, it } from 'node:test';
+import { afterEach, before, describe, it } from 'node:test';
 import { setTimeout as sleep } from 'node:timers/promises';
-import type { LazyLoaderOptions } from '../../src/fs/lazy-loader.ts';
+import { FetchAhead, type FetchAheadOptions } from '../../src/fs/fetch-ahead.ts';
+import { LayerMap } from '../../src/fs/loadable-layer.ts';
 import { KiB } from '../../src/units.ts';
-import { LoaderRig, layerOf, MemoryBlobs, noise, type StoredTestLayer } from '../support/lazy-store.ts';
+import { LoaderRig, layerOf, MemoryBlobs, noise, quiet, type TestLayer } from '../support/lazy-store.ts';
 
 const SPAN_BYTES = 128 * KiB;
 const FILES = 96;
 
-describe('guesses of the LazyLoader', () => {
+describe('guesses', () => {
+  let layer: TestLayer;
+  before(async () => {
+    // Files that fill a span each.
+    const content = (i: number) => noise(`guess${i}`, SPAN_BYTES - 1024);
+    const files = Array.from({ length: FILES }, (_, i) => ({ name: `f${i}`, content: content(i) }));
+    layer = await layerOf(files, { compression: 'none', spanBytes: SPAN_BYTES, chunkBytes: 512 * KiB });
+  });
+
   const rigs: LoaderRig[] = [];
   afterEach(async () => {
     for (const rig of rigs.splice(0)) await rig.remove();
   });
 
-  /** A layer of files that fill a span each, behind a link with a round trip and a rate. */
-  async function behind(
-    link: { roundTripMs: number; bytesPerMs: number },
-    options: Partial<LazyLoaderOptions>,
-  ): Promise<{ rig: LoaderRig; stored: StoredTestLayer; registry: MemoryBlobs }> {
-    const files = Array.from({ length: FILES }, (_, i) => ({
-      name: `f${i}`,
-      content: noise(`guess${i}`, SPAN_BYTES - 1024),
-    }));
-    files.push({ name: 'last', content: noise('last', KiB) });
-    const layer = await layerOf(files, { compression: 'none', spanBytes: SPAN_BYTES, chunkBytes: 512 * KiB });
-    const registry = new MemoryBlobs(layer);
-    registry.misbehave = async ({ range }) => {
-      await sleep(link.roundTripMs + range.length / link.bytesPerMs);
-      return undefined;
-    };
-    const rig = await LoaderRig.create(options);
-    rigs.push(rig);
-    const stored = await rig.add(layer, [{ host: 'one', reader: registry }]);
-    return { rig, stored, registry };
+  /** Spans that are fetched beside misses in `spans`, on a link that carries `room` spans in a round trip. */
+  function guessed(spans: readonly number[], room: number, options: Partial<FetchAheadOptions> = {}): number[] {
+    const fetched: number[] = [];
+    const ahead = new FetchAhead({
+      fetch: async (_map, span) => void fetched.push(span),
+      roundTripBytes: () => room * SPAN_BYTES,
+      guess: true,
+      isPresent: () => false,
+      log: quiet,
+      ...options,
+    });
+    const addresses = Float64Array.from({ length: layer.index.chunks.count }, (_, i) => (i + 1) * 1024 * KiB);
+    const windows = { readWindows: async () => [] };
+    const map = new LayerMap(1, { index: layer.index, addresses, windows, sources: () => [] });
+    for (const span of spans) ahead.onMiss(map, new Set([span]));
+    return fetched;
   }
 
-  /** Reads some files in the order of a program that jumps about. */
-  async function start(rig: LoaderRig, stored: StoredTestLayer): Promise<void> {
-    // The last span of the archive is a short one: it shows the round trip.
-    await rig.readFile(stored, 'last');
-    for (let i = 0; i < 24; i++) {
+  const START = [10, 60, 12, 80, 30];
+
+  it('are the spans nearest to the misses of a burst, as many as a round trip carries', () => {
+    assert.deepEqual(guessed(START.slice(0, 3), 5), [], 'three misses are no start');
+    const four = guessed(START.slice(0, 4), 5);
+    assert.equal(four.length, 5);
+    assert.equal(four[0], 11, 'between two misses');
+    for (const span of four) assert.ok(START.some((miss) => Math.abs(miss - span) === 1));
+    assert.equal(guessed(START, 5).length, 10);
+    assert.equal(guessed(START.slice(0, 4), 100).length, 8, 'never more than eight at a miss');
+  });
+
+  it('are none where a round trip carries fewer than three spans', () => {
+    assert.deepEqual(guessed(START, 2.9), []);
+    assert.ok(guessed(START, 3).length > 0);
+  });
+
+  it('are none when there are to be none, nor of what is here', () => {
+    assert.deepEqual(guessed(START, 5, { guess: false }), []);
+    assert.deepEqual(guessed(START, 5, { isPresent: () => true }), []);
+  });
+
+  it('change no byte of what is read', async () => {
+    const registry = new MemoryBlobs(layer);
+    registry.misbehave = async ({ range }) => {
+      await sleep(10 + range.length / 100_000);
+      return undefined;
+    };
+    const rig = await LoaderRig.create({ guess: true });
+    rigs.push(rig);
+    const stored = await rig.add(layer, [{ host: 'one', reader: registry }]);
+    for (let i = 0; i < FILES; i++) {
       const file = (i * 37) % FILES;
       const read = await rig.readFile(stored, `f${file}`);
       assert.ok(read.equals(stored.layer.files[file]!.content), `f${file} differs`);
     }
-  }
-
-  it('fetches around misses where a round trip carries many spans', async () => {
-    const fast = await behind({ roundTripMs: 20, bytesPerMs: 100_000 }, { guess: true });
-    await start(fast.rig, fast.stored);
-    const { aheadBytes, misses } = fast.rig.loader.stats();
-    assert.ok(aheadBytes >= 4 * SPAN_BYTES, `${aheadBytes} bytes were guessed`);
-    assert.ok(misses < 25, `${misses} of 25 files were waited for`);
-    await fast.rig.mustEqual(fast.stored);
-  });
-
-  it('guesses nothing where the link is full with what is waited for', async () => {
-    const slow = await behind({ roundTripMs: 5, bytesPerMs: 10_000 }, { guess: true });
-    await start(slow.rig, slow.stored);
-    assert.equal(slow.rig.loader.stats().aheadBytes, 0);
-  });
-
-  it('guesses nothing when it is not to', async () => {
-    const quiet = await behind({ roundTripMs: 20, bytesPerMs: 100_000 }, { guess: false });
-    await start(quiet.rig, quiet.stored);
-    assert.equal(quiet.rig.loader.stats().aheadBytes, 0);
-    assert.ok(quiet.registry.requests.length <= 25);
   });
 });
