@@ -392,21 +392,29 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
       const named = images.has(starting ? name : file);
       if (!named) await rm(join(paths.images, name), { force: true });
     }
+    const kept = this.#namedIndexFiles();
     for (const name of indexes) {
-      // A file may be here already whose row comes in a moment; looked at anew each time.
+      const path = join(paths.layers, name);
+      if (kept.has(path) || name.endsWith('.tmp')) continue;
+      // A file may be here already whose row comes in a moment, or has come since; looked at anew for each that may go.
       const arriving = this.#intake.arriving();
       if (arriving === undefined) return;
-      const path = join(paths.layers, name);
-      const named = this.#book
-        .all()
-        .some(
-          (row) =>
-            path === paths.layerIndex(row.indexDigest as Digest) ||
-            path === paths.layerRestart(row.restartDigest as Digest),
-        );
       const comes = [...arriving].some((index) => isDigest(index) && path === paths.layerIndex(index));
-      if (!named && !comes && !name.endsWith('.tmp')) await rm(path, { force: true });
+      if (!comes && !this.#namedIndexFiles().has(path)) await rm(path, { force: true });
     }
+  }
+
+  /** Files of index and restart blobs that rows name. */
+  #namedIndexFiles(): Set<string> {
+    const { paths } = this.#options;
+    return new Set(
+      this.#book
+        .all()
+        .flatMap((row) => [
+          paths.layerIndex(row.indexDigest as Digest),
+          paths.layerRestart(row.restartDigest as Digest),
+        ]),
+    );
   }
 
   async layerUsage(key: LayerKeyMessage): Promise<{ bytes: number; inodes: number }> {
