@@ -142,11 +142,18 @@ describe('storePieces', () => {
       const other = pseudoRandom(i + 1);
       [pieces[i], pieces[other]] = [pieces[other]!, pieces[i]!];
     }
-    const job = jobOf(fd, presence, pieces);
-    const before = writeCalls();
-    const result = await native().storePieces(job);
-    // Wake-ups and the reporter of the test runner count as writes too; without joining there would be 500 more.
-    assert.ok(writeCalls() - before < 250, `${writeCalls() - before} writes`);
+    const counts: number[] = [];
+    let result: Uint8Array = new Uint8Array();
+    for (let attempt = 0; attempt < 10; attempt++) {
+      const job = jobOf(fd, native().presenceCreate(STORE_BYTES), pieces);
+      const before = writeCalls();
+      result = await native().storePieces(job);
+      counts.push(writeCalls() - before);
+      // Threads of the runtime that wake the event loop, and the test runner's reporter, write as well, now and then
+      // hundreds of times; without joining no attempt has fewer than 500.
+      if (counts.at(-1)! < 100) break;
+    }
+    assert.ok(Math.min(...counts) < 100, `writes of each attempt: ${counts}`);
     assert.ok(result.every((one) => one === 1));
     for (const { bytes, address } of pieces) assert.ok(readDirect(fd, address, 8_000).subarray(0, 8_000).equals(bytes));
   });
