@@ -45,6 +45,10 @@ export class RootPaths {
   get store(): string {
     return join(this.chunks, 'store');
   }
+  /** Sums of the store's blocks, by which changed ones are told (native/store/block_sums.h). */
+  get storeSums(): string {
+    return join(this.chunks, 'sums');
+  }
   /** Disk space that is given up when the disk is full, so that it can be cleaned. */
   get storeReserve(): string {
     return join(this.chunks, 'reserve');

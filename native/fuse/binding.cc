@@ -35,6 +35,7 @@ struct Callbacks {
         item.Set("file", static_cast<double>(misses[i].file));
         item.Set("offset", static_cast<double>(misses[i].offset));
         item.Set("length", misses[i].length);
+        item.Set("damaged", misses[i].damaged);
         list.Set(i, item);
       }
       on_miss.Call({list});
@@ -169,6 +170,7 @@ Napi::Value start(const Napi::CallbackInfo& info) {
   fuse::SessionArgs args;
   args.mount_dir = to_text(object.Get("mountDir"), "mountDir");
   args.store.fd = to_fd(object.Get("storeFd"), "storeFd");
+  args.store.sums_fd = to_fd(object.Get("sumsFd"), "sumsFd");
   args.store.bytes = to_u64(object.Get("storeBytes"), "storeBytes");
   args.store.head_bytes = to_u64(object.Get("headBytes"), "headBytes");
   args.store.tail_bytes = to_u64(object.Get("tailBytes"), "tailBytes");

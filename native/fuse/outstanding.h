@@ -20,6 +20,7 @@ struct Miss {
   std::uint64_t file = 0;
   std::uint64_t offset = 0;  // bytes
   std::uint32_t length = 0;  // bytes
+  bool damaged = false;      // some of it was present, and is not what was written
   std::shared_ptr<const Channel> channel;
 };
 

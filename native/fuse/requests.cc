@@ -14,6 +14,8 @@
 namespace dedup::fuse {
 namespace {
 
+static_assert(fuse_abi::kMaxReadBytes <= store::kMaxReadBytes);
+
 // Node 1 is the root (FUSE_ROOT_ID), file n is node n + 2.
 constexpr std::uint64_t kFirstFileNode = 2;
 // Names and attributes never change; a year in seconds.
@@ -77,13 +79,14 @@ void Session::read(const std::shared_ptr<const Channel>& channel, const Request&
   };
   const auto* in = request.body<fuse_read_in>();
   if (in == nullptr || request.node() < kFirstFileNode) return fail(EINVAL);
-  const StoreView& store = args_.store;
+  const store::StoreView& view = args_.store;
   // The size of the file is constant and a multiple of a block: the kernel asks for nothing beyond it, so a READ that
   // does is not shortened but refused.
-  if (in->size > fuse_abi::kMaxReadBytes || in->offset > store.bytes || in->size > store.bytes - in->offset)
+  if (in->size > fuse_abi::kMaxReadBytes || in->offset > view.bytes || in->size > view.bytes - in->offset)
     return fail(EIO);
-  switch (read_store(store, in->offset, in->size, buffer)) {
-    case Hit::yes: {
+  const store::Hit hit = store::read_store(view, in->offset, in->size, buffer);
+  switch (hit) {
+    case store::Hit::yes: {
       const iovec part{buffer, in->size};
       if (channel->reply_read(request.unique(), in->size, {&part, 1}) != Answer::sent)
         errors_.fetch_add(1, std::memory_order_relaxed);
@@ -91,9 +94,10 @@ void Session::read(const std::shared_ptr<const Channel>& channel, const Request&
       hit_bytes_.fetch_add(in->size, std::memory_order_relaxed);
       return;
     }
-    case Hit::failed:
+    case store::Hit::failed:
       return fail(EIO);
-    case Hit::no:
+    case store::Hit::damaged:
+    case store::Hit::no:
       break;
   }
   misses_.fetch_add(1, std::memory_order_relaxed);
@@ -102,6 +106,7 @@ void Session::read(const std::shared_ptr<const Channel>& channel, const Request&
   miss.file = request.node() - kFirstFileNode;
   miss.offset = in->offset;
   miss.length = in->size;
+  miss.damaged = hit == store::Hit::damaged;
   miss.channel = channel;
   bool first = false;
   if (!outstanding_.add(std::move(miss), &first)) return fail(EIO);

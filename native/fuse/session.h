@@ -16,14 +16,14 @@
 
 #include "fuse/channel.h"
 #include "fuse/outstanding.h"
-#include "fuse/store_reader.h"
 #include "owned_fd.h"
+#include "store/store_reader.h"
 
 namespace dedup::fuse {
 
 struct SessionArgs {
   std::string mount_dir;
-  StoreView store;
+  store::StoreView store;
   unsigned threads = 4;
   std::uint16_t max_background = 512;
   /** Any thread: `take_misses` has something new. */

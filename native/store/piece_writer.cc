@@ -1,19 +1,18 @@
 #include "store/piece_writer.h"
 
-#include <unistd.h>
-
 #include <algorithm>
-#include <cerrno>
+#include <array>
 #include <cstring>
 #include <mutex>
 #include <numeric>
 #include <string>
-#include <system_error>
 #include <utility>
 
 #include "aligned_memory.h"
 #include "error.h"
 #include "presence/bitmap.h"
+#include "store/block_sums.h"
+#include "store/file_io.h"
 
 namespace dedup::store {
 namespace {
@@ -50,26 +49,6 @@ class Scratch {
   MallocBytes memory_;
 };
 
-void write_all(int fd, const std::uint8_t* data, std::size_t length, std::uint64_t address) {
-  std::size_t done = 0;
-  while (done < length) {
-    const ssize_t written = ::pwrite(fd, data + done, length - done, static_cast<off_t>(address + done));
-    if (written > 0) {
-      done += static_cast<std::size_t>(written);
-      continue;
-    }
-    const int err = written == 0 ? EIO : errno;
-    if (err == EINTR) continue;
-    const std::string doing = "pwrite(2) of " + std::to_string(length) + " bytes to the store at " +
-                              std::to_string(address) + ": " + std::generic_category().message(err);
-    if (err == ENOSPC || err == EDQUOT) throw Error("STORE_FULL", doing, err);
-    if (err == EINVAL)
-      throw Error("STORE_IO", doing + " (direct writes of 4 KiB blocks are refused by this file system or device)",
-                  err);
-    throw Error("STORE_IO", doing, err);
-  }
-}
-
 // Neighbouring pieces on their way into one write. Bytes are copied first and verified in the copy: what is hashed is
 // what is written, even if the source changes meanwhile.
 class Run {
@@ -95,8 +74,12 @@ class Run {
 
   void flush() {
     if (length_ == 0) return;
-    write_all(job_.fd, scratch_.get(), length_, address_);
-    presence::set(job_.presence.data(), address_ / kBlockBytes, length_ / kBlockBytes);
+    const std::uint64_t first = address_ / kBlockBytes;
+    const std::size_t blocks = length_ / kBlockBytes;
+    write_all(job_.fd, scratch_.get(), length_, address_, "store");
+    block_sums(scratch_.get(), blocks, sums_.data());
+    write_sums(job_.sums_fd, sums_.data(), blocks, first);
+    presence::set(job_.presence.data(), first, blocks);
     for (const std::size_t index : members_) result_[index] = 1;
     members_.clear();
     length_ = 0;
@@ -107,6 +90,7 @@ class Run {
   std::vector<std::uint8_t>& result_;
   Scratch scratch_;
   std::vector<std::size_t> members_;
+  std::array<Sum, kMaxWriteBytes / kBlockBytes> sums_;
   std::uint64_t address_ = 0;
   std::size_t length_ = 0;
 };

@@ -1,4 +1,5 @@
-// Verifies pieces and writes the good ones into the store file with O_DIRECT; their presence is set only after that.
+// Verifies pieces and writes the good ones into the store file with O_DIRECT, then the sums of their blocks; their
+// presence is set only after that.
 // Called by storePieces on a native thread; it knows nothing of JS. Nothing else writes chunk bytes into the store.
 #pragma once
 
@@ -23,6 +24,8 @@ struct Piece {
 struct PieceJob {
   /** Store file, open for direct writes. */
   int fd;
+  /** The file of block_sums.h, open for writing. */
+  int sums_fd;
   std::vector<Piece> pieces;
   /** Bitmap from presenceCreate, one bit per 4 KiB block. */
   std::span<std::uint8_t> presence;

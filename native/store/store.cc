@@ -10,6 +10,7 @@
 #include "registry.h"
 #include "store/piece_writer.h"
 #include "store/sha256.h"
+#include "store/store_reader.h"
 
 namespace dedup {
 namespace {
@@ -33,6 +34,7 @@ Napi::Value store_pieces(const Napi::CallbackInfo& info) {
   const Napi::Object args = to_object(info[0], "job");
   store::PieceJob job;
   job.fd = to_fd(args.Get("fd"), "fd");
+  job.sums_fd = to_fd(args.Get("sumsFd"), "sumsFd");
   Napi::Uint8Array source = to_bytes(args.Get("source"), "source");
   Napi::Uint8Array digests = to_bytes(args.Get("digests"), "digests");
   Napi::Uint8Array bitmap = to_bytes(args.Get("presence"), "presence");
@@ -73,6 +75,46 @@ Napi::Value store_pieces(const Napi::CallbackInfo& info) {
       });
 }
 
+Napi::Value read_store(const Napi::CallbackInfo& info) {
+  const Napi::Env env = info.Env();
+  const Napi::Object args = to_object(info[0], "job");
+  Napi::Uint8Array bitmap = to_bytes(args.Get("presence"), "presence");
+  Napi::Uint8Array target = to_bytes(args.Get("target"), "target");
+  store::StoreView view;
+  view.fd = to_fd(args.Get("fd"), "fd");
+  view.sums_fd = to_fd(args.Get("sumsFd"), "sumsFd");
+  view.bytes = static_cast<std::uint64_t>(bitmap.ByteLength()) * 8 * presence::kBlockBytes;
+  view.presence = bitmap.Data();
+  const std::uint64_t at = to_u64(args.Get("at"), "at");
+  const std::uint64_t length = to_u64(args.Get("length"), "length");
+  const std::uint64_t address = to_u64(args.Get("address"), "address");
+  if (at > target.ByteLength() || length > target.ByteLength() - at)
+    throw Error("INVALID_ARGUMENT", "target is shorter than the range");
+  if (address > view.bytes || length > view.bytes - address)
+    throw Error("INVALID_ARGUMENT", "the range lies beyond the end of the store");
+  if (reinterpret_cast<std::uintptr_t>(bitmap.Data()) % presence::kBlockBytes != 0)
+    throw Error("INVALID_ARGUMENT", "presence must come from presenceCreate");
+  auto kept = std::make_shared<KeptAlive>(env);
+  kept->keep(target);
+  kept->keep(bitmap);
+  return run_on_thread(
+      env,
+      [kept, view, address, length, out = target.Data() + at] {
+        for (std::uint64_t done = 0; done < length; done += store::kMaxReadBytes) {
+          const auto part = static_cast<std::uint32_t>(std::min<std::uint64_t>(length - done, store::kMaxReadBytes));
+          const store::Hit hit = store::read_store(view, address + done, part, out + done);
+          if (hit == store::Hit::failed)
+            throw Error("STORE_IO", "the store could not be read at " + std::to_string(address + done));
+          if (hit != store::Hit::yes) return hit;
+        }
+        return store::Hit::yes;
+      },
+      [](Napi::Env to, store::Hit hit) -> Napi::Value {
+        const char* word = hit == store::Hit::yes ? "read" : hit == store::Hit::damaged ? "damaged" : "absent";
+        return Napi::String::New(to, word);
+      });
+}
+
 Napi::Value sha256(const Napi::CallbackInfo& info) {
   Napi::Uint8Array bytes = to_bytes(info[0], "bytes");
   auto kept = std::make_shared<KeptAlive>(info.Env());
@@ -88,6 +130,7 @@ Napi::Value sha256(const Napi::CallbackInfo& info) {
 
 void register_store(Napi::Env env, Napi::Object exports) {
   export_async<store_pieces>(env, exports, "storePieces");
+  export_async<read_store>(env, exports, "readStore");
   export_async<sha256>(env, exports, "sha256");
 }
 

@@ -185,10 +185,12 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
         store: {
           id: store.id,
           fd: store.fd,
+          sumsFd: store.sumsFd,
           bytes: store.storeBytes,
           headBytes: store.headBytes,
           tailBytes: store.tailBytes,
           presence: store.presence,
+          damaged: (address, length) => store.damaged(address, length),
         },
         source: {
           read: (range, imageId) => loader.read(range, { layers: plane?.layersOfImage(imageId) ?? [] }),

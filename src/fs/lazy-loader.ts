@@ -133,21 +133,29 @@ export class LazyLoader {
     this.#mustBeOpen();
     this.#reads++;
     try {
-      if (this.#store.isPresent(range.offset, range.length)) return [await this.#readStore(range.offset, range.length)];
-      const started = performance.now();
-      this.#misses++;
-      const slots = this.#locate(range, options.layers);
-      const bytes = await this.#withDeadline(this.#obtainAll(slots, options.layers, Priority.onDemand), options.signal);
-      const parts = await this.#compose(range, slots, bytes);
-      const waited = performance.now() - started;
-      this.#waitMs += waited;
-      this.#maxWaitMs = Math.max(this.#maxWaitMs, waited);
-      this.#logMiss(range, slots, waited);
-      return parts;
+      return await this.#readOnce(range, options).catch((error: unknown) => {
+        if (errorCode(error) !== 'STORE_CORRUPT') throw error;
+        // Blocks that the disk changed are absent now: this time they are fetched.
+        return this.#readOnce(range, options);
+      });
     } catch (error) {
       this.#failedReads++;
       throw error;
     }
+  }
+
+  async #readOnce(range: ByteRange, options: ReadOptions): Promise<Buffer[]> {
+    if (this.#store.isPresent(range.offset, range.length)) return [await this.#readStore(range.offset, range.length)];
+    const started = performance.now();
+    this.#misses++;
+    const slots = this.#locate(range, options.layers);
+    const bytes = await this.#withDeadline(this.#obtainAll(slots, options.layers, Priority.onDemand), options.signal);
+    const parts = await this.#compose(range, slots, bytes);
+    const waited = performance.now() - started;
+    this.#waitMs += waited;
+    this.#maxWaitMs = Math.max(this.#maxWaitMs, waited);
+    this.#logMiss(range, slots, waited);
+    return parts;
   }
 
   #logMiss(range: ByteRange, slots: readonly Slot[], waitedMs: number): void {
@@ -435,7 +443,12 @@ export class LazyLoader {
     const address = first + (ref.address - placed.address);
     if (!this.#store.isPresent(address, ref.length)) return false;
     const bytes = Buffer.allocUnsafeSlow(ref.length);
-    await this.#store.read(bytes, 0, ref.length, address);
+    try {
+      await this.#store.read(bytes, 0, ref.length, address);
+    } catch (error) {
+      if (errorCode(error) === 'STORE_CORRUPT') return false;
+      throw error;
+    }
     const [stored] = await this.#store.store(bytes, [toStore(ref, 0)]);
     if (stored !== 1) this.#log.error({ address }, 'a present piece does not have its digest');
     return stored === 1;

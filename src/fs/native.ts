@@ -51,6 +51,8 @@ export interface FuseMiss {
   readonly file: number;
   readonly offset: number;
   readonly length: number;
+  /** Some of it was present, and is not what was written: the disk changed it. It is absent now. */
+  readonly damaged: boolean;
 }
 
 export interface FuseSessionArgs {
@@ -58,6 +60,8 @@ export interface FuseSessionArgs {
   readonly mountDir: string;
   /** Open O_RDONLY descriptor of the store file; hits are read from it. Not owned by the session. */
   readonly storeFd: number;
+  /** Open O_RDONLY descriptor of the sums of its blocks, which hits are compared with. Not owned by the session. */
+  readonly sumsFd: number;
   /** Constant size of every file the session shows, bytes. */
   readonly storeBytes: number;
   /** Ranges answered with zeros without a look-up: the first `headBytes` and the last `tailBytes`. */
@@ -172,6 +176,8 @@ export interface DecodeJob {
 export interface StorePiecesJob {
   /** Store file, open O_RDWR | O_DIRECT. */
   readonly fd: number;
+  /** Sums of the store's blocks (native/store/block_sums.h), open for writing. */
+  readonly sumsFd: number;
   readonly source: Uint8Array;
   /** Offset and length of each piece in `source`, bytes. */
   readonly offsets: Float64Array;
@@ -182,6 +188,21 @@ export interface StorePiecesJob {
   readonly addresses: Float64Array;
   readonly presence: Uint8Array;
 }
+
+/** A range of the store to read. */
+export interface ReadStoreJob {
+  readonly fd: number;
+  readonly sumsFd: number;
+  readonly presence: Uint8Array;
+  readonly target: Uint8Array;
+  /** Where in `target` the bytes go. */
+  readonly at: number;
+  readonly length: number;
+  readonly address: number;
+}
+
+/** What became of a read: `damaged` bytes are not what was written, and absent from now on. */
+export type StoreRead = 'read' | 'absent' | 'damaged';
 
 interface Addon {
   mount(args: MountArgs): Promise<void>;
@@ -217,9 +238,11 @@ interface Addon {
   decodeSpans(job: DecodeJob): Promise<Buffer>;
   /**
    * Verifies each piece (SHA-256), writes the good ones zero-padded to 4 KiB with O_DIRECT, joining neighbours, and
-   * then sets their presence. Result: one byte per piece: 1 written, 0 digest mismatch. Errors: STORE_IO, STORE_FULL.
+   * writes their sums, and then sets their presence. Result: one byte per piece: 1 written, 0 digest mismatch. Errors: STORE_IO, STORE_FULL.
    */
   storePieces(job: StorePiecesJob): Promise<Uint8Array>;
+  /** Reads present blocks and compares each with its sum. Errors: STORE_IO. */
+  readStore(job: ReadStoreJob): Promise<StoreRead>;
   /** SHA-256 of `bytes` on a native thread. */
   sha256(bytes: Uint8Array): Promise<Buffer>;
 }

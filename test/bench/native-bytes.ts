@@ -61,6 +61,7 @@ async function storeAll(dir: string, totalBytes: number, pieceBytes: number, job
     join(dir, 'store'),
     constants.O_RDWR | constants.O_CREAT | constants.O_TRUNC | constants.O_DIRECT,
   );
+  const sumsFd = openSync(join(dir, 'sums'), constants.O_RDWR | constants.O_CREAT | constants.O_TRUNC);
   try {
     ftruncateSync(fd, GiB);
     const presence = native().presenceCreate(GiB);
@@ -74,13 +75,14 @@ async function storeAll(dir: string, totalBytes: number, pieceBytes: number, job
       for (let base = 0; base < totalBytes; base += jobBytes * jobs) {
         const running = Array.from({ length: jobs }, (_, k) => {
           const addresses = at.map((offset) => base + k * jobBytes + offset);
-          return native().storePieces({ fd, source, offsets: at, lengths, digests, addresses, presence });
+          return native().storePieces({ fd, sumsFd, source, offsets: at, lengths, digests, addresses, presence });
         });
         await Promise.all(running);
       }
     });
   } finally {
     closeSync(fd);
+    closeSync(sumsFd);
   }
 }
 

@@ -17,6 +17,7 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { after, before, describe, it } from 'node:test';
 import { type FuseSession, type LoopDevice, MNT_DETACH, MS_NODEV, MS_RDONLY, native } from '../../src/fs/native.ts';
+import { blockSums } from '../support/block-sums.ts';
 
 const BLOCK = 4096;
 const MIB = 1 << 20;
@@ -49,6 +50,7 @@ describe('EROFS over the FUSE session', () => {
   let dir: string;
   let session: FuseSession | undefined;
   let storeFd: number | undefined;
+  let sumsFd: number | undefined;
   let presence: Uint8Array;
   const loops: LoopDevice[] = [];
   const expected = new Map<string, string>();
@@ -76,6 +78,9 @@ describe('EROFS over the FUSE session', () => {
     content = readFileSync(storePath);
     const fd = openSync(storePath, 'r');
     storeFd = fd;
+    const sumsPath = join(dir, 'sums');
+    writeFileSync(sumsPath, blockSums(content));
+    sumsFd = openSync(sumsPath, 'r');
     presence = native().presenceCreate(storeBytes);
     // Every second MiB is here already, the rest comes from JavaScript.
     for (let at = 0; at < used; at += 2 * MIB) native().presenceSet(presence, at / BLOCK, MIB / BLOCK, true);
@@ -84,6 +89,7 @@ describe('EROFS over the FUSE session', () => {
     session = await native().fuseStart({
       mountDir,
       storeFd: fd,
+      sumsFd,
       storeBytes,
       headBytes: 0,
       tailBytes: 0,
@@ -133,6 +139,7 @@ describe('EROFS over the FUSE session', () => {
     await session?.close();
     for (const device of loops) await native().loopDetach(device.path);
     if (storeFd !== undefined) closeSync(storeFd);
+    if (sumsFd !== undefined) closeSync(sumsFd);
     rmSync(dir, { recursive: true, force: true });
   });
 

@@ -9,11 +9,13 @@ import {
   readlinkSync,
   rmSync,
   truncateSync,
+  writeFileSync,
   writeSync,
 } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { type FuseMiss, type FuseSession, type LoopDevice, native } from '../../src/fs/native.ts';
+import { blockSums } from '../support/block-sums.ts';
 
 export const BLOCK = 4096;
 export const HEAD = 1 << 20;
@@ -29,6 +31,7 @@ export interface Fixture {
   readonly content: Buffer;
   readonly misses: FuseMiss[];
   readonly storePath: string;
+  readonly sumsPath: string;
   digest(offset: number, length: number): string;
   /** Marks a range as verified; the bytes are in the store from the start. */
   present(offset: number, length: number): void;
@@ -60,6 +63,18 @@ export function descriptors(): string[] {
   return targets.filter((target) => !/^(pipe|socket):/.test(target)).sort();
 }
 
+let made: { readonly content: Buffer; readonly sums: Buffer } | undefined;
+
+/** Random content between the edges, with its sums; the same for every fixture of this process. */
+function storeContent(): { readonly content: Buffer; readonly sums: Buffer } {
+  if (made === undefined) {
+    const content = Buffer.alloc(STORE);
+    content.set(randomBytes(STORE - HEAD - TAIL), HEAD);
+    made = { content, sums: blockSums(content) };
+  }
+  return made;
+}
+
 export async function startFixture(options: FixtureOptions = {}): Promise<Fixture> {
   const addon = native();
   const storeBytes = options.storeBytes ?? STORE;
@@ -67,13 +82,15 @@ export async function startFixture(options: FixtureOptions = {}): Promise<Fixtur
   const mountDir = join(dir, 'mnt');
   mkdirSync(mountDir, { mode: 0o700 });
   const storePath = join(dir, 'store');
-  const content = Buffer.alloc(STORE);
-  content.set(randomBytes(STORE - HEAD - TAIL), HEAD);
+  const { content, sums } = storeContent();
   const writer = openSync(storePath, 'w');
   writeSync(writer, content);
   closeSync(writer);
   truncateSync(storePath, storeBytes);
   const storeFd = openSync(storePath, 'r');
+  const sumsPath = join(dir, 'sums');
+  writeFileSync(sumsPath, sums);
+  const sumsFd = openSync(sumsPath, 'r');
   const presence = addon.presenceCreate(storeBytes);
   const misses: FuseMiss[] = [];
   const devices: string[] = [];
@@ -81,6 +98,7 @@ export async function startFixture(options: FixtureOptions = {}): Promise<Fixtur
   const session = await addon.fuseStart({
     mountDir,
     storeFd,
+    sumsFd,
     storeBytes,
     headBytes: HEAD,
     tailBytes: TAIL,
@@ -116,6 +134,7 @@ export async function startFixture(options: FixtureOptions = {}): Promise<Fixtur
     await session.close();
     for (const path of devices.splice(0)) await addon.loopDetach(path);
     closeSync(storeFd);
+    closeSync(sumsFd);
     rmSync(dir, { recursive: true, force: true });
   };
   try {
@@ -127,6 +146,7 @@ export async function startFixture(options: FixtureOptions = {}): Promise<Fixtur
       content,
       misses,
       storePath,
+      sumsPath,
       digest: (offset, length) => sha256(content.subarray(offset, offset + length)),
       present: (offset, length) => addon.presenceSet(presence, offset / BLOCK, length / BLOCK, true),
       attach,

@@ -16,6 +16,7 @@ import {
   writeFileSync,
   writeSync,
 } from 'node:fs';
+import { open as openHandle } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { after, before, describe, it } from 'node:test';
@@ -287,6 +288,33 @@ describe('FUSE session', () => {
     await finish(fixture);
   });
 
+  it('asks for a block that is not what was written, in whole blocks and in parts', limit, async () => {
+    const fixture = await start({ onMiss: (f, misses) => answerAll(f, misses) });
+    fixture.present(8 * MIB, 2 * MIB);
+    const store = openSync(fixture.storePath, 'r+');
+    const [first, second] = [8 * MIB + 5 * BLOCK, 9 * MIB + 7 * BLOCK + 99];
+    for (const at of [first, second]) writeSync(store, Buffer.of(fixture.content[at]! ^ 4), 0, 1, at);
+    const whole = await reader.read({ path: fixture.device.path, offset: 8 * MIB, length: MIB });
+    assert.equal(whole.sha256, fixture.digest(8 * MIB, MIB));
+    assert.deepEqual(
+      fixture.misses.map(({ damaged }) => damaged),
+      [true],
+    );
+    // By the file instead of the loop device, whose blocks are whole: the kernel asks for just these bytes.
+    const fd = await fixture.session.openFile(3);
+    const file = await openHandle(`/proc/self/fd/${fd}`, constants.O_RDONLY | constants.O_DIRECT);
+    const part = async (at: number) => (await file.read(Buffer.alloc(3000), 0, 3000, at)).buffer;
+    for (const at of [9 * MIB + 4000, 9 * MIB + 6 * BLOCK + 4000])
+      assert.ok((await part(at)).equals(fixture.content.subarray(at, at + 3000)), `at ${at}`);
+    assert.equal(fixture.misses.length, 2);
+    assert.equal(fixture.misses[1]!.damaged, true);
+    assert.equal(native().presenceTest(fixture.presence, (9 * MIB) / BLOCK + 7, 1), false);
+    await file.close();
+    closeSync(fd);
+    closeSync(store);
+    await finish(fixture);
+  });
+
   it('never shows zeros of a hole while blocks are taken away, punched and written again', limit, async () => {
     const fixture = await start({ onMiss: answerAll });
     const [offset, length] = [8 * MIB, 64 * BLOCK];
@@ -476,6 +504,7 @@ describe('FUSE session', () => {
       native().fuseStart({
         mountDir: target,
         storeFd,
+        sumsFd: storeFd,
         storeBytes: STORE,
         headBytes: HEAD,
         tailBytes: TAIL,

@@ -29,6 +29,7 @@ async function owner(dir: string, way: string): Promise<void> {
   const session = await native().fuseStart({
     mountDir,
     storeFd: openSync(storePath, 'r'),
+    sumsFd: openSync('/dev/null', 'r'),
     storeBytes: STORE,
     headBytes: HEAD,
     tailBytes: TAIL,
@@ -58,8 +59,8 @@ const workerSource = `
   truncateSync(dir + '/store', STORE);
   mkdirSync(dir + '/mnt');
   (async () => {
-    const session = await addon.fuseStart({ mountDir: dir + '/mnt', storeFd: openSync(dir + '/store', 'r'), storeBytes: STORE,
-      headBytes: HEAD, tailBytes: TAIL, presence: addon.presenceCreate(STORE), threads: 2, maxBackground: 64,
+    const session = await addon.fuseStart({ mountDir: dir + '/mnt', storeFd: openSync(dir + '/store', 'r'),
+      sumsFd: openSync('/dev/null', 'r'), storeBytes: STORE, headBytes: HEAD, tailBytes: TAIL, presence: addon.presenceCreate(STORE), threads: 2, maxBackground: 64,
       onMiss: () => parentPort.postMessage('miss'), onEnd: () => {} });
     const fd = await session.openFile(1);
     const device = await addon.loopAttach({ fd, readOnly: true, directIo: true, offset: 0, sizeLimit: 0, blockSize: BLOCK,

@@ -184,6 +184,7 @@ export function nativeWith(replaced: Partial<StoreNative>): StoreNative {
     presenceTest: addon.presenceTest,
     punchHole: addon.punchHole,
     storePieces: addon.storePieces,
+    readStore: addon.readStore,
     ...replaced,
   };
 }

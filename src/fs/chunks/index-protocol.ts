@@ -85,6 +85,8 @@ export interface OpenRequest {
   readonly generation: number;
   readonly pendingGeneration: number;
   readonly highWater: number;
+  /** False when the sums of the store's blocks are new: recorded presence cannot be checked. */
+  readonly summed: boolean;
 }
 
 export interface OpenAnswer {

@@ -110,6 +110,7 @@ export class IndexWriter {
       if (storeId !== request.storeId) dropped = 'the database belongs to another store file';
       else if (this.#getNumber('store_bytes') !== request.storeBytes) dropped = 'the store has another size';
       else if (generation < request.generation) dropped = 'the database is older than the store';
+      else if (!request.summed) dropped = 'the sums of its blocks are missing';
       else if (!known && !announced) dropped = 'the store is older than the database';
     }
     this.#full(() => {

@@ -12,6 +12,7 @@ import type { ImageRecord, LayerRecord, LayerSourceName, StoreRange } from './in
 import { SpaceReserve } from './space-reserve.ts';
 import { StoreFile } from './store-file.ts';
 import {
+  BYTES_PER_SUM,
   DEFAULT_STORE_BYTES,
   FIRST_CHUNK_ADDRESS,
   HEADER_ADDRESS,
@@ -55,8 +56,7 @@ export class NodeStore {
   #generation: number;
   #storedBytes = 0;
   #mismatches = 0;
-  /** Counts the times blocks were made absent: a read that spans one looks at presence again. */
-  #takenAway = 0;
+  #damagedReads = 0;
   /** Chain of calls that change generation or high water: one at a time. */
   #exclusive: Promise<unknown> = Promise.resolve();
   #closed = false;
@@ -102,11 +102,11 @@ export class NodeStore {
     const { paths, native, log } = options;
     const storeBytes = options.storeBytes ?? DEFAULT_STORE_BYTES;
     await mkdir(paths.chunks, { recursive: true, mode: 0o700 });
-    const { store: file } = await StoreFile.open(paths.store, storeBytes, FIRST_CHUNK_ADDRESS);
+    const { store: file, summed } = await StoreFile.open(paths, storeBytes, FIRST_CHUNK_ADDRESS);
     let db: IndexDb | undefined;
     try {
       const { header } = file;
-      const opened = await IndexDb.open({ file: paths.indexDb, ...header });
+      const opened = await IndexDb.open({ file: paths.indexDb, ...header, summed });
       db = opened.db;
       const { answer } = opened;
       if (answer.movedTo !== '') log.error({ movedTo: answer.movedTo }, 'index.db was damaged and is made anew');
@@ -139,6 +139,17 @@ export class NodeStore {
   /** Descriptor of the store file without O_DIRECT, for a transport to read hits from. Owned by the store. */
   get fd(): number {
     return this.#file.buffered.fd;
+  }
+
+  /** Descriptor of the sums of its blocks, which hits are compared with. Owned by the store. */
+  get sumsFd(): number {
+    return this.#file.sums.fd;
+  }
+
+  /** Says, and counts, that a read met blocks which the disk had changed; they are absent now and will be fetched. */
+  damaged(address: number, length: number): void {
+    this.#damagedReads++;
+    this.#log.error({ address, length }, 'the disk changed bytes of the store: they are not served but fetched again');
   }
 
   #mustBeOpen(): void {
@@ -265,6 +276,7 @@ export class NodeStore {
       this.#clear(range.address / BLOCK_BYTES, range.length / BLOCK_BYTES);
       try {
         await this.#native.punchHole(this.#file.buffered.fd, range.address, range.length);
+        await this.#native.punchHole(this.sumsFd, range.address / BYTES_PER_SUM, range.length / BYTES_PER_SUM);
         done.push(range);
       } catch (error) {
         // The range stays recorded and is punched at the next start; its addresses are never given again meanwhile.
@@ -291,15 +303,21 @@ export class NodeStore {
 
   /**
    * Reads present bytes into `target`. The caller has seen, in this turn of the loop, that they are present.
-   * Errors: STORE_IO, also when they were taken away meanwhile; CLOSED.
+   * Errors: STORE_IO, also when they were taken away meanwhile; STORE_CORRUPT when the disk changed them, and then they
+   * are absent; CLOSED.
    */
   async read(target: Buffer, at: number, length: number, address: number): Promise<void> {
     this.#mustBeOpen();
     for (;;) {
-      const takenAway = this.#takenAway;
-      await this.#file.read(target, at, length, address);
-      if (this.#takenAway === takenAway) return;
-      // Something was punched while the disk was read. Present again is not enough: the read may have met the hole.
+      const { presence } = this;
+      const job = { fd: this.fd, sumsFd: this.sumsFd, presence, target, at, length, address };
+      const result = await this.#track(this.#native.readStore(job));
+      if (result === 'read') return;
+      if (result === 'damaged') {
+        this.damaged(address, length);
+        throw new DedupError('STORE_CORRUPT', `the disk changed bytes of the store at ${address}`);
+      }
+      // Something was taken away while the disk was read, here or elsewhere.
       if (!this.isPresent(address, length)) {
         throw new DedupError('STORE_IO', `address ${address} of the store was taken away while it was read`);
       }
@@ -327,11 +345,12 @@ export class NodeStore {
     }
     const failures = this.#durability.failures;
     const { presence } = this;
-    const fd = this.#file.direct.fd;
+    const { fd } = this.#file.direct;
+    const { sumsFd } = this;
     let stored: Uint8Array;
     try {
       stored = await this.#track(
-        this.#native.storePieces({ fd, source, offsets, lengths, digests, addresses, presence }),
+        this.#native.storePieces({ fd, sumsFd, source, offsets, lengths, digests, addresses, presence }),
       );
     } catch (error) {
       // Which of them were written is not known; none may stay present without waiting for a flush.
@@ -371,7 +390,6 @@ export class NodeStore {
 
   /** Makes blocks absent: before they are punched, so that whoever reads them meanwhile can tell. */
   #clear(firstBlock: number, blocks: number): void {
-    this.#takenAway++;
     this.#native.presenceSet(this.presence, firstBlock, blocks, false);
   }
 
@@ -397,6 +415,7 @@ export class NodeStore {
     const stored = await this.#track(
       this.#native.storePieces({
         fd: this.#file.direct.fd,
+        sumsFd: this.sumsFd,
         source: bytes,
         offsets: Float64Array.from(offsets),
         lengths: Uint32Array.from(parts, (part) => part.length),
@@ -451,6 +470,7 @@ export class NodeStore {
       ...(await this.#db.call('totals', {})),
       storedBytes: this.#storedBytes,
       mismatches: this.#mismatches,
+      damagedReads: this.#damagedReads,
       presentBytes: this.#presentBytes(),
       nextAddress: this.#nextAddress,
       generation: this.#generation,

@@ -5,6 +5,7 @@ import { constants } from 'node:fs';
 import { type FileHandle, open } from 'node:fs/promises';
 import { digestOf } from '../../digest.ts';
 import { DedupError, wrapError } from '../../errors.ts';
+import type { RootPaths } from '../../paths.ts';
 import { HEADER_ADDRESS } from './store-layout.ts';
 
 const HEADER_BYTES = 4096;
@@ -29,29 +30,37 @@ export class StoreFile {
   readonly direct: FileHandle;
   /** Open O_RDWR without O_DIRECT: the header, reads of present pieces and fdatasync. */
   readonly buffered: FileHandle;
+  /** Sums of the blocks, by which those that the disk changed are told. */
+  readonly sums: FileHandle;
   #header: StoreHeader;
   /** Device and inode number. */
   readonly #place: string;
   #closed = false;
 
-  private constructor(direct: FileHandle, buffered: FileHandle, header: StoreHeader, place: string) {
+  private constructor(
+    files: { direct: FileHandle; buffered: FileHandle; sums: FileHandle },
+    header: StoreHeader,
+    place: string,
+  ) {
     this.#place = place;
-    this.direct = direct;
-    this.buffered = buffered;
+    this.direct = files.direct;
+    this.buffered = files.buffered;
+    this.sums = files.sums;
     this.#header = header;
   }
 
   /**
-   * Opens the store at `file`, or makes it, mode 0600. `fresh` is true when it has no header yet.
-   * Errors: STORE_IO; STORE_CORRUPT when the file has another size or a damaged header; STORE_FULL.
+   * Opens the store at `file` and its sums, or makes them, mode 0600. `summed` is false when the sums are new: then
+   * nothing in the store can be served. Errors: STORE_IO; STORE_CORRUPT when the file has another size or a damaged header; STORE_FULL.
    */
   static async open(
-    file: string,
+    { store: file, storeSums }: RootPaths,
     storeBytes: number,
     firstHighWater: number,
-  ): Promise<{ store: StoreFile; fresh: boolean }> {
+  ): Promise<{ store: StoreFile; summed: boolean }> {
     let buffered: FileHandle | undefined;
     let direct: FileHandle | undefined;
+    let sums: FileHandle | undefined;
     try {
       buffered = await open(file, constants.O_RDWR | constants.O_CREAT, 0o600);
       const { size, dev, ino } = await buffered.stat();
@@ -63,7 +72,8 @@ export class StoreFile {
       }
       direct = await open(file, constants.O_RDWR | constants.O_DIRECT);
       const found = await readHeader(buffered, file);
-      const fresh = found === undefined;
+      sums = await open(storeSums, constants.O_RDWR | constants.O_CREAT, 0o600);
+      const summed = (await sums.stat()).size > 0;
       const header: StoreHeader = found ?? {
         magic: MAGIC,
         storeId: randomBytes(16).toString('hex'),
@@ -72,10 +82,11 @@ export class StoreFile {
         pendingGeneration: 0,
         highWater: firstHighWater,
       };
-      const store = new StoreFile(direct, buffered, header, `${dev.toString(16)}.${ino.toString(16)}`);
-      if (fresh) await store.writeHeader({});
-      return { store, fresh };
+      const store = new StoreFile({ direct, buffered, sums }, header, `${dev.toString(16)}.${ino.toString(16)}`);
+      if (found === undefined) await store.writeHeader({});
+      return { store, summed };
     } catch (cause) {
+      await sums?.close();
       await direct?.close();
       await buffered?.close();
       throw cause instanceof DedupError ? cause : ioError(cause, `opening the store ${file}`);
@@ -106,25 +117,10 @@ export class StoreFile {
     this.#header = header;
   }
 
-  /** Exactly `length` bytes at `address`, into `target` at `at`. Errors: STORE_IO, also for a short read. */
-  async read(target: Buffer, at: number, length: number, address: number): Promise<void> {
-    let done = 0;
-    while (done < length) {
-      let bytesRead: number;
-      try {
-        ({ bytesRead } = await this.buffered.read(target, at + done, length - done, address + done));
-      } catch (cause) {
-        throw ioError(cause, `reading the store at ${address}`);
-      }
-      if (bytesRead === 0) throw new DedupError('STORE_IO', `the store ends before ${address + length}`);
-      done += bytesRead;
-    }
-  }
-
   /** Everything written so far is on the disk when this returns. Errors: STORE_IO, STORE_FULL. */
   async sync(): Promise<void> {
     try {
-      await this.direct.datasync();
+      await Promise.all([this.direct.datasync(), this.sums.datasync()]);
     } catch (cause) {
       throw ioError(cause, 'fdatasync of the store');
     }
@@ -133,6 +129,7 @@ export class StoreFile {
   async close(): Promise<void> {
     if (this.#closed) return;
     this.#closed = true;
+    await this.sums.close();
     await this.direct.close();
     await this.buffered.close();
   }
@@ -143,7 +140,11 @@ async function readHeader(handle: FileHandle, file: string): Promise<StoreHeader
   await handle.read(block, 0, HEADER_BYTES, HEADER_ADDRESS);
   if (block.every((byte) => byte === 0)) return undefined;
   const [json = '', digest = ''] = block.toString('latin1').split('\n');
-  if (digestOf(json) !== digest) throw new DedupError('STORE_CORRUPT', `the header of ${file} is damaged`);
+  if (digestOf(json) !== digest) {
+    throw new DedupError('STORE_CORRUPT', `the header of ${file} is damaged`, {
+      hint: 'move the chunks folder and index.db aside: everything lazy is fetched again',
+    });
+  }
   const header = JSON.parse(json) as StoreHeader;
   if (header.magic !== MAGIC) throw new DedupError('STORE_CORRUPT', `${file} is not a store of this version`);
   return header;

@@ -10,6 +10,9 @@ export const STORE_HEAD_BYTES = MiB;
 /** Never assigned and answered with zeros: what blkid and partition scans read at the end of a device. */
 export const STORE_TAIL_BYTES = 4 * MiB;
 
+/** Bytes of the store for each byte of its sums: four for a block of 4 KiB. */
+export const BYTES_PER_SUM = 1024;
+
 /** Address of the first chunk. Below it: the head, metadata of images for kernels before 5.16, the store header. */
 export const FIRST_CHUNK_ADDRESS = 64 * GiB;
 

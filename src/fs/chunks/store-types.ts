@@ -11,6 +11,7 @@ export interface StoreNative {
   punchHole(fd: number, offset: number, length: number): Promise<void>;
   storePieces(job: {
     fd: number;
+    sumsFd: number;
     source: Uint8Array;
     offsets: Float64Array;
     lengths: Uint32Array;
@@ -18,6 +19,15 @@ export interface StoreNative {
     addresses: Float64Array;
     presence: Uint8Array;
   }): Promise<Uint8Array>;
+  readStore(job: {
+    fd: number;
+    sumsFd: number;
+    presence: Uint8Array;
+    target: Uint8Array;
+    at: number;
+    length: number;
+    address: number;
+  }): Promise<'read' | 'absent' | 'damaged'>;
 }
 
 export interface NodeStoreOptions {
@@ -75,6 +85,8 @@ export interface NodeStoreStats extends ChunkTotals {
   readonly storedBytes: number;
   /** Pieces that did not have their digest. */
   readonly mismatches: number;
+  /** Reads that met blocks which the disk had changed; they are fetched again. */
+  readonly damagedReads: number;
   /** Bytes of chunks that may be served, in whole blocks. */
   readonly presentBytes: number;
   readonly nextAddress: number;

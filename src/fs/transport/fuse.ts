@@ -21,10 +21,14 @@ export interface StoreView {
   readonly id: string;
   /** O_RDONLY descriptor of the store file. */
   readonly fd: number;
+  /** O_RDONLY descriptor of the sums of its blocks. */
+  readonly sumsFd: number;
   readonly bytes: number;
   readonly headBytes: number;
   readonly tailBytes: number;
   readonly presence: Uint8Array;
+  /** Told of every read that met blocks which the disk had changed. */
+  readonly damaged: (address: number, length: number) => void;
 }
 
 export interface FuseTransportOptions {
@@ -46,12 +50,14 @@ export class FuseTransport implements Transport {
   readonly capabilities = CAPABILITIES;
   readonly #source: ByteSource;
   readonly #storeId: string;
+  readonly #damaged: (address: number, length: number) => void;
   readonly #log: Logger;
   #session: FuseSession | undefined;
 
   private constructor(options: FuseTransportOptions) {
     this.#source = options.source;
     this.#storeId = options.store.id;
+    this.#damaged = options.store.damaged;
     this.#log = options.log;
   }
 
@@ -62,6 +68,7 @@ export class FuseTransport implements Transport {
     transport.#session = await native().fuseStart({
       mountDir: options.mountDir,
       storeFd: options.store.fd,
+      sumsFd: options.store.sumsFd,
       storeBytes: options.store.bytes,
       headBytes: options.store.headBytes,
       tailBytes: options.store.tailBytes,
@@ -82,6 +89,7 @@ export class FuseTransport implements Transport {
   async #answer(miss: FuseMiss): Promise<void> {
     const session = this.#session;
     if (session === undefined) return; // close() has answered it
+    if (miss.damaged) this.#damaged(miss.offset, miss.length);
     let parts: readonly Uint8Array[];
     try {
       parts = await this.#source.read({ offset: miss.offset, length: miss.length }, miss.file);

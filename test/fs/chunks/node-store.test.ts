@@ -262,7 +262,7 @@ describe('NodeStore', () => {
     });
     await handle.close();
     await assert.rejects(test.node.store.flush(), code('STORE_IO'));
-    assert.equal(datasync.mock.callCount(), 1);
+    assert.equal(datasync.mock.callCount(), 2, 'the store and its sums');
     assert.equal(presentPieces(test, stored.layerId), durable);
     datasync.mock.restore();
     registry.requests.length = 0;
@@ -420,27 +420,78 @@ describe('NodeStore', () => {
   });
 
   it('never gives a reader the hole of a range that is punched while it is read', async () => {
+    const layer = await layerOf([{ name: 'a', content: noise('a', 64 * KiB) }], sizes);
+    // The disk is slow: the range is gone before it is read.
+    const late = nativeWith({
+      readStore: async (job) => {
+        await test.node.store.retainLayers([]);
+        return await native().readStore(job);
+      },
+    });
+    const test = await rig({}, { native: late });
+    const stored = await test.add(layer, [{ host: 'one', reader: new MemoryBlobs(layer) }]);
+    await test.readFile(stored, 'a');
+    const bytes = Buffer.alloc(64 * KiB);
+    await assert.rejects(test.node.store.read(bytes, 0, bytes.length, stored.addresses[0]!), code('STORE_IO'));
+  });
+
+  it('does not serve what the disk changed, says so, and reads it again from the registry', async () => {
+    const layer = await layerOf(files('a'), sizes);
+    const registry = new MemoryBlobs(layer);
     const test = await rig();
-    const stored = await test.add(await layerOf([{ name: 'a', content: noise('a', 64 * KiB) }], sizes), []);
-    const [address = 0] = stored.addresses;
-    const { store } = test.node;
-    const handle = await open(test.node.paths.store, 'r+');
-    try {
-      await handle.write(noise('a', 64 * KiB), 0, 64 * KiB, address);
-      native().presenceSet(store.presence, address / 4096, 16, true);
-      const bytes = Buffer.alloc(64 * KiB);
-      const prototype = Object.getPrototypeOf(handle) as typeof handle;
-      const original = prototype.read;
-      // The disk is slow: the range is gone before it is read.
-      mock.method(prototype, 'read', async function (this: typeof handle, ...args: Parameters<typeof original>) {
-        await store.retainLayers([]);
-        return await Reflect.apply(original, this, args);
-      });
-      await assert.rejects(store.read(bytes, 0, bytes.length, address), code('STORE_IO'));
-    } finally {
-      mock.restoreAll();
+    const stored = await test.add(layer, [{ host: 'one', reader: registry }]);
+    await test.mustEqual(stored);
+    await test.node.store.flush();
+    const flip = async (address: number): Promise<void> => {
+      const handle = await open(test.node.paths.store, 'r+');
+      const byte = Buffer.alloc(1);
+      await handle.read(byte, 0, 1, address);
+      byte[0]! ^= 0x10;
+      await handle.write(byte, 0, 1, address);
       await handle.close();
-    }
+    };
+    const damage = async (): Promise<void> => {
+      for (const address of stored.addresses) await flip(address + 17);
+    };
+    await damage();
+    registry.requests.length = 0;
+    await test.mustEqual(stored);
+    assert.ok(registry.requests.length > 0);
+    assert.ok((await test.node.store.stats()).damagedReads > 0);
+    registry.requests.length = 0;
+    await test.mustEqual(stored);
+    assert.equal(registry.requests.length, 0, 'what was fetched again is right');
+    // While nobody was looking, and with no registry to ask: no byte rather than a wrong one.
+    test.loader.close();
+    await test.node.store.close();
+    await damage();
+    await test.node.open();
+    test.start();
+    registry.blobs.clear();
+    for (const { name } of layer.files) await assert.rejects(test.readFile(stored, name), code('REGISTRY_NOT_FOUND'));
+  });
+
+  it('believes nothing when the sums of the blocks are gone, and what is written anew is believed', async () => {
+    const layer = await layerOf(files('a'), sizes);
+    const registry = new MemoryBlobs(layer);
+    const test = await rig();
+    const stored = await test.add(layer, [{ host: 'one', reader: registry }]);
+    await test.mustEqual(stored);
+    test.loader.close();
+    await test.node.store.close();
+    await rm(test.node.paths.storeSums);
+    await test.node.open();
+    test.start();
+    assert.equal(presentPieces(test, stored.layerId), 0);
+    await test.mustEqual(stored);
+    test.loader.close();
+    await test.node.store.close();
+    await test.node.open();
+    test.start();
+    registry.requests.length = 0;
+    await test.mustEqual(stored);
+    assert.equal(registry.requests.length, 0);
+    assert.equal((await test.node.store.stats()).damagedReads, 0);
   });
 
   it('refuses a store of another size and a header it cannot read', async () => {
