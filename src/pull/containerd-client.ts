@@ -58,12 +58,14 @@ export interface ContainerdClientOptions {
 
 const DEFAULT_TIMEOUT_MS = 60_000;
 
-type ServiceName = 'content' | 'images' | 'leases' | 'snapshots' | 'diff';
+type ServiceName = 'content' | 'containers' | 'images' | 'leases' | 'namespaces' | 'snapshots' | 'diff';
 
 const SERVICES: Readonly<Record<ServiceName, { file: string; service: string }>> = {
   content: { file: 'containerd/content.proto', service: 'Content' },
+  containers: { file: 'containerd/containers.proto', service: 'Containers' },
   images: { file: 'containerd/images.proto', service: 'Images' },
   leases: { file: 'containerd/leases.proto', service: 'Leases' },
+  namespaces: { file: 'containerd/namespaces.proto', service: 'Namespaces' },
   snapshots: { file: 'snapshots.proto', service: 'Snapshots' },
   diff: { file: 'containerd/diff.proto', service: 'Diff' },
 };
@@ -259,6 +261,52 @@ export class ContainerdClient {
       ...scope,
     });
     return parseDigest(response.applied.digest);
+  }
+
+  // --- records of this namespace, for whoever looks after them ---------------------------------------------------
+
+  /** Names of all namespaces. */
+  async listNamespaces(): Promise<string[]> {
+    type Response = { namespaces: { name: string }[] };
+    const { namespaces } = await this.#unary<Response>('namespaces', 'List', {}, 'listing namespaces', {});
+    return namespaces.map(({ name }) => name);
+  }
+
+  async listImages(): Promise<{ name: string; target: Digest }[]> {
+    type Response = { images: { name: string; target: { digest: string } }[] };
+    const { images } = await this.#unary<Response>('images', 'List', {}, 'listing images', {});
+    return images.map(({ name, target }) => ({ name, target: parseDigest(target.digest) }));
+  }
+
+  /** Containers whose file system is a snapshot of this snapshotter. */
+  async listContainers(snapshotter: string): Promise<{ id: string; snapshotKey: string }[]> {
+    type Response = { containers: { id: string; snapshotter: string; snapshot_key: string }[] };
+    const { containers } = await this.#unary<Response>('containers', 'List', {}, 'listing containers', {});
+    return containers
+      .filter((container) => container.snapshotter === snapshotter && container.snapshot_key !== '')
+      .map((container) => ({ id: container.id, snapshotKey: container.snapshot_key }));
+  }
+
+  /** Keys of the snapshots of this snapshotter that leases keep. */
+  async listLeasedSnapshots(snapshotter: string): Promise<string[]> {
+    const doing = 'listing leases';
+    const { leases } = await this.#unary<{ leases: { id: string }[] }>('leases', 'List', {}, doing, {});
+    const keys: string[] = [];
+    for (const { id } of leases) {
+      type Response = { resources: { id: string; type: string }[] };
+      const held = await this.#maybe<Response>('leases', 'ListResources', { id }, doing, {});
+      for (const { id: key, type } of held?.resources ?? []) if (type === `snapshots/${snapshotter}`) keys.push(key);
+    }
+    return keys;
+  }
+
+  /**
+   * Removes containerd's record of a snapshot, also of one that the snapshotter no longer has; false when there is none.
+   * Errors: FAILED_PRECONDITION when a child of it is recorded.
+   */
+  async removeSnapshotRecord(snapshotter: string, key: string): Promise<boolean> {
+    const doing = `removing the record of snapshot ${key}`;
+    return (await this.#maybe('snapshots', 'Remove', { snapshotter, key }, doing, {})) !== undefined;
   }
 
   // --- calls -----------------------------------------------------------------------------------------------------
