@@ -378,10 +378,14 @@ class Pull {
         if (await this.#client.hasSnapshot(snapshotter, layer.chainId, this.#scope())) return 'lazy';
         // containerd itself tries again here: the snapshot was removed between the two calls, or the key was taken.
         if (attempt === PREPARE_ATTEMPTS) {
-          throw new DedupError('ALREADY_EXISTS', `containerd has a snapshot ${layer.chainId} that ${snapshotter} lost`, {
-            cause: error,
-            hint: 'run "dedup-snapshotter repair", then pull again',
-          });
+          throw new DedupError(
+            'ALREADY_EXISTS',
+            `containerd has a snapshot ${layer.chainId} that ${snapshotter} lost`,
+            {
+              cause: error,
+              hint: 'run "dedup-snapshotter repair", then pull again',
+            },
+          );
         }
       } finally {
         this.#lease.forget(this.#snapshot(key));

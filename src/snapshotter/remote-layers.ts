@@ -80,6 +80,20 @@ export class RemoteLayers {
     await metastore.addSource(layer.digest, source, true);
   }
 
+  /** Tells dedupd of layers that it has forgotten, with the sources that are known here; true when it has them all. */
+  async learnAgain(layers: readonly LayerKey[]): Promise<boolean> {
+    const { metastore, images, budgetMs, log } = this.#options;
+    log.warn({ layers: layers.length }, 'dedupd has forgotten layers of a snapshot, they are looked up again');
+    const results = await Promise.all(
+      layers.map(async (layer) => {
+        const sources = await metastore.sources(layer.digest);
+        if (sources.length === 0) return false;
+        return (await images.prepareLayer({ layer, sources, manifest: '', siblings: [], budgetMs })).lazy;
+      }),
+    );
+    return results.every(Boolean);
+  }
+
   #ordinary(labels: LayerLabels, reason: string): undefined {
     const { log } = this.#options;
     const line = `${labels.layer ?? ''} ${reason}`;

@@ -2,7 +2,7 @@
 // which mounts show it. Called by snapshots-service.ts; carries no image bytes and deletes nothing outside Cleanup.
 import { chmod, lchown, lstat, mkdir } from 'node:fs/promises';
 import type { Logger } from 'pino';
-import { DedupError, wrapError } from '../errors.ts';
+import { DedupError, errorCode, wrapError } from '../errors.ts';
 import type { RootPaths } from '../paths.ts';
 import { Cleaner } from './cleanup.ts';
 import { deleteTree, diskUsage } from './disk-tree.ts';
@@ -269,9 +269,17 @@ export class Snapshotter {
   }
 
   /** `below`: the lowers under this one, top to bottom. */
-  #mountImage(segment: Segment & { kind: 'lazy' }, below: readonly Segment[]): Promise<MountedImage> {
+  async #mountImage(segment: Segment & { kind: 'lazy' }, below: readonly Segment[]): Promise<MountedImage> {
     const { layers, bottom } = segment;
-    return this.#options.images.mountImage({ layers, bottom, below: describeBelow(below, this.#paths) });
+    const mount = () => this.#options.images.mountImage({ layers, bottom, below: describeBelow(below, this.#paths) });
+    try {
+      return await mount();
+    } catch (error) {
+      // A node whose index.db was lost, or is an older copy, does not know layers that snapshots name.
+      const all = [...layers, ...below.flatMap((lower) => (lower.kind === 'lazy' ? lower.layers : []))];
+      if (errorCode(error) !== 'NOT_FOUND' || !(await this.#remote.learnAgain(all))) throw error;
+      return await mount();
+    }
   }
 
   /** Makes the directory, then the record; a record never stands without its directory. */
