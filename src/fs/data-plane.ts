@@ -211,8 +211,9 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
       });
       plane.#collectWhenIdle();
       await store.unpinAll();
-      await plane.#references.resume(await plane.#mounts.resume());
+      // First: what has no metadata any more is not taken over.
       await plane.#removeOrphanFiles(true);
+      await plane.#references.resume(await plane.#mounts.resume());
       return plane;
     } catch (error) {
       for (const resource of opened.reverse()) await resource[Symbol.asyncDispose]();
@@ -391,7 +392,7 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
       const file = /^\d+\.erofs|.*\.erofs.*/.exec(name)?.[0];
       if (file === undefined) continue;
       // N.erofs.tmp-PID is what the build of image N is writing.
-      const named = images.has(starting ? name : file);
+      const named = images.has(starting ? name : file) && !(starting && this.#store.replaced);
       if (!named) await rm(join(paths.images, name), { force: true });
     }
     const kept = this.#namedIndexFiles();

@@ -84,6 +84,8 @@ export interface OpenRequest {
   readonly storeBytes: number;
   readonly generation: number;
   readonly pendingGeneration: number;
+  /** The generation that begins with this start, announced by the header. */
+  readonly nextGeneration: number;
   readonly highWater: number;
   /** False when the sums of the store's blocks are new: recorded presence cannot be checked. */
   readonly summed: boolean;
@@ -94,6 +96,8 @@ export interface OpenAnswer {
   readonly nextAddress: number;
   /** Why recorded presence was dropped at open; empty when it was kept. */
   readonly dropped: string;
+  /** True when database and store did not belong together as they are: one was restored, or another one's. */
+  readonly replaced: boolean;
   /** Where a damaged database was moved to; empty when it was sound. */
   readonly movedTo: string;
   /** Durable block ranges: first block and count, alternating, ascending and joined. */

@@ -68,13 +68,14 @@ export class IndexWriter {
       db = openSound(request.file);
     }
     const writer = new IndexWriter(db, request.file, request.storeBytes);
-    const dropped = writer.#agree(request);
+    const { dropped, replaced } = writer.#agree(request);
     return {
       writer,
       answer: {
         generation: writer.#getNumber('generation'),
         nextAddress: writer.#getNumber('next_address'),
         dropped,
+        replaced,
         movedTo,
         durable: writer.#durableRanges(),
         toPunch: writer.#toPunch(),
@@ -98,20 +99,22 @@ export class IndexWriter {
       .run(key, value);
   }
 
-  #agree(request: OpenRequest): string {
+  #agree(request: OpenRequest): { dropped: string; replaced: boolean } {
     const storeId = this.#get('store_id');
     const fresh = storeId === undefined;
     const generation = fresh ? 0 : this.#getNumber('generation');
     let dropped = '';
+    let replaced = false;
     if (!fresh) {
-      const known = generation === request.generation;
-      // The header announces a generation before the database commits it and confirms it afterwards.
-      const announced = generation === request.pendingGeneration;
+      // The header announces a generation before the database commits it and confirms it afterwards; whoever died in
+      // between leaves one of those.
+      const announced = generation <= request.pendingGeneration;
       if (storeId !== request.storeId) dropped = 'the database belongs to another store file';
       else if (this.#getNumber('store_bytes') !== request.storeBytes) dropped = 'the store has another size';
       else if (generation < request.generation) dropped = 'the database is older than the store';
-      else if (!request.summed) dropped = 'the sums of its blocks are missing';
-      else if (!known && !announced) dropped = 'the store is older than the database';
+      else if (!announced) dropped = 'the store is older than the database';
+      replaced = dropped !== '';
+      if (!replaced && !request.summed) dropped = 'the sums of its blocks are missing';
     }
     this.#full(() => {
       if (dropped !== '') {
@@ -122,12 +125,12 @@ export class IndexWriter {
       const next = fresh ? FIRST_CHUNK_ADDRESS : this.#getNumber('next_address');
       this.#set('store_id', request.storeId);
       this.#set('store_bytes', request.storeBytes);
-      this.#set('generation', Math.max(generation, request.generation, request.pendingGeneration));
+      this.#set('generation', Math.max(generation, request.nextGeneration));
       // Addresses given after this copy of the database was taken may still be mapped by a mounted image.
       this.#set('next_address', Math.max(next, request.highWater));
       this.#set('clean', 0);
     });
-    return dropped;
+    return { dropped, replaced };
   }
 
   /** Runs `work` in a transaction that is on the disk when this returns (synchronous=FULL). */

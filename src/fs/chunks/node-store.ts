@@ -41,6 +41,8 @@ export type {
 
 export class NodeStore {
   readonly storeBytes: number;
+  /** True when index.db or the store was found restored or exchanged: numbers of images mean something else than before. */
+  readonly replaced: boolean;
   /** One bit per 4 KiB block, shared with the transports. Set only by `storePieces` and at open, from durable rows. */
   readonly presence: Uint8Array;
   readonly headBytes = STORE_HEAD_BYTES;
@@ -68,9 +70,10 @@ export class NodeStore {
     file: StoreFile,
     db: IndexDb,
     presence: Uint8Array,
-    state: { generation: number; nextAddress: number },
+    state: { generation: number; nextAddress: number; replaced: boolean },
   ) {
     this.storeBytes = file.header.storeBytes;
+    this.replaced = state.replaced;
     this.presence = presence;
     this.#native = options.native;
     this.#log = options.log;
@@ -105,8 +108,11 @@ export class NodeStore {
     const { store: file, summed } = await StoreFile.open(paths, storeBytes, FIRST_CHUNK_ADDRESS);
     let db: IndexDb | undefined;
     try {
+      // Every start has a generation: a copy of the database from before it is told, also where nothing was removed since.
       const { header } = file;
-      const opened = await IndexDb.open({ file: paths.indexDb, ...header, summed });
+      const nextGeneration = header.pendingGeneration + 1;
+      await file.writeHeader({ pendingGeneration: nextGeneration });
+      const opened = await IndexDb.open({ file: paths.indexDb, ...header, nextGeneration, summed });
       db = opened.db;
       const { answer } = opened;
       if (answer.movedTo !== '') log.error({ movedTo: answer.movedTo }, 'index.db was damaged and is made anew');

@@ -247,6 +247,23 @@ describe('NodeStore', () => {
     assert.equal(presentPieces(test, stored.layerId), 0);
   });
 
+  it('tells a database of before the last start from its own, also where nothing was removed since', async () => {
+    const test = keep(await TestStore.create());
+    assert.equal(test.store.replaced, false);
+    checkpoint(test.paths.indexDb);
+    const backup = join(test.root, 'index.db.bak');
+    await copyFile(test.paths.indexDb, backup);
+    await test.store.close();
+    await test.open();
+    assert.equal(test.store.replaced, false, 'an orderly restart');
+    await test.store.close();
+    await copyFile(backup, test.paths.indexDb);
+    await test.open();
+    assert.equal(test.store.replaced, true);
+    const after = keep(await TestStore.create({}, await crashCopy(test.root)));
+    assert.equal(after.store.replaced, false, 'a crash');
+  });
+
   it('makes pieces absent again when fdatasync fails, and never records them', async () => {
     const layer = await layerOf(files('a'), sizes);
     const registry = new MemoryBlobs(layer);
