@@ -131,7 +131,8 @@ void Session::handle(const std::shared_ptr<const Channel>& channel, const Reques
         channel->reply(request.unique(), EROFS);
         return;
       }
-      const fuse_open_out out{};
+      fuse_open_out out{};
+      out.open_flags = fuse_abi::kNoFlush;
       channel->reply(request.unique(), 0, &out, sizeof out);
       return;
     }
@@ -144,7 +145,6 @@ void Session::handle(const std::shared_ptr<const Channel>& channel, const Reques
       return;
     }
     case FUSE_READDIR:  // Empty: which files exist is not for show.
-    case FUSE_FLUSH:
     case FUSE_RELEASE:
     case FUSE_RELEASEDIR:
     case FUSE_ACCESS:
@@ -155,6 +155,7 @@ void Session::handle(const std::shared_ptr<const Channel>& channel, const Reques
     case FUSE_BATCH_FORGET:
     case FUSE_INTERRUPT:
       return;
+    case FUSE_FLUSH:  // Never asked again on this connection.
     default:
       channel->reply(request.unique(), ENOSYS);
       return;

@@ -58,6 +58,7 @@ Session::Session(SessionArgs args) : args_(std::move(args)) {
     for (const auto& channel : channels_) threads_.emplace_back([this, channel] { run(channel); });
     hide_mount();
     hidden = true;
+    forbid_flush();
   } catch (...) {
     if (!hidden) ::umount2(directory, MNT_DETACH);
     close();
@@ -109,6 +110,13 @@ void Session::hide_mount() {
   std::lock_guard lock(root_mutex_);
   root_ = std::move(root);
 }
+
+/**
+ * A process that is killed closes its files one by one, and waits for the answer to each FLUSH; ours would wait for
+ * itself, for ever, because /dev/fuse is let go after that. Kernels that do not know FOPEN_NOFLUSH send none once the
+ * first was answered with ENOSYS: this is the first (fuse_flush in fs/fuse/file.c).
+ */
+void Session::forbid_flush() { OwnedFd closed(open_file(0)); }
 
 int Session::open_file(std::uint64_t file) {
   std::shared_ptr<const OwnedFd> root;

@@ -64,6 +64,7 @@ class Session {
  private:
   void negotiate(const Channel& channel);
   void hide_mount();
+  void forbid_flush();
   void run(const std::shared_ptr<const Channel>& channel);
   void handle(const std::shared_ptr<const Channel>& channel, const Request& request, std::uint8_t* buffer);
   void read(const std::shared_ptr<const Channel>& channel, const Request& request, std::uint8_t* buffer);

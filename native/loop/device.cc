@@ -76,6 +76,11 @@ std::string text_of(const loop_info64& info) {
   return {name, ::strnlen(name, loop_abi::kNameBytes)};
 }
 
+/** Somebody else may have taken the number since the caller looked. */
+void require_name(const loop_info64& info, const std::string& path, const std::string& name) {
+  if (text_of(info) != name) throw sys_error(ENXIO, path + " is not " + name + " any more", path);
+}
+
 loop_info64 wanted_info(const AttachArgs& args) {
   loop_info64 info{};
   info.lo_offset = args.offset;
@@ -156,8 +161,10 @@ Device attach(const AttachArgs& args) {
   throw Error("EBUSY", "no loop device stayed free long enough to be configured", EBUSY, loop_abi::kControl);
 }
 
-void detach(const std::string& path) {
+void detach(const std::string& path, const std::string& name) {
+  // As long as it is open here it stays what it is.
   OwnedFd device = open_device(path, O_RDONLY);
+  if (!name.empty()) require_name(status_of(device, path), path, name);
   const bool failed = ::ioctl(device.get(), LOOP_CLR_FD) != 0;
   const int err = errno;
   {
@@ -173,7 +180,7 @@ void change_fd(const std::string& path, int fd, const std::string& name) {
   // As long as it is open here it stays what it is.
   OwnedFd device = open_device(path, O_RDONLY);
   const loop_info64 info = status_of(device, path);
-  if (!name.empty() && text_of(info) != name) throw sys_error(ENXIO, path + " is not " + name + " any more", path);
+  if (!name.empty()) require_name(info, path, name);
   const bool direct = (info.lo_flags & LO_FLAGS_DIRECT_IO) != 0;
   if (::ioctl(device.get(), LOOP_CHANGE_FD, fd) != 0)
     throw sys_error(errno, "LOOP_CHANGE_FD " + path + " to descriptor " + std::to_string(fd), path);

@@ -31,16 +31,16 @@ struct Device {
  */
 Device attach(const AttachArgs& args);
 
-/** Detaches at once, or, while somebody uses the device, when the last user closes it. */
-void detach(const std::string& path);
+/**
+ * Detaches at once, or, while somebody uses the device, when the last user closes it. ENXIO when it is not called
+ * `name`, unless that is empty: somebody else may have taken the number.
+ */
+void detach(const std::string& path, const std::string& name);
 
 /** Name that a device was attached with; ENXIO when it has no backing file. */
 std::string name_of(const std::string& path);
 
-/**
- * Switches the backing file of a read-only device; waits for every request in flight. ENXIO when it is not called
- * `name`, unless that is empty: somebody else may have taken the number.
- */
+/** Switches the backing file of a read-only device; waits for every request in flight. `name` as for detach. */
 void change_fd(const std::string& path, int fd, const std::string& name);
 
 }  // namespace dedup::loop

@@ -37,8 +37,9 @@ Napi::Value attach(const Napi::CallbackInfo& info) {
 
 Napi::Value detach(const Napi::CallbackInfo& info) {
   const std::string path = to_text(info[0], "path");
+  const std::string name = info[1].IsUndefined() ? "" : to_text(info[1], "name");
   return run_on_thread(
-      info.Env(), [path] { loop::detach(path); }, to_undefined);
+      info.Env(), [path, name] { loop::detach(path, name); }, to_undefined);
 }
 
 Napi::Value status(const Napi::CallbackInfo& info) {

@@ -30,10 +30,12 @@ import { type ImageAhead, LayerIntake } from './layer-intake.ts';
 import { LazyLoader } from './lazy-loader.ts';
 import { type MountableBelow, type MountableLayer, MountTable } from './mount-table.ts';
 import { native } from './native.ts';
+import { detachDeadSessions, removeHalfWritten } from './orphans.ts';
 import { ReferenceMounts } from './reference-mounts.ts';
 import type { Repository } from './registry/blob-reader.ts';
 import { type Credentials, parseUserPassword } from './registry/credentials.ts';
 import { RegistryPool, type RepositoryName } from './registry/pool.ts';
+import { detachOrphans } from './transport/erofs-mount.ts';
 import { inspectMachine } from './transport/machine.ts';
 import { chooseTransport, openTransport, type TransportChoice } from './transport/select.ts';
 import type { ErofsLayoutKind, Transport } from './transport/transport.ts';
@@ -158,6 +160,8 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
     const store = await NodeStore.open({ paths, native: native(), log });
     const opened: AsyncDisposable[] = [registry, { [Symbol.asyncDispose]: () => store.close() }];
     try {
+      await removeHalfWritten(paths, run, log);
+      await detachDeadSessions(run, log);
       const catalog = new IndexCatalog({ paths, trust: config.index_trust });
       const windowCache = new WindowCache(WINDOW_CACHE_BYTES);
       const repository = (source: LayerSourceName): Repository =>
@@ -212,8 +216,9 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
       plane.#collectWhenIdle();
       await store.unpinAll();
       // First: what has no metadata any more is not taken over.
-      await plane.#removeOrphanFiles(true);
+      await plane.#removeOrphanFiles(store.replaced);
       await plane.#references.resume(await plane.#mounts.resume());
+      await detachOrphans(store.id, log);
       return plane;
     } catch (error) {
       for (const resource of opened.reverse()) await resource[Symbol.asyncDispose]();
@@ -380,8 +385,8 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
     return dropped.length;
   }
 
-  /** Deletes metadata and index files that no row names any more; at the start also what builds that died have left. */
-  async #removeOrphanFiles(starting = false): Promise<void> {
+  /** Deletes metadata and index files that no row names any more; all metadata when `all`: it is built again. */
+  async #removeOrphanFiles(all = false): Promise<void> {
     const { paths } = this.#options;
     // Files are listed before rows are looked at: one that is being made has its row by then.
     const metadata = await readdir(paths.images).catch(() => []);
@@ -389,16 +394,14 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
     await Promise.allSettled(this.#intake.underWay());
     const images = new Set((await this.#store.images()).map((image) => `${image.id}.erofs`));
     for (const name of metadata) {
-      const file = /^\d+\.erofs|.*\.erofs.*/.exec(name)?.[0];
-      if (file === undefined) continue;
       // N.erofs.tmp-PID is what the build of image N is writing.
-      const named = images.has(starting ? name : file) && !(starting && this.#store.replaced);
-      if (!named) await rm(join(paths.images, name), { force: true });
+      const file = /^\d+\.erofs/.exec(name)?.[0];
+      if (file !== undefined && (all || !images.has(file))) await rm(join(paths.images, name), { force: true });
     }
     const kept = this.#namedIndexFiles();
     for (const name of indexes) {
       const path = join(paths.layers, name);
-      if (kept.has(path) || name.endsWith('.tmp')) continue;
+      if (kept.has(path) || !/\.(index|restart)$/.test(name)) continue;
       // A file may be here already whose row comes in a moment, or has come since; looked at anew for each that may go.
       const arriving = this.#intake.arriving();
       if (arriving === undefined) return;

@@ -2,13 +2,14 @@
 // transport, and takes it away when nobody refers to it. The same layers always give the same path.
 import { createHash } from 'node:crypto';
 import { existsSync, readdirSync, readFileSync } from 'node:fs';
-import { mkdir, open, readdir, readFile, rmdir, stat } from 'node:fs/promises';
+import { mkdir, open, readdir, rmdir, stat } from 'node:fs/promises';
 import { join } from 'node:path';
 import { DedupError, wrapError } from '../errors.ts';
 import type { Logger } from '../log.ts';
 import type { RootPaths } from '../paths.ts';
 import { BLOCK_BYTES, MiB } from '../units.ts';
 import type { ImageBuildRequest, ImageBuildResult } from './image/build-image.ts';
+import { mountPoints } from './orphans.ts';
 import { unmountErofs } from './transport/erofs-mount.ts';
 import type { ErofsLayoutKind, MountSpec, Transport } from './transport/transport.ts';
 
@@ -353,14 +354,7 @@ export class MountTable {
   ): Promise<Map<number, string[]>> {
     const { paths, images, log } = this.#options;
     await mkdir(paths.mounts, { recursive: true, mode: 0o700 });
-    // proc(5), mountinfo: the third field is the device, the fifth the mount point with blanks as octal.
-    const all = (await readFile('/proc/self/mountinfo', 'utf8')).split('\n').map((line) => {
-      const [, , device = '', , path = ''] = line.split(' ');
-      return {
-        device,
-        path: path.replace(/\\([0-7]{3})/g, (_, octal) => String.fromCharCode(Number.parseInt(octal, 8))),
-      };
-    });
+    const all = await mountPoints();
     const devices = new Map<string, number>();
     for (const { device, path } of all) {
       if (path.startsWith(`${paths.mounts}/`)) devices.set(device, Number(path.slice(paths.mounts.length + 1)));
@@ -383,7 +377,11 @@ export class MountTable {
       }
     }
     for (const name of await readdir(paths.mounts)) {
-      if (!this.#mounted.has(Number(name))) await rmdir(join(paths.mounts, name));
+      if (!/^\d+$/.test(name) || this.#mounted.has(Number(name))) continue;
+      await rmdir(join(paths.mounts, name)).catch((error: unknown) => {
+        // Somebody put something there: images of other numbers can be mounted all the same.
+        log.warn({ err: error, image: name }, 'the directory of an image of an earlier dedupd stays');
+      });
     }
     return elsewhere;
   }

@@ -208,7 +208,11 @@ interface Addon {
   mount(args: MountArgs): Promise<void>;
   umount(target: string, flags: number): Promise<void>;
   loopAttach(args: LoopAttachArgs): Promise<LoopDevice>;
-  loopDetach(path: string): Promise<void>;
+  /**
+   * Detaches a device at once, or, while somebody uses it, with its last user. Errors: KERNEL; ENXIO also when it is not
+   * called `name` (any name when absent).
+   */
+  loopDetach(path: string, name?: string): Promise<void>;
   /** Name that a device was attached with. Errors: KERNEL (ENXIO) when it has no backing file. */
   loopStatus(path: string): Promise<{ name: string }>;
   /** Errors: KERNEL; ENXIO also when the device is not called `name` (any name when absent). */

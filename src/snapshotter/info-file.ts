@@ -1,5 +1,6 @@
 // snapshots/<id>/info.json: what metadata.db knows about one snapshot, beside its content, so that a lost database can
 // be rebuilt. Written by the snapshotter at Prepare, and after Commit and Update have been answered.
+import { rmSync } from 'node:fs';
 import { readFile, rename, rm, writeFile } from 'node:fs/promises';
 import { join } from 'node:path';
 import { z } from 'zod';
@@ -9,6 +10,7 @@ import { isErrno } from './errno.ts';
 import type { NewSnapshot, SnapshotRecord } from './snapshot-record.ts';
 
 const INFO_FILE = 'info.json';
+const HALF_WRITTEN_FILE = `${INFO_FILE}.new`;
 
 const layerKey = z.object({ digest: z.string(), index: z.string(), scope: z.string() });
 const id = z.int().min(1);
@@ -37,8 +39,14 @@ const info = z.object({
 export async function writeInfoFile(paths: RootPaths, snapshot: NewSnapshot | SnapshotRecord): Promise<void> {
   const { id, name, kind, parent, labels, lowers, layer } = snapshot;
   const file = join(paths.snapshot(id), INFO_FILE);
-  await writeFile(`${file}.new`, `${JSON.stringify({ version: 1, id, name, kind, parent, labels, lowers, layer })}\n`);
-  await rename(`${file}.new`, file);
+  const half = join(paths.snapshot(id), HALF_WRITTEN_FILE);
+  await writeFile(half, `${JSON.stringify({ version: 1, id, name, kind, parent, labels, lowers, layer })}\n`);
+  await rename(half, file);
+}
+
+/** Removes what a service that ended was writing. Blocks; called before anything is served. Errors: those of node:fs. */
+export function removeHalfWritten(paths: RootPaths, number: number): void {
+  rmSync(join(paths.snapshot(number), HALF_WRITTEN_FILE), { force: true });
 }
 
 /** Errors: those of node:fs, but for a file that is not there. */

@@ -4,11 +4,12 @@ import { chmod, mkdir, readdir } from 'node:fs/promises';
 import type { Logger } from 'pino';
 import { wrapError } from '../errors.ts';
 import type { RootPaths } from '../paths.ts';
+import { removeHalfWritten, writeInfoFile } from './info-file.ts';
 import type { Metastore } from './metastore-client.ts';
 import { rebuild } from './rebuild.ts';
 
 /**
- * Marks directories of half-made snapshots for deletion and reports snapshots whose directory is gone. The highest
+ * Marks directories of half-made snapshots for deletion and sees to snapshots whose directory is gone. The highest
  * number in use comes back. A new database beside described snapshots means that the old one was lost: it is rebuilt from
  * them. Those that cannot be restored are not deleted, now or at a later start. Errors: STORE_IO.
  */
@@ -45,8 +46,27 @@ export async function restore(paths: RootPaths, metastore: Metastore, log: Logge
   }
   for (const id of orphans) if (id > protectedUpTo) await metastore.markRemoved(id);
   for (const id of known) {
-    if (!found.has(id))
-      log.error({ id }, 'the directory of a snapshot is gone; containers that need it will not start');
+    if (found.has(id)) removeHalfWritten(paths, id);
+    else await restoreDirectory(paths, metastore, id, log);
   }
   return Math.max(await metastore.lastId(), highest);
+}
+
+/** Makes the directory of a snapshot again that has none, unless content of its own is lost with it. Errors: STORE_IO. */
+async function restoreDirectory(paths: RootPaths, metastore: Metastore, id: number, log: Logger): Promise<void> {
+  const [snapshot] = await metastore.list(id - 1, 1);
+  if (snapshot === undefined) return;
+  const { name, kind, layer, lowers } = snapshot;
+  // Its content is loaded lazily, or is all below it.
+  if (layer !== undefined || (kind === 'view' && lowers.length > 0)) {
+    try {
+      await mkdir(paths.snapshot(id), { mode: 0o700 });
+      await writeInfoFile(paths, snapshot);
+    } catch (error) {
+      throw wrapError(error, `making ${paths.snapshot(id)} again`, 'STORE_IO');
+    }
+    log.warn({ id, name }, 'the directory of a snapshot was gone and is made again');
+    return;
+  }
+  log.error({ id, name }, 'the directory of a snapshot is gone; containers that need it will not start');
 }

@@ -120,8 +120,13 @@ describe('loop devices', () => {
         assert.equal(read('loop/backing_file'), other);
         assert.equal((await native().loopStatus(device.path)).name, name);
         assert.equal(read('loop/dio'), '1');
+        await assert.rejects(
+          native().loopDetach(device.path, `${name} of another`),
+          (error: DedupError) => error.details.syscallError === 'ENXIO',
+        );
+        assert.equal(read('loop/backing_file'), other, 'a device of another name stays attached');
       } finally {
-        await native().loopDetach(device.path);
+        await native().loopDetach(device.path, 'loop-test');
       }
       for (const call of [native().loopDetach, native().loopStatus]) {
         await assert.rejects(call(device.path), (error: DedupError) => error.details.syscallError === 'ENXIO');

@@ -294,6 +294,51 @@ describe('remote snapshots', () => {
     assert.ok(existsSync(service.paths.snapshotFs(100)));
   });
 
+  test('a half-made directory with something mounted in it stays until that has gone, and so does what is mounted', async () => {
+    await service.down();
+    const fs = service.paths.snapshotFs(99);
+    await mkdir(fs, { recursive: true });
+    await run('mount', ['-t', 'tmpfs', 'orphan-test', fs]);
+    try {
+      await writeFile(join(fs, 'in-use'), 'kept');
+      await service.up();
+      await assert.rejects(service.client.cleanup(), /could not be deleted/);
+      assert.equal(await readFile(join(fs, 'in-use'), 'utf8'), 'kept');
+    } finally {
+      await run('umount', [fs]);
+    }
+    await service.client.cleanup();
+    assert.deepEqual(await readdir(service.paths.snapshots), []);
+  });
+
+  test('a half-written description goes at the start, and a lost directory without content of its own comes back', async () => {
+    const a = await remote('a');
+    await service.client.view('look', a);
+    await service.client.prepare('key', a);
+    await service.down();
+    await writeFile(join(service.paths.snapshot(3), 'info.json.new'), '{"vers');
+    for (const id of [1, 2]) await rm(service.paths.snapshot(id), { recursive: true });
+    await service.up();
+    assert.deepEqual((await readdir(service.paths.snapshot(3))).sort(), ['fs', 'info.json', 'work']);
+    assert.deepEqual((await service.client.names()).sort(), [a, 'key', 'look'].sort());
+    const described = async (id: number) =>
+      JSON.parse(await readFile(join(service.paths.snapshot(id), 'info.json'), 'utf8')).name;
+    assert.deepEqual([await described(1), await described(2)], [a, 'look']);
+    assert.equal((await service.client.mounts('look')).length, 1);
+  });
+
+  test('a lost directory with content of its own is told, and its snapshot can be removed', async () => {
+    await service.client.prepare('key');
+    await service.down();
+    await rm(service.paths.snapshot(1), { recursive: true });
+    await service.up();
+    assert.ok(lines.some(({ msg }) => /directory of a snapshot is gone/.test(msg)));
+    assert.equal(existsSync(service.paths.snapshot(1)), false);
+    await service.client.remove('key');
+    await service.client.cleanup();
+    assert.deepEqual(await service.client.names(), []);
+  });
+
   test('an empty database beside described snapshots deletes nothing', async () => {
     await ordinary('precious', '');
     await service.down();

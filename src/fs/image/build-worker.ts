@@ -10,6 +10,8 @@ import type { ImageBuildAnswer, ImageBuildRequest, ImageBuildResult } from './bu
 import { writeImage } from './erofs/writer.ts';
 import { mergeLayers } from './merge.ts';
 
+const parent = process.ppid;
+
 function build(request: ImageBuildRequest): ImageBuildResult {
   const layers = request.layers.map(({ index, addresses }) => {
     const { entries, chunks, chunkBytes } = decodeLayerIndex(readFileSync(index));
@@ -28,7 +30,12 @@ function build(request: ImageBuildRequest): ImageBuildResult {
       ...(request.bottom || request.below === undefined ? {} : { below: layersBelow(request.below) }),
     },
   );
-  const summary = writeFileAtomically(request.output, (fd) => writeImage(fd, tree, layers, request.layout));
+  const summary = writeFileAtomically(request.output, (fd) => {
+    const written = writeImage(fd, tree, layers, request.layout);
+    // The next dedupd may have built, and mounted, this image by now.
+    if (process.ppid !== parent) throw new DedupError('CANCELLED', 'the dedupd that wanted it has ended');
+    return written;
+  });
   return { ...summary, peakBytes: process.resourceUsage().maxRSS * KiB };
 }
 

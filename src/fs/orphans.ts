@@ -1,0 +1,72 @@
+// What an earlier dedupd of this root that was killed in the middle of something has left in the file system: found and
+// removed when the next one starts. Its loop devices: transport/erofs-mount.ts; its mounts: mount-table.ts. Only what
+// carries a name that dedupd gives, in a place that belongs to dedupd alone, is touched.
+import { readdir, readFile, rm } from 'node:fs/promises';
+import { basename, dirname, join } from 'node:path';
+import type { Logger } from '../log.ts';
+import type { RootPaths, RunPaths } from '../paths.ts';
+import { MNT_DETACH, native } from './native.ts';
+
+/** A mount of this mount namespace. */
+export interface MountPoint {
+  /** major:minor of its file system. */
+  readonly device: string;
+  readonly path: string;
+  readonly fstype: string;
+}
+
+/** The mounts of this process, oldest first. Errors: those of node:fs. */
+export async function mountPoints(): Promise<MountPoint[]> {
+  const found: MountPoint[] = [];
+  for (const line of (await readFile('/proc/self/mountinfo', 'utf8')).split('\n')) {
+    // proc(5), mountinfo: the third field is the device, the fifth the mount point with blanks as octal; the type follows
+    // the dash behind the optional fields.
+    const fields = line.split(' ');
+    const [, , device = '', , path] = fields;
+    if (path === undefined) continue;
+    found.push({
+      device,
+      path: path.replace(/\\([0-7]{3})/g, (_, octal) => String.fromCharCode(Number.parseInt(octal, 8))),
+      fstype: fields[fields.indexOf('-') + 1] ?? '',
+    });
+  }
+  return found;
+}
+
+/**
+ * Detaches FUSE sessions that were mounted in the run directory by a dedupd that ended before it hid them: they are dead,
+ * and stat(2) of the directory fails. Call before a session is mounted there. Errors: KERNEL.
+ */
+export async function detachDeadSessions(run: RunPaths, log: Logger): Promise<void> {
+  for (const { path, fstype } of await mountPoints()) {
+    // "fuse.dedup" of our own sessions (native/fuse/session.cc), "fuse" of fuse-native's.
+    if (path !== run.fuseMount || !/^fuse(\.|$)/.test(fstype)) continue;
+    await native().umount(path, MNT_DETACH);
+    log.info({ path }, 'detached the FUSE session of a dedupd that ended while it started');
+  }
+}
+
+/** Names of files that are being written: image/atomic-file.ts, index/discovery.ts. */
+const HALF_WRITTEN = /\.(tmp-\d+|\d+\.\d+\.tmp)$/;
+
+/** Deletes files that a dedupd was writing when it ended. Call before this one writes any. Errors: those of node:fs. */
+export async function removeHalfWritten(paths: RootPaths, run: RunPaths, log: Logger): Promise<void> {
+  const record = basename(run.standaloneMounts);
+  const places: [directory: string, mine: (name: string) => boolean][] = [
+    [paths.images, (name) => /^\d+\.erofs\./.test(name)],
+    [paths.layers, (name) => /^[0-9a-f]+\.(index|restart)\./.test(name)],
+    [dirname(run.standaloneMounts), (name) => name.startsWith(`${record}.`)],
+  ];
+  for (const [directory, mine] of places) {
+    for (const name of await readdir(directory).catch(ignoreMissing)) {
+      if (!mine(name) || !HALF_WRITTEN.test(name)) continue;
+      await rm(join(directory, name), { force: true });
+      log.info({ file: join(directory, name) }, 'removed a file that an earlier dedupd was writing when it ended');
+    }
+  }
+}
+
+function ignoreMissing(error: NodeJS.ErrnoException): string[] {
+  if (error.code === 'ENOENT') return [];
+  throw error;
+}
