@@ -102,6 +102,10 @@ const schema = z.strictObject({
     .default([])
     .describe('registries tried before the one named in the reference'),
   rwMode: z.literal('overlayfs').default('overlayfs').describe('writable layer of containers; only overlayfs'),
+  remap_ids: z
+    .boolean()
+    .default(false)
+    .describe("set together with containerd's capability remap-ids: images in user namespaces without a copy"),
   autoRemoveDev: z.boolean().default(true).describe('detach devices when the last container using them is removed'),
   span_cache_bytes: z
     .int()

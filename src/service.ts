@@ -78,6 +78,7 @@ export async function runService(config: Config, configFile: string | undefined)
       return { host, repository: path };
     },
     log,
+    remapIds: config.remap_ids,
   });
   try {
     await snapshotter.start();

@@ -86,8 +86,16 @@ function transportFinding(machine: Machine, context: CliContext): Finding {
 }
 
 /** What docs/clients.md asks of containerd's configuration, by containerd's version. */
-function clientFindings(version: readonly [number, number], text: string): Finding[] {
+function clientFindings(version: readonly [number, number], text: string, remapIds: boolean): Finding[] {
   const found: Finding[] = [];
+  if (remapIds !== /capabilities\s*=\s*\[[^\]]*["']remap-ids["']/.test(text)) {
+    found.push({
+      verdict: 'problem',
+      subject: 'user namespaces',
+      text: `"remap_ids" is ${remapIds}, and containerd ${remapIds ? 'knows nothing of it' : 'relies on it'}`,
+      advice: 'set "remap_ids" and capabilities = ["remap-ids"] of [proxy_plugins.dedup] together (docs/clients.md)',
+    });
+  }
   if (atLeast(version, 2, 0) && !text.includes('unpack_config')) {
     found.push({
       verdict: 'problem',
@@ -145,7 +153,9 @@ function containerdFindings(context: CliContext): Finding[] {
       advice,
     });
   } else found.push({ verdict: 'ok', subject: 'containerd plugin', text: `configured in ${CONTAINERD_CONFIG}` });
-  found.push(...clientFindings(majorMinor(/\d+\.\d+.*/.exec(version ?? '')?.[0] ?? ''), text));
+  found.push(
+    ...clientFindings(majorMinor(/\d+\.\d+.*/.exec(version ?? '')?.[0] ?? ''), text, context.config().remap_ids),
+  );
   return found;
 }
 

@@ -3,6 +3,7 @@
 import { existsSync } from 'node:fs';
 import { release } from 'node:os';
 import type { RootPaths } from '../paths.ts';
+import type { IdMapping } from './id-mapping.ts';
 import type { Below, LayerKey } from './images.ts';
 import type { SnapshotKind, SnapshotRecord } from './snapshot-record.ts';
 
@@ -77,28 +78,36 @@ export function overlayOptions(): string[] {
   );
 }
 
-function bind(source: string, mode: 'ro' | 'rw'): Mount {
-  return { type: 'bind', source, target: '', options: [mode, 'rbind'] };
+function bind(source: string, mode: 'ro' | 'rw', options: readonly string[]): Mount {
+  return { type: 'bind', source, target: '', options: [...options, mode, 'rbind'] };
 }
 
 /**
  * The mounts of an active snapshot or view. `lowers` are top to bottom. A snapshot with nothing below is a bind of its
- * own directory, a view of one lower a read-only bind of that; everything else is an overlay.
+ * own directory, a view of one lower a read-only bind of that; everything else is an overlay. With a mapping they carry
+ * its options, as those of containerd's overlayfs do.
  */
 export function mountsOf(
-  snapshot: { readonly id: number; readonly kind: Exclude<SnapshotKind, 'committed'> },
+  snapshot: {
+    readonly id: number;
+    readonly kind: Exclude<SnapshotKind, 'committed'>;
+    readonly mapping: IdMapping | undefined;
+  },
   lowers: readonly Lower[],
   paths: RootPaths,
   options: readonly string[],
 ): Mount[] {
+  const mapped = snapshot.mapping?.options ?? [];
   const directories = lowers.map((lower) => (lower.kind === 'lazy' ? lower.path : paths.snapshotFs(lower.id)));
   const [first] = directories;
-  if (first === undefined) return [bind(paths.snapshotFs(snapshot.id), snapshot.kind === 'view' ? 'ro' : 'rw')];
-  const lowerdir = `lowerdir=${directories.join(':')}`;
-  if (snapshot.kind === 'view') {
-    if (directories.length === 1) return [bind(first, 'ro')];
-    return [{ type: 'overlay', source: 'overlay', target: '', options: [...options, lowerdir] }];
-  }
-  const upper = [`workdir=${paths.snapshotWork(snapshot.id)}`, `upperdir=${paths.snapshotFs(snapshot.id)}`];
-  return [{ type: 'overlay', source: 'overlay', target: '', options: [...options, ...upper, lowerdir] }];
+  if (first === undefined) return [bind(paths.snapshotFs(snapshot.id), snapshot.kind === 'view' ? 'ro' : 'rw', mapped)];
+  if (snapshot.kind === 'view' && directories.length === 1) return [bind(first, 'ro', mapped)];
+  // containerd maps the parent of a single lower: the dot makes that the root of the mount, not the directory around it.
+  const alone = mapped.length > 0 && directories.length === 1 && lowers[0]?.kind === 'lazy';
+  const lowerdir = `lowerdir=${alone ? `${first}/.` : directories.join(':')}`;
+  const upper =
+    snapshot.kind === 'view'
+      ? []
+      : [`workdir=${paths.snapshotWork(snapshot.id)}`, `upperdir=${paths.snapshotFs(snapshot.id)}`];
+  return [{ type: 'overlay', source: 'overlay', target: '', options: [...options, ...mapped, ...upper, lowerdir] }];
 }

@@ -8,6 +8,7 @@ import { Cleaner } from './cleanup.ts';
 import { deleteTree, diskUsage } from './disk-tree.ts';
 import { parseFilters } from './filters.ts';
 import { Gate } from './gate.ts';
+import { type IdMapping, idMapping, requireMappable } from './id-mapping.ts';
 import type { ImageMounter, LayerKey, MountedImage, Source } from './images.ts';
 import { writeInfoFile } from './info-file.ts';
 import { type Labels, type LayerLabels, layerLabels, remoteName } from './labels.ts';
@@ -24,6 +25,8 @@ export interface SnapshotterOptions {
   /** Where an image reference points. Errors: INVALID_REFERENCE. */
   readonly sourceOf: (reference: string) => Source;
   readonly log: Logger;
+  /** containerd has been told that this snapshotter remaps IDs (capability remap-ids). */
+  readonly remapIds?: boolean;
   /** What Prepare may spend on the network, milliseconds; it holds containerd's lock meanwhile. */
   readonly networkBudgetMs?: number;
   /** How long after a Remove its directory is deleted when nobody calls Cleanup, milliseconds. */
@@ -108,12 +111,7 @@ export class Snapshotter {
       const snapshot = await this.#metastore.get(key);
       requireMove(snapshot, 'mounts');
       const lowers = await this.#mountAgain(snapshot);
-      return mountsOf(
-        { id: snapshot.id, kind: mountedKind(snapshot.kind) },
-        lowers,
-        this.#paths,
-        this.#overlayOptions(),
-      );
+      return this.#answer(snapshot, lowers, this.#mappingOf(snapshot.labels));
     });
   }
 
@@ -249,10 +247,12 @@ export class Snapshotter {
     chain: readonly SnapshotRecord[],
     signal: AbortSignal,
   ): Promise<Mount[]> {
+    const wantedLowers = segments(chain);
+    const mapping = this.#mappingOf(wanted.labels);
+    if (mapping !== undefined) requireMappable(wantedLowers);
     const id = ++this.#lastId;
     const lowers: Lower[] = [];
-    let owner: Owner | undefined;
-    const wantedLowers = segments(chain);
+    let owner: Owner | undefined = mapping?.owner;
     for (const [position, segment] of wantedLowers.entries()) {
       if (segment.kind === 'normal') {
         lowers.push(segment);
@@ -261,11 +261,26 @@ export class Snapshotter {
       const { path, mountId, rootUid, rootGid } = await this.#mountImage(segment, wantedLowers.slice(position + 1));
       lowers.push({ ...segment, path, mountId });
       // The owner comes with the mount: this process touches no path below a lazy one.
-      if (lowers.length === 1) owner = { uid: rootUid ?? 0, gid: rootGid ?? 0 };
+      if (lowers.length === 1) owner ??= { uid: rootUid ?? 0, gid: rootGid ?? 0 };
     }
     const snapshot = { ...wanted, id, lowers };
     await this.#insert(snapshot, () => this.#makeDirectories(snapshot, owner), signal);
-    return mountsOf({ id, kind: mountedKind(wanted.kind) }, lowers, this.#paths, this.#overlayOptions());
+    return this.#answer(snapshot, lowers, mapping);
+  }
+
+  #answer(
+    { id, kind }: { readonly id: number; readonly kind: SnapshotKind },
+    lowers: readonly Lower[],
+    mapping: IdMapping | undefined,
+  ): Mount[] {
+    // What is mounted is written to unless it is a view.
+    const mounted = { id, kind: kind === 'view' ? kind : ('active' as const), mapping };
+    return mountsOf(mounted, lowers, this.#paths, this.#overlayOptions());
+  }
+
+  /** Without the capability the labels come, too, but what lies below is a copy that containerd has changed itself. */
+  #mappingOf(labels: Labels): IdMapping | undefined {
+    return this.#options.remapIds === true ? idMapping(labels) : undefined;
   }
 
   /** `below`: the lowers under this one, top to bottom. */
@@ -306,7 +321,7 @@ export class Snapshotter {
     requireCaller();
   }
 
-  async #makeDirectories(snapshot: NewSnapshot, lazyOwner: Owner | undefined): Promise<void> {
+  async #makeDirectories(snapshot: NewSnapshot, given: Owner | undefined): Promise<void> {
     const { id, kind, lowers } = snapshot;
     await mkdir(this.#paths.snapshot(id), { mode: 0o700 });
     if (kind === 'active') await mkdir(this.#paths.snapshotWork(id), { mode: 0o711 });
@@ -316,7 +331,7 @@ export class Snapshotter {
       // The upper directory's attributes are those of the mounted root: mode whatever our umask, owner as below it.
       await chmod(fs, 0o755);
       const below = lowers[0];
-      const owner = below?.kind === 'normal' ? await lstat(this.#paths.snapshotFs(below.id)) : lazyOwner;
+      const owner = given ?? (below?.kind === 'normal' ? await lstat(this.#paths.snapshotFs(below.id)) : undefined);
       if (owner !== undefined) await lchown(fs, owner.uid, owner.gid);
     }
     await writeInfoFile(this.#paths, snapshot);
@@ -385,11 +400,6 @@ export class Snapshotter {
 
 /** The signal of callers that stay. */
 const NEVER = new AbortController().signal;
-
-/** What is mounted is written to unless it is a view. */
-function mountedKind(kind: SnapshotKind): 'active' | 'view' {
-  return kind === 'view' ? 'view' : 'active';
-}
 
 function requireName(name: string, what: string): void {
   if (name === '') throw new DedupError('INVALID_ARGUMENT', `a snapshot's ${what} must not be empty`);

@@ -4,7 +4,8 @@ import assert from 'node:assert/strict';
 import { after, before, describe, test } from 'node:test';
 import { LABEL_IMAGE_REF, LABEL_INDEX, LABEL_LAYER_DIGEST, LABEL_SNAPSHOT_REF } from '../../src/snapshotter/labels.ts';
 import { CriClient } from '../support/cri.ts';
-import { busyboxEntries, makeImage, pushLayout, type TestImage } from '../support/images.ts';
+import { type CriNode, startCriNode } from '../support/cri-node.ts';
+import type { TestImage } from '../support/images.ts';
 import { LazyNode, NOTHING_LEFT, smallLayers } from '../support/lazy-node.ts';
 import { SnapshotsClient } from '../support/snapshots-service.ts';
 
@@ -31,6 +32,7 @@ async function assertNothingLeft(node: LazyNode): Promise<void> {
 }
 
 describe('CRI of containerd 1.6', () => {
+  let started: CriNode | undefined;
   let node: LazyNode;
   let cri: CriClient;
   let image: TestImage;
@@ -39,26 +41,12 @@ describe('CRI of containerd 1.6', () => {
   let sandboxImage = '';
 
   before(async () => {
-    node = await LazyNode.start({
-      // Bytes are counted: only what is read counts here.
-      config: { prefetch: { enabled: false } },
-      // CRI works in this namespace whatever it is told.
-      containerd: { namespace: 'k8s.io' },
-      prepare: async ({ registry }) => {
-        const layers = [{ entries: await busyboxEntries(['sleep']) }];
-        const pause = await makeImage({ layers, config: { Entrypoint: ['/bin/sleep', '100000'] } });
-        sandboxImage = await pushLayout(pause.dir, 'latest', registry.host, 'pause');
-        return { cri: { snapshotter: 'dedup', sandboxImage } };
-      },
-    });
-    cri = new CriClient(node.containerd.address, await node.containerd.scratch('logs'));
+    started = await startCriNode();
+    ({ node, cri, sandboxImage } = started);
     ({ image, plain, lazy } = await node.publish('team/app', await smallLayers('whole')));
   });
 
-  after(async () => {
-    await cri?.close();
-    await node?.stop();
-  });
+  after(() => started?.stop());
 
   test('CRI with annotations on: every layer is lazy, and no byte of one is fetched', async () => {
     node.proxy.reset();

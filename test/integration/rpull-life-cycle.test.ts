@@ -169,6 +169,7 @@ describe('an image of which one layer cannot be lazy', () => {
         entries: [
           { name: 'top', content: 'top' },
           { name: 'both', content: 'top' },
+          { name: 'cold', content: noise(FILE_BYTES, 'cold mixed') },
         ],
       },
     ];
@@ -192,6 +193,40 @@ describe('an image of which one layer cannot be lazy', () => {
     await runsRight();
     await node.containerd.ctr(['image', 'rm', '--sync', lazy]);
     await assertNothingLeft(node);
+  });
+
+  test('a second namespace goes on from its own registry when the first one is down, lazy and ordinary layers alike', async () => {
+    const second = await RegistryProcess.start();
+    const other = `${node.containerd.namespace}-mirror`;
+    try {
+      const pushed = await pushLayout(image.dir, 'plain', second.host, 'mirror/mixed');
+      const mirror = `${second.host}/mirror/mixed:lazy`;
+      await node.product.cli(['index', pushed, '--annotate', mirror]);
+      await node.rpull(lazy);
+      assert.equal((await node.runScript(lazy, 'cat /both')).stdout, 'top');
+      await node.registry.halt();
+      const { stdout } = await node.product.cli(['rpull', '-a', node.containerd.address, '-n', other, mirror]);
+      assert.match(
+        stdout,
+        /3 layers: .*0 fetched and unpacked/,
+        'the layer that the first namespace unpacked serves both',
+      );
+      assert.equal(node.remoteSnapshots().length, 2);
+      // The first namespace's image goes; nothing of it can be had from its registry any more.
+      await node.containerd.ctr(['image', 'rm', '--sync', lazy]);
+      await node.collect();
+      const pulled = second.requests('GET', BLOB);
+      const script = 'cat /top /both; sha256sum /middle /cold';
+      const result = await node.runScript(mirror, script, { namespace: other });
+      const sums = [noiseSum(ONE_FRAME_BYTES, 'middle', '/middle'), noiseSum(FILE_BYTES, 'cold mixed', '/cold')];
+      assert.equal(result.stdout, `toptop${sums.join('')}`);
+      assert.ok(second.requests('GET', BLOB) > pulled, 'what was not here came from the second registry');
+      await node.registry.launch();
+      await node.containerd.ctr(['image', 'rm', '--sync', mirror], { namespace: other });
+      await assertNothingLeft(node, [other]);
+    } finally {
+      await second.stop();
+    }
   });
 
   test('a pull that is killed at any moment leaves nothing a moment later', async () => {

@@ -196,6 +196,7 @@ export class TestContainerd {
     if (options.cri !== undefined) {
       // Without CAP_SYS_RESOURCE (some virtual machines) nobody may make itself less likely to be killed.
       lines.push('[plugins."io.containerd.grpc.v1.cri"]', 'stream_server_port = "0"', 'restrict_oom_score_adj = true');
+      lines.push('stats_collect_period = 1'); // seconds between questions for Usage
       if (options.cri.sandboxImage !== undefined)
         lines.push(`sandbox_image = ${JSON.stringify(options.cri.sandboxImage)}`);
       lines.push(

@@ -15,6 +15,7 @@ interface Packages {
 
 /** Network, process and IPC namespaces of the host: no CNI plugin is needed. */
 const ON_THE_HOST = { network: 'NODE', pid: 'CONTAINER', ipc: 'NODE' } as const;
+const RUNNING = 1;
 const EXITED = 2;
 const DEADLINE_MS = 60_000;
 
@@ -22,6 +23,26 @@ export interface CriImage {
   readonly id: string;
   readonly repo_tags: readonly string[];
   readonly size: number;
+}
+
+/** What a writable layer, or all snapshots, take on disk. */
+export interface CriUsage {
+  readonly bytes: number;
+  readonly inodes: number;
+}
+
+interface WireUsage {
+  readonly used_bytes: { readonly value: number } | null;
+  readonly inodes_used: { readonly value: number } | null;
+}
+
+interface WireStats {
+  readonly attributes: { readonly id: string };
+  readonly writable_layer: WireUsage | null;
+}
+
+function usageOf(usage: WireUsage | null | undefined): CriUsage {
+  return { bytes: usage?.used_bytes?.value ?? 0, inodes: usage?.inodes_used?.value ?? 0 };
 }
 
 export class CriClient {
@@ -110,6 +131,32 @@ export class CriClient {
     // Each line: time, stream, F or P, text (kubelet's log format).
     const lines = log.split('\n').flatMap((line) => /^\S+ stdout F (.*)$/.exec(line)?.[1] ?? []);
     return { code, stdout: lines.map((line) => `${line}\n`).join('') };
+  }
+
+  /** Identities of the containers that run. */
+  async running(): Promise<string[]> {
+    type Answer = { containers: { id: string; state: number }[] };
+    const { containers } = await this.#call<Answer>(this.#runtime, 'ListContainers', {});
+    return containers.filter(({ state }) => state === RUNNING).map(({ id }) => id);
+  }
+
+  /** Use of a container's writable layer; zeros before containerd has first asked the snapshotter. */
+  async writableLayer(container: string): Promise<CriUsage> {
+    const request = { container_id: container };
+    const { stats } = await this.#call<{ stats: WireStats }>(this.#runtime, 'ContainerStats', request);
+    return usageOf(stats.writable_layer);
+  }
+
+  /** As writableLayer, for every container, by its identity. */
+  async writableLayers(): Promise<Map<string, CriUsage>> {
+    const { stats } = await this.#call<{ stats: WireStats[] }>(this.#runtime, 'ListContainerStats', {});
+    return new Map(stats.map(({ attributes, writable_layer }) => [attributes.id, usageOf(writable_layer)]));
+  }
+
+  /** Use of all snapshots together. */
+  async imageFileSystem(): Promise<CriUsage> {
+    type Answer = { image_filesystems: WireUsage[] };
+    return usageOf((await this.#call<Answer>(this.#images, 'ImageFsInfo', {})).image_filesystems[0]);
   }
 
   /** Runs a command in a running container. */

@@ -1,12 +1,11 @@
 // Kills the processes of a node with SIGKILL at random moments while a container's cold reads and a client's commits are
 // under way, and compares every byte and every answered commit afterwards. Used by a test (few kills) and by `make soak`.
-import { createHash, randomInt } from 'node:crypto';
-import { createReadStream } from 'node:fs';
+import { randomInt } from 'node:crypto';
 import { writeFile } from 'node:fs/promises';
 import { setTimeout as sleep } from 'node:timers/promises';
+import { COLD_FILES, COLD_STRIDE, ColdContainer } from './cold-container.ts';
 import { waitFor } from './containerd.ts';
-import { busyboxEntries, type LayerSource } from './images.ts';
-import { LazyNode, noise } from './lazy-node.ts';
+import { LazyNode } from './lazy-node.ts';
 import { seededRandom } from './random-layers.ts';
 
 export type Victim = 'dedupd' | 'service' | 'both';
@@ -34,56 +33,10 @@ export interface CampaignResult {
   readonly lost: string[];
 }
 
-const FILE_BYTES = 256 * 1024;
-/** Files of one image; a span of 1 MiB holds four, so every fifth is in a span of its own. */
-const FILES = 250;
-const STRIDE = 5;
 /** What every answer of the registry waits: time in which a read is under way. */
 const DELAY_MS = 80;
-const READ_TIMEOUT_MS = 60_000;
 /** A service gives a dedupd up that ended five times within a minute; one that was restarted counts anew. */
 const DAEMON_KILLS_PER_SERVICE = 4;
-
-interface Target {
-  readonly seed: string;
-  /** As the container sees it. */
-  readonly directory: string;
-  readonly name: string;
-  readonly pid: number;
-}
-
-async function layers(seed: string): Promise<LayerSource[]> {
-  const content = (i: number) => noise(FILE_BYTES, `${seed} ${i}`);
-  const files = Array.from({ length: FILES }, (_, i) => ({ name: `data/f${i}`, content: content(i) }));
-  return [
-    { entries: await busyboxEntries(['sh', 'sleep', 'sha256sum']) },
-    { entries: [{ name: 'data/', type: 'dir' as const }, ...files] },
-  ];
-}
-
-const sumOf = (target: Target, i: number): string =>
-  createHash('sha256')
-    .update(noise(FILE_BYTES, `${target.seed} ${i}`))
-    .digest('hex');
-
-/** SHA-256 of a file as the container sees it, or 'EIO'. Errors: any other; a read that hangs. */
-async function read(target: Target, i: number): Promise<string> {
-  const hash = createHash('sha256');
-  const stream = createReadStream(`${target.directory}/f${i}`);
-  const timer = setTimeout(
-    () => stream.destroy(new Error(`reading f${i} took ${READ_TIMEOUT_MS} ms`)),
-    READ_TIMEOUT_MS,
-  );
-  try {
-    for await (const part of stream) hash.update(part as Buffer);
-    return hash.digest('hex');
-  } catch (error) {
-    if ((error as NodeJS.ErrnoException).code === 'EIO') return 'EIO';
-    throw error;
-  } finally {
-    clearTimeout(timer);
-  }
-}
 
 export class KillCampaign {
   readonly #node: LazyNode;
@@ -123,19 +76,19 @@ export class KillCampaign {
     const left = (): Victim[] => VICTIMS.filter((victim) => this.#result.kills[victim] < kills[victim]);
     while (left().length > 0) {
       const target = await this.#newTarget();
-      for (let i = 0; i < FILES && left().length > 0; i += STRIDE) {
+      for (let i = 0; i < COLD_FILES && left().length > 0; i += COLD_STRIDE) {
         const victims = left();
         const victim = victims[this.#random(victims.length)]!;
         await this.#round(target, i, victim);
       }
       await this.#checkAll(target);
       say(JSON.stringify(this.#result));
-      await this.#removeTarget(target);
+      await target.remove();
     }
   }
 
   /** An image that nothing is here of, and a container of it that runs. */
-  async #newTarget(): Promise<Target> {
+  async #newTarget(): Promise<ColdContainer> {
     const seed = `campaign ${this.#result.seed} ${++this.#images}`;
     this.#node.proxy.setRules();
     const { containerd } = this.#node;
@@ -144,23 +97,12 @@ export class KillCampaign {
     await waitFor('containerd to have found the service', async () => {
       return (await containerd.ctr(list, { allowFailure: true })).code === 0;
     });
-    const { lazy } = await this.#node.publish(`campaign/${this.#images}`, await layers(seed));
-    await this.#node.rpull(lazy);
-    const name = `campaign-${this.#images}`;
-    await containerd.ctr(['run', '-d', '--snapshotter', 'dedup', lazy, name, '/bin/sleep', '1000000']);
-    const pid = await this.#taskPid(name);
+    const target = await ColdContainer.start(this.#node, `campaign-${this.#images}`, seed);
     this.#node.proxy.setRules({ path: /\/blobs\//, fault: { kind: 'delay', ms: DELAY_MS } });
-    return { seed, name, pid, directory: `/proc/${pid}/root/data` };
+    return target;
   }
 
-  async #taskPid(name: string): Promise<number> {
-    const { stdout } = await this.#node.containerd.ctr(['task', 'ls']);
-    const [, pid, status] = new RegExp(`^${name}\\s+(\\d+)\\s+(\\S+)`, 'm').exec(stdout) ?? [];
-    if (status !== 'RUNNING') throw new Error(`container ${name} does not run: ${stdout}`);
-    return Number(pid);
-  }
-
-  async #round(target: Target, i: number, victim: Victim): Promise<void> {
+  async #round(target: ColdContainer, i: number, victim: Victim): Promise<void> {
     if (victim === 'dedupd' && ++this.#daemonKills > DAEMON_KILLS_PER_SERVICE) {
       await this.#node.product.stopService();
       await this.#node.product.start();
@@ -169,7 +111,7 @@ export class KillCampaign {
     if (victim !== 'dedupd') this.#daemonKills = 0;
     let reading = true;
     let committing = true;
-    const reader = read(target, i).finally(() => {
+    const reader = target.read(i).finally(() => {
       reading = false;
     });
     const committer = this.#commit().finally(() => {
@@ -195,20 +137,20 @@ export class KillCampaign {
       30_000,
     );
     this.#judge(target, i, early, victim !== 'service');
-    if (early === 'EIO') this.#judge(target, i, await read(target, i), false);
+    if (early === 'EIO') this.#judge(target, i, await target.read(i), false);
     // One that nobody has read, and one that was read before.
-    this.#judge(target, i + 1, await read(target, i + 1), false);
-    const before = this.#random(i / STRIDE + 1) * STRIDE;
-    this.#judge(target, before, await read(target, before), false);
-    if ((await this.#taskPid(target.name)) !== target.pid) this.#result.lost.push(`${target.name} was started anew`);
+    this.#judge(target, i + 1, await target.read(i + 1), false);
+    const before = this.#random(i / COLD_STRIDE + 1) * COLD_STRIDE;
+    this.#judge(target, before, await target.read(before), false);
+    if (!(await target.runs())) this.#result.lost.push(`${target.name} was started anew`);
     await this.#checkCommits();
   }
 
-  #judge(target: Target, i: number, sum: string, mayFail: boolean): void {
+  #judge(target: ColdContainer, i: number, sum: string, mayFail: boolean): void {
     this.#result.reads++;
     if (sum === 'EIO') this.#result.eio++;
-    if (sum === sumOf(target, i) || (sum === 'EIO' && mayFail)) return;
-    this.#result.wrong.push(`${target.seed}, f${i}: ${sum}`);
+    if (sum === target.sumOf(i) || (sum === 'EIO' && mayFail)) return;
+    this.#result.wrong.push(`${target.name}, f${i}: ${sum}`);
   }
 
   /** Prepares and commits a snapshot; what was answered is remembered. Never rejects. */
@@ -244,17 +186,9 @@ export class KillCampaign {
   }
 
   /** Every byte of the image, with nothing of it in the page cache. */
-  async #checkAll(target: Target): Promise<void> {
+  async #checkAll(target: ColdContainer): Promise<void> {
     this.#node.proxy.setRules();
     await writeFile('/proc/sys/vm/drop_caches', '1');
-    for (let i = 0; i < FILES; i++) this.#judge(target, i, await read(target, i), false);
-  }
-
-  async #removeTarget({ name }: Target): Promise<void> {
-    const { containerd } = this.#node;
-    await containerd.ctr(['task', 'kill', '-s', 'SIGKILL', name]);
-    await waitFor('the container to end', async () => /STOPPED/.test((await containerd.ctr(['task', 'ls'])).stdout));
-    await containerd.ctr(['task', 'rm', name]);
-    await containerd.ctr(['container', 'rm', name]);
+    for (let i = 0; i < COLD_FILES; i++) this.#judge(target, i, await target.read(i), false);
   }
 }

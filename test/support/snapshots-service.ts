@@ -124,6 +124,7 @@ export interface TestServiceOptions {
   readonly networkBudgetMs?: number;
   readonly log?: Logger;
   readonly cleanupDelayMs?: number;
+  readonly remapIds?: boolean;
 }
 
 export class TestService {
@@ -171,6 +172,7 @@ export class TestService {
       log,
       networkBudgetMs: this.#options.networkBudgetMs ?? 2000,
       cleanupDelayMs: this.#options.cleanupDelayMs ?? 30_000,
+      remapIds: this.#options.remapIds ?? false,
     });
     await snapshotter.start();
     const server = await startSnapshotsServer({ address: this.address, snapshotter, log });
