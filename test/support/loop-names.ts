@@ -23,7 +23,7 @@ export async function loopNames(): Promise<Map<string, string>> {
 
 /** What the devices of a root are named after; its store exists. */
 export async function storeIdOf(paths: RootPaths): Promise<string> {
-  const { store } = await StoreFile.open(paths.store, DEFAULT_STORE_BYTES, FIRST_CHUNK_ADDRESS);
+  const { store } = await StoreFile.open(paths, DEFAULT_STORE_BYTES, FIRST_CHUNK_ADDRESS);
   await store.close();
   return store.name;
 }
