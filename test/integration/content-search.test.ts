@@ -155,14 +155,15 @@ describe('layers without an image reference', () => {
   test('a collection that waits for the end of the Prepare does not keep the service from looking', async () => {
     await fetchMetadata();
     await node.containerd.ctr(['content', 'fetch', '--plain-http', '--metadata-only', plain]);
-    // Content and a snapshot to be collected: only then does the collection want the locks of both stores.
-    await node.containerd.ctr(['snapshots', '--snapshotter', 'dedup', 'prepare', 'doomed']);
-    await node.containerd.ctr(['snapshots', '--snapshotter', 'dedup', 'rm', 'doomed']);
-    await node.containerd.ctr(['image', 'rm', plain]);
     const { address, namespace } = node.containerd;
     const containerd = new ContainerdClient({ address, namespace });
-    await containerd.createLease('collect', {});
+    // Content and a snapshot that only a lease holds: the collection that its deletion asks for wants the locks of both
+    // stores, and no collection before it can have them.
     const digest = parseDigest(image.manifest.digest);
+    await containerd.createLease('collect', {});
+    await containerd.addToLease('collect', { id: digest, type: 'content' });
+    await containerd.prepareSnapshot('dedup', 'doomed', '', {}, { lease: 'collect' });
+    await node.containerd.ctr(['image', 'rm', '--sync', plain]);
     assert.notEqual(await containerd.contentInfo(digest), undefined);
     gate.close();
     try {
