@@ -8,7 +8,7 @@ export NODE
 DEPENDENCIES := node_modules/.installed
 SOURCES := $(shell find src -name '*.ts' 2>/dev/null)
 
-.PHONY: help setup build native test lint format demo install uninstall clean asan docs bench gate soak
+.PHONY: help setup build native test lint format demo install uninstall clean asan docs bench gate soak compat
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -63,6 +63,9 @@ gate: setup build ## compare what the product uses with the committed baseline; 
 
 soak: setup build ## rounds of pull, run, remove; then kills of the processes (needs root); ARGS="--rounds N --kills N"
 	@$(NODE) test/soak/soak.ts $(ARGS)
+
+compat: setup build ## run the tests that meet containerd against 1.7 and 2.x, downloaded; ARGS="--only sid" (needs root)
+	@$(NODE) test/compat/compat.ts $(ARGS)
 
 install: build ## install program, default configuration and systemd units (needs root)
 	@scripts/install.sh

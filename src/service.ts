@@ -6,6 +6,7 @@ import { DedupError, wrapError } from './errors.ts';
 import { parseReference } from './fs/registry/reference.ts';
 import { createLogger, type Logger } from './log.ts';
 import { DEFAULT_CONFIG_FILE, RootPaths, RunPaths } from './paths.ts';
+import { ManifestSearch } from './pull/manifest-search.ts';
 import { isRoot } from './runtime.ts';
 import { DedupdClient } from './snapshotter/dedupd-client.ts';
 import { DedupdSupervisor } from './snapshotter/dedupd-supervisor.ts';
@@ -77,6 +78,7 @@ export async function runService(config: Config, configFile: string | undefined)
       const { host, path } = parseReference(reference);
       return { host, repository: path };
     },
+    finder: disabled === undefined ? new ManifestSearch(config.containerd_address) : undefined,
     log,
     remapIds: config.remap_ids,
   });

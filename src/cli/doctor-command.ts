@@ -109,7 +109,7 @@ function clientFindings(version: readonly [number, number], text: string, remapI
     found.push({
       verdict: 'note',
       subject: 'containerd annotations',
-      text: 'without them a pull through the transfer service (ctr image pull) is not lazy',
+      text: 'without them ctr image pull names no image: lazy only where the registry needs no port, or is a mirror',
       advice: `add to ${CONTAINERD_CONFIG}:  [proxy_plugins.dedup.exports]  enable_remote_snapshot_annotations = "true"`,
     });
   }

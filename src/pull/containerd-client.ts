@@ -1,5 +1,5 @@
 // containerd's own API over its unix socket: content, images, leases, snapshots and diff, as typed calls of one
-// namespace. Called by pull.ts; knows nothing of registries or of pulling.
+// namespace. Called by pull.ts and manifest-search.ts; knows nothing of registries or of pulling.
 import * as grpc from '@grpc/grpc-js';
 import { type Digest, parseDigest } from '../digest.ts';
 import { DedupError, type ErrorCode, GrpcStatus } from '../errors.ts';
@@ -26,6 +26,8 @@ export interface Mount {
 export interface ContentInfo {
   readonly digest: Digest;
   readonly size: number;
+  /** When it was made or its labels were last changed. */
+  readonly updated_at: { readonly seconds: number; readonly nanos: number };
   readonly labels: Labels;
 }
 
@@ -138,15 +140,17 @@ export class ContainerdClient {
       throw new DedupError('INVALID_ARGUMENT', `${doing}: ${info.size} bytes are more than the ${maxBytes} expected`);
     }
     const parts: Buffer[] = [];
-    const call = this.#start('content', 'Read', scope, (client, path, serialize, deserialize, metadata, options) =>
-      client.makeServerStreamRequest(path, serialize, deserialize, { digest }, metadata, options),
-    );
-    try {
-      for await (const message of call as AsyncIterable<{ data: Buffer }>) parts.push(message.data);
-    } catch (error) {
-      throw this.#error(error, doing);
-    }
+    for await (const { data } of this.#streamed<{ data: Buffer }>('content', 'Read', { digest }, doing, scope))
+      parts.push(data);
     return Buffer.concat(parts);
+  }
+
+  /** What the namespace has that passes one of the filters (containerd filters/filter.go). */
+  async listContent(filters: readonly string[], scope: CallScope = {}): Promise<ContentInfo[]> {
+    const found: ContentInfo[] = [];
+    const blocks = this.#streamed<{ info: ContentInfo[] }>('content', 'List', { filters }, 'listing content', scope);
+    for await (const { info } of blocks) found.push(...info);
+    return found;
   }
 
   /**
@@ -342,6 +346,23 @@ export class ContainerdClient {
           }),
         );
       });
+    } catch (error) {
+      throw this.#error(error, doing);
+    }
+  }
+
+  async *#streamed<T>(
+    service: ServiceName,
+    method: string,
+    request: object,
+    doing: string,
+    scope: CallScope,
+  ): AsyncGenerator<T> {
+    const call = this.#start(service, method, scope, (client, path, serialize, deserialize, metadata, options) =>
+      client.makeServerStreamRequest(path, serialize, deserialize, request, metadata, options),
+    );
+    try {
+      yield* call as AsyncIterable<T>;
     } catch (error) {
       throw this.#error(error, doing);
     }

@@ -46,6 +46,11 @@ export function layerLabels(labels: Labels): LayerLabels | undefined {
   };
 }
 
+/** containerd's namespace in a key that it made (`ns/N/…`, metadata/snapshot.go); undefined in any other. */
+export function namespaceOf(key: string): string | undefined {
+  return /^([^/]+)\/\d+\//.exec(key)?.[1];
+}
+
 /**
  * The name of a remote snapshot: the chain ID in the namespace part (`ns/N/`) of the key that asked for it. containerd
  * finds it by label, not by name, so any unused name does; this one is what a client without namespaces expects.

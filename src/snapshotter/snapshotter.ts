@@ -14,7 +14,7 @@ import { writeInfoFile } from './info-file.ts';
 import { type Labels, type LayerLabels, layerLabels, remoteName } from './labels.ts';
 import type { Metastore } from './metastore-client.ts';
 import { describeBelow, type Lower, type Mount, mountsOf, overlayOptions, type Segment, segments } from './mounts.ts';
-import { RemoteLayers } from './remote-layers.ts';
+import { type LayerFinder, RemoteLayers } from './remote-layers.ts';
 import { restore } from './restore.ts';
 import { type NewSnapshot, requireMove, type SnapshotKind, type SnapshotRecord } from './snapshot-record.ts';
 
@@ -24,6 +24,8 @@ export interface SnapshotterOptions {
   readonly images: ImageMounter;
   /** Where an image reference points. Errors: INVALID_REFERENCE. */
   readonly sourceOf: (reference: string) => Source;
+  /** Finds layers whose client names no image; absent: those are ordinary ones. */
+  readonly finder?: LayerFinder | undefined;
   readonly log: Logger;
   /** containerd has been told that this snapshotter remaps IDs (capability remap-ids). */
   readonly remapIds?: boolean;
@@ -60,14 +62,14 @@ export class Snapshotter {
   #closed = false;
 
   constructor(options: SnapshotterOptions) {
-    const { paths, metastore, images, sourceOf, log } = options;
+    const { paths, metastore, images, sourceOf, finder, log } = options;
     this.#options = options;
     this.#metastore = metastore;
     this.#paths = paths;
     this.#log = log;
     this.#cleaner = new Cleaner({ paths, metastore, images, gate: this.#gate, log });
     const budgetMs = options.networkBudgetMs ?? NETWORK_BUDGET_MS;
-    this.#remote = new RemoteLayers({ metastore, images, sourceOf, budgetMs, log });
+    this.#remote = new RemoteLayers({ metastore, images, sourceOf, finder, budgetMs, log });
   }
 
   /** Reconciles directories with the database; call once, before serving. Errors: STORE_IO. */
@@ -217,7 +219,7 @@ export class Snapshotter {
       }
       throw alreadyThere(ref);
     }
-    const layer = await this.#remote.tryPrepare(wanted);
+    const layer = await this.#remote.tryPrepare(key, wanted);
     if (layer === undefined) return;
     await this.#commitRemote(key, parent, labels, ref, layer, signal);
     throw alreadyThere(ref);

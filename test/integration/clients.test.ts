@@ -1,8 +1,9 @@
-// What each client of containerd sends and what follows (docs/clients.md): the rows that containerd 1.6 can show with
-// its own clients, and the labels of newer ones sent by hand. Real containerd, runc, registry and product.
+// What each client of containerd sends and what follows (docs/clients.md): the rows that the containerd at hand can show
+// with its own clients, and the labels of other ones sent by hand. Real containerd, runc, registry and product.
 import assert from 'node:assert/strict';
 import { after, before, describe, test } from 'node:test';
 import { LABEL_IMAGE_REF, LABEL_INDEX, LABEL_LAYER_DIGEST, LABEL_SNAPSHOT_REF } from '../../src/snapshotter/labels.ts';
+import { containerdVersion, type Told } from '../support/containerd-version.ts';
 import { CriClient } from '../support/cri.ts';
 import { type CriNode, startCriNode } from '../support/cri-node.ts';
 import type { TestImage } from '../support/images.ts';
@@ -11,6 +12,8 @@ import { SnapshotsClient } from '../support/snapshots-service.ts';
 
 /** gRPC status ALREADY_EXISTS. */
 const ALREADY_EXISTS = 6;
+
+const VERSION = containerdVersion();
 
 const sizes = (image: TestImage) => image.layers.map(({ size }) => size);
 const digests = (image: TestImage) => image.layers.map(({ digest }) => digest);
@@ -26,12 +29,19 @@ function assertLittleFetched(node: LazyNode, image: TestImage): void {
   assert.ok(bottom > 0 && top > 0 && top < (image.layers[1]?.size ?? 0) / 2, `${bottom} and ${top} bytes fetched`);
 }
 
+/** A pull of an image with indexes is lazy when the snapshotter is told everything, and ordinary otherwise. */
+function assertPulled(node: LazyNode, image: TestImage, told: Told): void {
+  const lazy = told === 'everything';
+  assert.deepEqual(node.fetched(image), lazy ? [0, 0] : sizes(image));
+  assert.deepEqual(node.remoteSnapshots(), lazy ? digests(image) : []);
+}
+
 async function assertNothingLeft(node: LazyNode): Promise<void> {
   await node.collect();
   assert.deepEqual(await node.leftovers(), NOTHING_LEFT);
 }
 
-describe('CRI of containerd 1.6', () => {
+describe(`CRI of containerd ${VERSION.text}`, () => {
   let started: CriNode | undefined;
   let node: LazyNode;
   let cri: CriClient;
@@ -51,8 +61,7 @@ describe('CRI of containerd 1.6', () => {
   test('CRI with annotations on: every layer is lazy, and no byte of one is fetched', async () => {
     node.proxy.reset();
     assert.equal(await cri.pull(lazy), image.config.digest);
-    assert.deepEqual(node.fetched(image), [0, 0]);
-    assert.deepEqual(node.remoteSnapshots(), digests(image));
+    assertPulled(node, image, VERSION.cri);
     assert.ok((await cri.list()).some(({ repo_tags }) => repo_tags.includes(lazy)));
     const bottom = image.layers[0];
     const labels = await labelsOf(node, bottom?.chainId ?? '');
@@ -100,7 +109,7 @@ describe('CRI of containerd 1.6', () => {
   });
 });
 
-describe('clients of containerd 1.6 other than CRI', () => {
+describe(`clients of containerd ${VERSION.text} other than CRI`, () => {
   let node: LazyNode;
   let image: TestImage;
   let plain: string;
@@ -116,13 +125,12 @@ describe('clients of containerd 1.6 other than CRI', () => {
 
   after(() => node?.stop());
 
-  test('CRI with annotations off says nothing of layers: they are fetched the ordinary way', async () => {
+  test(`CRI with annotations off tells ${VERSION.criWithoutAnnotations} of layers`, async () => {
     const cri = new CriClient(node.containerd.address, node.containerd.dir);
     try {
       node.proxy.reset();
       await cri.pull(lazy);
-      assert.deepEqual(node.fetched(image), sizes(image));
-      assert.deepEqual(node.remoteSnapshots(), []);
+      assertPulled(node, image, VERSION.criWithoutAnnotations);
       assert.equal((await node.runScript(lazy, 'cat /mark', { namespace: 'k8s.io' })).stdout, 'whole');
       await cri.remove(lazy);
       await assertNothingLeft(node);
@@ -131,16 +139,38 @@ describe('clients of containerd 1.6 other than CRI', () => {
     }
   });
 
-  test('ctr image pull sends no labels: the ordinary path, whatever the image offers', async () => {
-    for (const reference of [plain, lazy]) {
+  test(`ctr image pull tells ${VERSION.ctrPullExported} of layers: what follows depends on that and on the image`, async () => {
+    for (const [reference, told] of [
+      [plain, 'nothing'],
+      [lazy, VERSION.ctrPullExported],
+    ] as const) {
       node.proxy.reset();
       await node.containerd.ctr(['image', 'pull', '--plain-http', '--snapshotter', 'dedup', reference]);
-      assert.deepEqual(node.fetched(image), sizes(image), reference);
-      assert.deepEqual(node.remoteSnapshots(), []);
+      assertPulled(node, image, told);
       assert.equal((await node.runScript(reference, 'cat /mark')).stdout, 'whole');
       await node.containerd.ctr(['image', 'rm', '--sync', reference]);
       await assertNothingLeft(node);
     }
+  });
+
+  test('a second namespace adopts what the first has, containerd may restart, and both can be removed', async () => {
+    const pull = ['image', 'pull', '--plain-http', '--snapshotter', 'dedup', lazy];
+    const other = { namespace: `${node.containerd.namespace}-other` };
+    await node.rpull(lazy);
+    await node.containerd.restart();
+    node.proxy.reset();
+    await node.containerd.ctr(pull, other);
+    // Who tells nothing fetches and unpacks for himself.
+    const adopts = VERSION.ctrPullExported !== 'nothing';
+    assert.deepEqual(node.fetched(image), adopts ? [0, 0] : sizes(image));
+    assert.deepEqual(node.remoteSnapshots(), digests(image));
+    for (const namespace of [node.containerd.namespace, other.namespace]) {
+      assert.equal((await node.runScript(lazy, 'cat /mark', { namespace })).stdout, 'whole');
+    }
+    await node.containerd.ctr(['image', 'rm', '--sync', lazy]);
+    assert.equal((await node.runScript(lazy, 'cat /mark', other)).stdout, 'whole');
+    await node.containerd.ctr(['image', 'rm', '--sync', lazy], other);
+    await assertNothingLeft(node);
   });
 
   test('rpull sends what CRI sends: every layer is lazy', async () => {

@@ -8,10 +8,14 @@ import { connect } from 'node:net';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { setTimeout as sleep } from 'node:timers/promises';
+import { containerdConfig } from './containerd-config.ts';
+import { containerdVersion } from './containerd-version.ts';
 
 export interface TestContainerdOptions {
   /** Proxy snapshotters: name → socket, as `[proxy_plugins.NAME]`. */
   readonly proxies?: Readonly<Record<string, string>>;
+  /** False: proxies get no labels from the transfer service, where the version has that choice. Default true. */
+  readonly exports?: boolean;
   /** Enables the CRI plugin with this snapshotter, and annotations on unless false; off when absent. */
   readonly cri?: { readonly snapshotter: string; readonly sandboxImage?: string; readonly annotations?: boolean };
   /** Namespace of `ctr`; one of its own by default, so that runc and cgroup names of two tests never meet. */
@@ -168,7 +172,7 @@ export class TestContainerd {
   static async start(options: TestContainerdOptions = {}): Promise<TestContainerd> {
     const dir = await mkdtemp(join(tmpdir(), 'ctrd-'));
     const self = new TestContainerd(dir, options);
-    writeFileSync(self.configFile, self.#config(options));
+    writeFileSync(self.configFile, containerdConfig(self, options, containerdVersion()));
     try {
       await self.#spawn();
     } catch (error) {
@@ -176,42 +180,6 @@ export class TestContainerd {
       throw error;
     }
     return self;
-  }
-
-  #config(options: TestContainerdOptions): string {
-    const disabled = ['io.containerd.internal.v1.restart', 'io.containerd.internal.v1.tracing'];
-    if (options.cri === undefined) disabled.push('io.containerd.grpc.v1.cri');
-    const lines = [
-      'version = 2',
-      `root = ${JSON.stringify(this.root)}`,
-      `state = ${JSON.stringify(this.state)}`,
-      `disabled_plugins = ${JSON.stringify(disabled)}`,
-      '[grpc]',
-      `address = ${JSON.stringify(this.address)}`,
-      '[debug]',
-      `level = "debug"`,
-      '[plugins."io.containerd.internal.v1.opt"]',
-      `path = ${JSON.stringify(join(this.dir, 'opt'))}`,
-    ];
-    if (options.cri !== undefined) {
-      // Without CAP_SYS_RESOURCE (some virtual machines) nobody may make itself less likely to be killed.
-      lines.push('[plugins."io.containerd.grpc.v1.cri"]', 'stream_server_port = "0"', 'restrict_oom_score_adj = true');
-      lines.push('stats_collect_period = 1'); // seconds between questions for Usage
-      if (options.cri.sandboxImage !== undefined)
-        lines.push(`sandbox_image = ${JSON.stringify(options.cri.sandboxImage)}`);
-      lines.push(
-        '[plugins."io.containerd.grpc.v1.cri".cni]',
-        `conf_dir = ${JSON.stringify(join(this.dir, 'cni'))}`,
-        '[plugins."io.containerd.grpc.v1.cri".containerd]',
-        `snapshotter = ${JSON.stringify(options.cri.snapshotter)}`,
-        `disable_snapshot_annotations = ${options.cri.annotations === false}`,
-      );
-    }
-    for (const [name, socket] of Object.entries(options.proxies ?? {})) {
-      lines.push(`[proxy_plugins.${name}]`, 'type = "snapshot"', `address = ${JSON.stringify(socket)}`);
-    }
-    if (options.extraConfig !== undefined) lines.push(options.extraConfig);
-    return `${lines.join('\n')}\n`;
   }
 
   async #spawn(): Promise<void> {
