@@ -16,6 +16,9 @@ export interface RepairReport {
   readonly containers: readonly string[];
 }
 
+/** Why what an image record leads to may have no snapshots. */
+const NO_IMAGE = ['NOT_FOUND', 'REGISTRY_PROTOCOL', 'INVALID_ARGUMENT'] as const;
+
 /** Manifests and configurations are a few KiB; more than this is none. */
 const MAX_DOCUMENT_BYTES = 16 * MiB;
 
@@ -51,14 +54,19 @@ export async function removeStaleRecords(client: ContainerdClient, snapshotter: 
   }
 
   const removed: string[] = [];
-  const kept: string[] = [];
-  for (const key of keys) {
-    if (!(await isLost(key))) continue;
-    try {
-      if (await client.removeSnapshotRecord(snapshotter, key)) removed.push(key);
-    } catch (error) {
-      if (!hasCode(error, 'FAILED_PRECONDITION')) throw error;
-      kept.push(key);
+  let kept: string[] = [];
+  // Leases name their keys in no order: what had a child is tried again once the child may be gone.
+  for (let left = [...keys], before = -1; left.length > 0 && removed.length > before; left = kept) {
+    before = removed.length;
+    kept = [];
+    for (const key of left) {
+      if (!(await isLost(key))) continue;
+      try {
+        if (await client.removeSnapshotRecord(snapshotter, key)) removed.push(key);
+      } catch (error) {
+        if (!hasCode(error, 'FAILED_PRECONDITION')) throw error;
+        kept.push(key);
+      }
     }
   }
   const gone = new Set([...removed, ...kept]);
@@ -96,8 +104,8 @@ async function chainsOf(client: ContainerdClient, target: Digest): Promise<Diges
       }
       chains.push(chain);
     } catch (error) {
-      // Other platforms' manifests were never fetched, and artifacts are no images: neither has snapshots.
-      if (!hasCode(error, 'NOT_FOUND') && !hasCode(error, 'REGISTRY_PROTOCOL')) throw error;
+      // Other platforms' manifests were never fetched; artifacts, and digests of another kind, are no images of ours.
+      if (!NO_IMAGE.some((code) => hasCode(error, code))) throw error;
     }
   }
   return chains;

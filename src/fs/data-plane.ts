@@ -216,7 +216,7 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
       plane.#collectWhenIdle();
       await store.unpinAll();
       // First: what has no metadata any more is not taken over.
-      await plane.#removeOrphanFiles(store.replaced);
+      await plane.#removeOrphanFiles();
       await plane.#references.resume(await plane.#mounts.resume());
       await detachOrphans(store.id, log);
       return plane;
@@ -385,8 +385,8 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
     return dropped.length;
   }
 
-  /** Deletes metadata and index files that no row names any more; all metadata when `all`: it is built again. */
-  async #removeOrphanFiles(all = false): Promise<void> {
+  /** Deletes metadata and index files that no row names any more. */
+  async #removeOrphanFiles(): Promise<void> {
     const { paths } = this.#options;
     // Files are listed before rows are looked at: one that is being made has its row by then.
     const metadata = await readdir(paths.images).catch(() => []);
@@ -396,7 +396,7 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
     for (const name of metadata) {
       // N.erofs.tmp-PID is what the build of image N is writing.
       const file = /^\d+\.erofs/.exec(name)?.[0];
-      if (file !== undefined && (all || !images.has(file))) await rm(join(paths.images, name), { force: true });
+      if (file !== undefined && !images.has(file)) await rm(join(paths.images, name), { force: true });
     }
     const kept = this.#namedIndexFiles();
     for (const name of indexes) {

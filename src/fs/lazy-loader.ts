@@ -4,6 +4,7 @@ import { LRUCache } from 'lru-cache';
 import { DedupError, errorCode, wrapError } from '../errors.ts';
 import type { Logger } from '../log.ts';
 import { BLOCK_BYTES, type ByteRange, MiB } from '../units.ts';
+import { isTakenAway, takenAway } from './chunks/taken-away.ts';
 import { FetchAhead, Priority } from './fetch-ahead.ts';
 import { LayerMap, type LayerProvider, nameOf, type PieceRef } from './loadable-layer.ts';
 import { copyTar } from './span-edges.ts';
@@ -63,6 +64,9 @@ interface Slot {
 
 /** Verified bytes of a piece; undefined when they must be read from the store. */
 type PieceBytes = Uint8Array | undefined;
+
+/** A read that meets blocks which are taken away under it begins anew this often at most. */
+const READ_ATTEMPTS = 4;
 
 const ZEROS = Buffer.alloc(BLOCK_BYTES);
 
@@ -132,24 +136,26 @@ export class LazyLoader {
   async read(range: ByteRange, options: ReadOptions): Promise<Buffer[]> {
     this.#mustBeOpen();
     this.#reads++;
-    try {
-      return await this.#readOnce(range, options).catch((error: unknown) => {
-        if (errorCode(error) !== 'STORE_CORRUPT') throw error;
-        // Blocks that the disk changed are absent now: this time they are fetched.
-        return this.#readOnce(range, options);
-      });
-    } catch (error) {
-      this.#failedReads++;
-      throw error;
+    const started = performance.now();
+    for (let attempt = 1; ; attempt++) {
+      try {
+        return await this.#readOnce(range, options, this.#deadlineMs - (performance.now() - started));
+      } catch (error) {
+        // The disk changed them, or somebody who read them beside us found that: this time they are fetched.
+        if (isTakenAway(error) && attempt < READ_ATTEMPTS) continue;
+        this.#failedReads++;
+        throw error;
+      }
     }
   }
 
-  async #readOnce(range: ByteRange, options: ReadOptions): Promise<Buffer[]> {
+  async #readOnce(range: ByteRange, options: ReadOptions, deadlineMs: number): Promise<Buffer[]> {
     if (this.#store.isPresent(range.offset, range.length)) return [await this.#readStore(range.offset, range.length)];
     const started = performance.now();
     this.#misses++;
     const slots = this.#locate(range, options.layers);
-    const bytes = await this.#withDeadline(this.#obtainAll(slots, options.layers, Priority.onDemand), options.signal);
+    const work = this.#obtainAll(slots, options.layers, Priority.onDemand);
+    const bytes = await this.#withDeadline(work, options.signal, deadlineMs);
     const parts = await this.#compose(range, slots, bytes);
     const waited = performance.now() - started;
     this.#waitMs += waited;
@@ -202,12 +208,12 @@ export class LazyLoader {
     if (this.#abort.signal.aborted) throw new DedupError('CLOSED', 'the loader is closed');
   }
 
-  async #withDeadline<T>(work: Promise<T>, signal: AbortSignal | undefined): Promise<T> {
+  async #withDeadline<T>(work: Promise<T>, signal: AbortSignal | undefined, deadlineMs: number): Promise<T> {
     const { promise, reject } = Promise.withResolvers<never>();
     const late = (): void => reject(new DedupError('DEADLINE', `a read waited for ${this.#deadlineMs} ms`));
     const cancelled = (): void => reject(new DedupError('CANCELLED', 'the read was given up'));
     const closed = (): void => reject(new DedupError('CLOSED', 'the loader is closed'));
-    const timer = setTimeout(late, this.#deadlineMs);
+    const timer = setTimeout(late, deadlineMs);
     signal?.addEventListener('abort', cancelled, { once: true });
     this.#abort.signal.addEventListener('abort', closed, { once: true });
     try {
@@ -446,7 +452,7 @@ export class LazyLoader {
     try {
       await this.#store.read(bytes, 0, ref.length, address);
     } catch (error) {
-      if (errorCode(error) === 'STORE_CORRUPT') return false;
+      if (isTakenAway(error)) return false;
       throw error;
     }
     const [stored] = await this.#store.store(bytes, [toStore(ref, 0)]);
@@ -475,7 +481,7 @@ export class LazyLoader {
       const piece = bytes[i];
       if (piece === undefined) {
         if (!this.#store.isPresent(from, to - from))
-          throw new DedupError('STORE_IO', `the store lost address ${from} while it was read`);
+          throw takenAway('STORE_IO', `the store lost address ${from} while it was read`);
         if (readFrom < 0) readFrom = from;
         continue;
       }

@@ -332,14 +332,15 @@ export class MountTable {
    * Returns where else the images that were taken over are mounted, by image. Errors: KERNEL.
    */
   async resume(): Promise<ReadonlyMap<number, readonly string[]>> {
-    const { paths, transport, layout, images, log } = this.#options;
+    const { transport, layout, images, log } = this.#options;
     const known = new Map((await images.known()).map((image) => [image.id, image.layers]));
     const moved = await transport.resume((id) => {
       const layers = known.get(id);
       // Flat metadata counts from the region it was built for, and its file may have been built for another one since.
-      if (layout === 'flat' || layers === undefined || !existsSync(paths.imageMetadata(id))) return false;
-      // The first read may come before the device has been moved.
-      this.#layers.set(id, layers.map(idOf));
+      if (layout === 'flat') return false;
+      // The first read may come before the device has been moved. An image that no row names any more (index.db was
+      // restored) is read on all the same: an address means the same chunk for ever.
+      if (layers !== undefined) this.#layers.set(id, layers.map(idOf));
       return true;
     });
     const elsewhere = await this.#takeMounts(moved, known);
@@ -363,7 +364,7 @@ export class MountTable {
     for (const { device, path } of all.filter(({ device }) => devices.has(device)).reverse()) {
       const id = devices.get(device)!;
       const layers = known.get(id);
-      if (!moved.has(id) || layers === undefined) {
+      if (!moved.has(id) || layers === undefined || !existsSync(paths.imageMetadata(id))) {
         log.info({ path }, 'detaching an image of an earlier dedupd');
         await unmountErofs(path);
       } else if (path === paths.mountPoint(id)) {

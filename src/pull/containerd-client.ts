@@ -1,7 +1,7 @@
 // containerd's own API over its unix socket: content, images, leases, snapshots and diff, as typed calls of one
 // namespace. Called by pull.ts and manifest-search.ts; knows nothing of registries or of pulling.
 import * as grpc from '@grpc/grpc-js';
-import { type Digest, parseDigest } from '../digest.ts';
+import { type Digest, isDigest, parseDigest } from '../digest.ts';
 import { DedupError, type ErrorCode, GrpcStatus } from '../errors.ts';
 import { loadProto } from '../protocol.ts';
 import { ContentWriter, type WriteResponse } from './content-writer.ts';
@@ -276,10 +276,13 @@ export class ContainerdClient {
     return namespaces.map(({ name }) => name);
   }
 
+  /** Image records whose target has a SHA-256 digest. */
   async listImages(): Promise<{ name: string; target: Digest }[]> {
     type Response = { images: { name: string; target: { digest: string } }[] };
     const { images } = await this.#unary<Response>('images', 'List', {}, 'listing images', {});
-    return images.map(({ name, target }) => ({ name, target: parseDigest(target.digest) }));
+    return images.flatMap(({ name, target }) =>
+      isDigest(target.digest) ? [{ name, target: parseDigest(target.digest) }] : [],
+    );
   }
 
   /** Containers whose file system is a snapshot of this snapshotter. */

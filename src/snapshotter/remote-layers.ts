@@ -137,18 +137,30 @@ export class RemoteLayers {
     await metastore.addSource(layer.digest, source, true);
   }
 
-  /** Tells dedupd of layers that it has forgotten, with the sources that are known here; true when it has them all. */
-  async learnAgain(layers: readonly LayerKey[]): Promise<boolean> {
+  /**
+   * Tells dedupd of layers that it has forgotten, with the sources that are known here. Errors: UNAVAILABLE when one of
+   * them cannot be learned now.
+   */
+  async learnAgain(layers: readonly LayerKey[]): Promise<void> {
     const { metastore, images, budgetMs, log } = this.#options;
     log.warn({ layers: layers.length }, 'dedupd has forgotten layers of a snapshot, they are looked up again');
-    const results = await Promise.all(
+    const reasons = await Promise.all(
       layers.map(async (layer) => {
         const sources = await metastore.sources(layer.digest);
-        if (sources.length === 0) return false;
-        return (await images.prepareLayer({ layer, sources, manifest: '', siblings: [], budgetMs })).lazy;
+        const { lazy, reason } = await images.prepareLayer({ layer, sources, manifest: '', siblings: [], budgetMs });
+        return lazy ? '' : reason;
       }),
     );
-    return results.every(Boolean);
+    const reason = reasons.find((text) => text !== '');
+    if (reason !== undefined) {
+      throw new DedupError(
+        'UNAVAILABLE',
+        `this node has forgotten a layer of the image and cannot look it up: ${reason}`,
+        {
+          hint: 'try again, or remove the image and pull it again',
+        },
+      );
+    }
   }
 
   #ordinary(labels: LayerLabels, reason: string): undefined {

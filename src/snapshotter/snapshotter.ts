@@ -294,7 +294,8 @@ export class Snapshotter {
     } catch (error) {
       // A node whose index.db was lost, or is an older copy, does not know layers that snapshots name.
       const all = [...layers, ...below.flatMap((lower) => (lower.kind === 'lazy' ? lower.layers : []))];
-      if (errorCode(error) !== 'NOT_FOUND' || !(await this.#remote.learnAgain(all))) throw error;
+      if (errorCode(error) !== 'NOT_FOUND') throw error;
+      await this.#remote.learnAgain(all);
       return await mount();
     }
   }

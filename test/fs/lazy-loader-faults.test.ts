@@ -5,6 +5,7 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { after, afterEach, before, describe, it } from 'node:test';
 import { DedupError } from '../../src/errors.ts';
+import { native } from '../../src/fs/native.ts';
 import { KiB, MiB } from '../../src/units.ts';
 import {
   LoaderRig,
@@ -287,6 +288,24 @@ describe('LazyLoader with a registry that misbehaves', () => {
     const test = await rig();
     const stored = await test.add(gzip, []);
     await assert.rejects(test.readFile(stored, 'f5'), code('UNAVAILABLE'));
+  });
+
+  it('fetches what is taken away under a read that waits for something else', async () => {
+    const layer = await layerOf([{ name: 'wide', content: noise('wide', 512 * KiB) }], sizes);
+    const registry = new MemoryBlobs(layer);
+    const test = await rig();
+    const stored = await test.add(layer, [{ host: 'one', reader: registry }]);
+    const [address = 0] = stored.addresses;
+    const [first] = await test.loader.read({ offset: address, length: 4 * KiB }, { layers: [stored.layerId] });
+    assert.ok(first!.equals(layer.files[0]!.content.subarray(0, 4 * KiB)));
+    const gate = Promise.withResolvers<undefined>();
+    registry.misbehave = () => gate.promise;
+    const reading = test.readFile(stored, 'wide', 128);
+    while (registry.running === 0) await new Promise((resolve) => setTimeout(resolve, 5));
+    // Another reader has found that the disk changed it.
+    native().presenceSet(test.node.store.presence, address / 4096, 1, false);
+    gate.resolve(undefined);
+    assert.ok((await reading).equals(layer.files[0]!.content));
   });
 
   it('reads again what the store lost between two reads', async () => {

@@ -3,6 +3,7 @@
 import { randomUUID } from 'node:crypto';
 import { readdir, readFile, rmdir } from 'node:fs/promises';
 import { join } from 'node:path';
+import { setTimeout as sleep } from 'node:timers/promises';
 import { credentials, loadPackageDefinition, type ServiceClientConstructor } from '@grpc/grpc-js';
 import { loadSync } from '@grpc/proto-loader';
 import { waitFor } from './containerd.ts';
@@ -62,7 +63,20 @@ export class CriClient {
     this.#logDirectory = logDirectory;
   }
 
-  #call<T>(client: InstanceType<ServiceClientConstructor>, method: string, request: object): Promise<T> {
+  /** A containerd that has just started listens before its CRI is ready: then the call is made again. */
+  async #call<T>(client: InstanceType<ServiceClientConstructor>, method: string, request: object): Promise<T> {
+    const deadline = Date.now() + DEADLINE_MS;
+    for (;;) {
+      try {
+        return await this.#callOnce<T>(client, method, request);
+      } catch (error) {
+        if (!/server is not initialized yet/.test(String(error)) || Date.now() > deadline) throw error;
+        await sleep(50);
+      }
+    }
+  }
+
+  #callOnce<T>(client: InstanceType<ServiceClientConstructor>, method: string, request: object): Promise<T> {
     return new Promise((resolve, reject) => {
       const invoke = client[method] as (
         request: object,

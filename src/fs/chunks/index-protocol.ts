@@ -96,8 +96,6 @@ export interface OpenAnswer {
   readonly nextAddress: number;
   /** Why recorded presence was dropped at open; empty when it was kept. */
   readonly dropped: string;
-  /** True when database and store did not belong together as they are: one was restored, or another one's. */
-  readonly replaced: boolean;
   /** Where a damaged database was moved to; empty when it was sound. */
   readonly movedTo: string;
   /** Durable block ranges: first block and count, alternating, ascending and joined. */

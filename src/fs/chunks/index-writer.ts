@@ -68,14 +68,13 @@ export class IndexWriter {
       db = openSound(request.file);
     }
     const writer = new IndexWriter(db, request.file, request.storeBytes);
-    const { dropped, replaced } = writer.#agree(request);
+    const dropped = writer.#agree(request);
     return {
       writer,
       answer: {
         generation: writer.#getNumber('generation'),
         nextAddress: writer.#getNumber('next_address'),
         dropped,
-        replaced,
         movedTo,
         durable: writer.#durableRanges(),
         toPunch: writer.#toPunch(),
@@ -99,7 +98,7 @@ export class IndexWriter {
       .run(key, value);
   }
 
-  #agree(request: OpenRequest): { dropped: string; replaced: boolean } {
+  #agree(request: OpenRequest): string {
     const storeId = this.#get('store_id');
     const fresh = storeId === undefined;
     const generation = fresh ? 0 : this.#getNumber('generation');
@@ -122,6 +121,8 @@ export class IndexWriter {
           'UPDATE chunks SET durable = 0 WHERE durable <> 0; UPDATE placements SET durable = 0 WHERE durable <> 0',
         );
       }
+      // Numbers and files of images are another history's; who dies before the files are gone finds no row for them.
+      if (replaced) this.#db.exec('DELETE FROM image_layers; DELETE FROM images');
       const next = fresh ? FIRST_CHUNK_ADDRESS : this.#getNumber('next_address');
       this.#set('store_id', request.storeId);
       this.#set('store_bytes', request.storeBytes);
@@ -130,7 +131,7 @@ export class IndexWriter {
       this.#set('next_address', Math.max(next, request.highWater));
       this.#set('clean', 0);
     });
-    return { dropped, replaced };
+    return dropped;
   }
 
   /** Runs `work` in a transaction that is on the disk when this returns (synchronous=FULL). */

@@ -30,6 +30,8 @@ import type {
   StoreNative,
 } from './store-types.ts';
 
+import { takenAway } from './taken-away.ts';
+
 export type {
   AddLayerOptions,
   NodeStoreOptions,
@@ -41,8 +43,6 @@ export type {
 
 export class NodeStore {
   readonly storeBytes: number;
-  /** True when index.db or the store was found restored or exchanged: numbers of images mean something else than before. */
-  readonly replaced: boolean;
   /** One bit per 4 KiB block, shared with the transports. Set only by `storePieces` and at open, from durable rows. */
   readonly presence: Uint8Array;
   readonly headBytes = STORE_HEAD_BYTES;
@@ -70,10 +70,9 @@ export class NodeStore {
     file: StoreFile,
     db: IndexDb,
     presence: Uint8Array,
-    state: { generation: number; nextAddress: number; replaced: boolean },
+    state: { generation: number; nextAddress: number },
   ) {
     this.storeBytes = file.header.storeBytes;
-    this.replaced = state.replaced;
     this.presence = presence;
     this.#native = options.native;
     this.#log = options.log;
@@ -315,17 +314,18 @@ export class NodeStore {
   async read(target: Buffer, at: number, length: number, address: number): Promise<void> {
     this.#mustBeOpen();
     for (;;) {
+      this.#mustBeOpen();
       const { presence } = this;
       const job = { fd: this.fd, sumsFd: this.sumsFd, presence, target, at, length, address };
       const result = await this.#track(this.#native.readStore(job));
       if (result === 'read') return;
       if (result === 'damaged') {
         this.damaged(address, length);
-        throw new DedupError('STORE_CORRUPT', `the disk changed bytes of the store at ${address}`);
+        throw takenAway('STORE_CORRUPT', `the disk changed bytes of the store at ${address}`);
       }
       // Something was taken away while the disk was read, here or elsewhere.
       if (!this.isPresent(address, length)) {
-        throw new DedupError('STORE_IO', `address ${address} of the store was taken away while it was read`);
+        throw takenAway('STORE_IO', `address ${address} of the store was taken away while it was read`);
       }
     }
   }
