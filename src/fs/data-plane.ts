@@ -379,9 +379,10 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
     } finally {
       if (asked) await this.#book.reload();
     }
+    if (dropped.length === 0) return 0;
     this.#loader.forget(dropped);
     this.#intake.dropped();
-    if (dropped.length > 0) await this.#removeOrphanFiles();
+    await this.#removeOrphanFiles();
     return dropped.length;
   }
 
