@@ -19,7 +19,7 @@ export interface RoundsResult {
 }
 
 export async function runRounds(rounds: number, say: (text: string) => void): Promise<RoundsResult> {
-  const node = await LazyNode.start();
+  const node = await LazyNode.start({ containerd: { lifetimeSeconds: 4 * 3600 } });
   try {
     const images = await Promise.all(
       Array.from(

@@ -60,7 +60,8 @@ export class KillCampaign {
 
   /** Runs one on a node of its own. Errors: whatever keeps the node from coming back. */
   static async run(options: CampaignOptions): Promise<CampaignResult> {
-    const node = await LazyNode.start();
+    // The limit of a containerd of tests is for tests; hundreds of kills take half an hour.
+    const node = await LazyNode.start({ containerd: { lifetimeSeconds: 4 * 3600 } });
     try {
       const campaign = new KillCampaign(node, options);
       options.say(`seed ${campaign.#result.seed}`);
