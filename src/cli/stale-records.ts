@@ -1,7 +1,8 @@
 // What containerd still records of snapshots that the snapshotter has lost: finds and removes it, in one namespace.
 // containerd does not heal that itself: it answers AlreadyExists from its own records, and hides them from lists.
-import { type Digest, digestOf, parseDigest } from '../digest.ts';
+import { type Digest, parseDigest } from '../digest.ts';
 import { parseConfig, parseImageIndex, parseManifest } from '../fs/index/manifests.ts';
+import { chainIds } from '../fs/registry/image-manifest.ts';
 import { type ContainerdClient, hasCode } from '../pull/containerd-client.ts';
 import { MiB } from '../units.ts';
 
@@ -97,12 +98,7 @@ async function chainsOf(client: ContainerdClient, target: Digest): Promise<Diges
       const { config } = parseManifest(bytes, `manifest ${digest}`);
       const configuration = await client.readContent(parseDigest(config.digest), MAX_DOCUMENT_BYTES);
       const { diffIds } = parseConfig(configuration, `configuration ${config.digest}`);
-      const chain: Digest[] = [];
-      for (const diffId of diffIds) {
-        const below = chain.at(-1);
-        chain.push(below === undefined ? parseDigest(diffId) : digestOf(`${below} ${diffId}`));
-      }
-      chains.push(chain);
+      chains.push(chainIds(diffIds.map(parseDigest)));
     } catch (error) {
       // Other platforms' manifests were never fetched; artifacts, and digests of another kind, are no images of ours.
       if (!NO_IMAGE.some((code) => hasCode(error, code))) throw error;

@@ -29,7 +29,6 @@ import type {
   StoredLayer,
   StoreNative,
 } from './store-types.ts';
-
 import { takenAway } from './taken-away.ts';
 
 export type {
@@ -312,7 +311,6 @@ export class NodeStore {
    * are absent; CLOSED.
    */
   async read(target: Buffer, at: number, length: number, address: number): Promise<void> {
-    this.#mustBeOpen();
     for (;;) {
       this.#mustBeOpen();
       const { presence } = this;

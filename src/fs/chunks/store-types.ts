@@ -1,6 +1,7 @@
 // What callers give to and get from the node store. Types only.
 import type { Logger } from '../../log.ts';
 import type { RootPaths } from '../../paths.ts';
+import type { ReadStoreJob, StorePiecesJob, StoreRead } from '../native.ts';
 import type { ChunkTotals, LayerSourceName, LayerTrust } from './index-protocol.ts';
 
 /** What the store needs of the native addon. */
@@ -9,25 +10,8 @@ export interface StoreNative {
   presenceSet(presence: Uint8Array, firstBlock: number, count: number, value: boolean): void;
   presenceTest(presence: Uint8Array, firstBlock: number, count: number): boolean;
   punchHole(fd: number, offset: number, length: number): Promise<void>;
-  storePieces(job: {
-    fd: number;
-    sumsFd: number;
-    source: Uint8Array;
-    offsets: Float64Array;
-    lengths: Uint32Array;
-    digests: Uint8Array;
-    addresses: Float64Array;
-    presence: Uint8Array;
-  }): Promise<Uint8Array>;
-  readStore(job: {
-    fd: number;
-    sumsFd: number;
-    presence: Uint8Array;
-    target: Uint8Array;
-    at: number;
-    length: number;
-    address: number;
-  }): Promise<'read' | 'absent' | 'damaged'>;
+  storePieces(job: StorePiecesJob): Promise<Uint8Array>;
+  readStore(job: ReadStoreJob): Promise<StoreRead>;
 }
 
 export interface NodeStoreOptions {

@@ -171,10 +171,18 @@ export function imageLayers(
       `${what} has ${layers.length} layers, but its configuration names ${diffIds.length}`,
     );
   }
-  let below: Digest | undefined;
+  const chain = chainIds(diffIds as Digest[]);
   return layers.map((layer, position) => {
-    const diffId = diffIds[position] as Digest;
-    below = below === undefined ? diffId : digestOf(`${below} ${diffId}`);
-    return { ...layer, diffId, chainId: below };
+    return { ...layer, diffId: diffIds[position] as Digest, chainId: chain[position] as Digest };
   });
+}
+
+/** Names of the snapshots of layers, bottom to top, by their diffIDs (OCI image spec, config.md, "Layer ChainID"). */
+export function chainIds(diffIds: readonly Digest[]): Digest[] {
+  const chain: Digest[] = [];
+  for (const diffId of diffIds) {
+    const below = chain.at(-1);
+    chain.push(below === undefined ? diffId : digestOf(`${below} ${diffId}`));
+  }
+  return chain;
 }
