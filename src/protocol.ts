@@ -1,6 +1,7 @@
 // What every process shares of gRPC: finds and loads the .proto files, serves on a unix socket of its own.
 import { existsSync } from 'node:fs';
 import { chmod } from 'node:fs/promises';
+import { connect } from 'node:net';
 import { dirname, join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { type GrpcObject, loadPackageDefinition, type Server, ServerCredentials } from '@grpc/grpc-js';
@@ -32,6 +33,20 @@ export function loadProto(name: string): GrpcObject {
       includeDirs: [dirname(locate(name))],
     }),
   );
+}
+
+/** True when a server accepts connections on a unix socket. Errors: UNAVAILABLE when it cannot be told. */
+export function somebodyListens(address: string): Promise<boolean> {
+  return new Promise((resolve, reject) => {
+    const socket = connect(address, () => {
+      socket.destroy();
+      resolve(true);
+    });
+    socket.on('error', (error: NodeJS.ErrnoException) => {
+      if (error.code === 'ENOENT' || error.code === 'ECONNREFUSED') resolve(false);
+      else reject(wrapError(error, `looking at ${address}`, 'UNAVAILABLE'));
+    });
+  });
 }
 
 /**

@@ -8,7 +8,7 @@ import {
   type ServiceError,
 } from '@grpc/grpc-js';
 import { DedupError, ERROR_CODES, type ErrorCode, GrpcStatus, wrapError } from '../errors.ts';
-import { loadProto } from '../protocol.ts';
+import { loadProto, somebodyListens } from '../protocol.ts';
 import { DEDUPD_PROTOCOL, HINT_METADATA } from '../protocol-version.ts';
 import { MiB } from '../units.ts';
 import type {
@@ -94,8 +94,12 @@ const DEADLINE_MS = {
   GiveCredentials: 2_000,
   Shutdown: 10_000,
 } as const;
+/** A daemon that comes back is found within a moment, not after gRPC's two minutes. */
+const MAX_BACKOFF_MS = 500;
 /** Time kept back from a budget so that dedupd's own answer, with its reason, arrives before our deadline. */
 const ANSWER_MS = 200;
+/** The longest pause between attempts to connect, and what connecting takes. */
+const RECONNECT_MS = MAX_BACKOFF_MS + 250;
 /** What a start of the daemon may take while a mount waits for it. */
 const REVIVE_MS = 5_000;
 
@@ -111,16 +115,21 @@ export class DedupdClient implements ImageMounter {
     this.#client = new packages.dedup.v1.Dedupd(`unix:${options.address}`, credentials.createInsecure(), {
       'grpc.max_receive_message_length': 16 * MiB,
       'grpc.max_send_message_length': 16 * MiB,
-      // A daemon that comes back is found within a moment, not after gRPC's two minutes.
       'grpc.initial_reconnect_backoff_ms': 50,
       'grpc.min_reconnect_backoff_ms': 50,
-      'grpc.max_reconnect_backoff_ms': 500,
+      'grpc.max_reconnect_backoff_ms': MAX_BACKOFF_MS,
     });
   }
 
   /** Errors: UNAVAILABLE when nobody listens, FAILED_PRECONDITION for another protocol version or root. */
   async hello(): Promise<DedupdHello> {
-    const hello = await this.#invoke<DedupdHello>('Hello', { protocol: DEDUPD_PROTOCOL }, DEADLINE_MS.Hello);
+    const ask = () => this.#invoke<DedupdHello>('Hello', { protocol: DEDUPD_PROTOCOL }, DEADLINE_MS.Hello);
+    const hello = await ask().catch(async (error: unknown) => {
+      // A daemon that has just come listens while the channel still waits between two attempts to connect.
+      if (!isUnreached(error) || !(await somebodyListens(this.#options.address))) throw error;
+      await new Promise<void>((resolve) => this.#client.waitForReady(Date.now() + RECONNECT_MS, () => resolve()));
+      return await ask();
+    });
     if (hello.protocol !== DEDUPD_PROTOCOL) {
       throw new DedupError(
         'FAILED_PRECONDITION',
@@ -230,8 +239,7 @@ export class DedupdClient implements ImageMounter {
     } catch (error) {
       const { revive } = this.#options;
       const waits = method === 'PrepareLayer' || method === 'MountImage';
-      if (revive === undefined || !waits || !(error instanceof DedupError) || error.details.reached !== false)
-        throw error;
+      if (revive === undefined || !waits || !isUnreached(error)) throw error;
       // Both calls may be made twice. A daemon that is just being started anew need not fail the start of a container.
       if (!(await resolvesWithin(revive(), Math.min(leftMs(), REVIVE_MS)))) throw error;
       return await attempt();
@@ -291,6 +299,11 @@ export class DedupdClient implements ImageMounter {
     const doing = `calling dedupd (${method}): ${text}`;
     return new DedupError(connectionCode(code), doing, { cause: error });
   }
+}
+
+/** True for the error of a call that found nobody. */
+function isUnreached(error: unknown): boolean {
+  return error instanceof DedupError && error.details.reached === false;
 }
 
 /** False when the work fails or takes longer. */

@@ -1,14 +1,12 @@
 // The unix socket that containerd talks to: takes the address, serves the snapshots service on it, gives it back.
 // Called by the composition root.
 import { mkdir, rm } from 'node:fs/promises';
-import { connect } from 'node:net';
 import { dirname } from 'node:path';
 import { Server, type ServiceClientConstructor } from '@grpc/grpc-js';
 import type { Logger } from 'pino';
-import { DedupError, wrapError } from '../errors.ts';
-import { loadProto, serveOn } from '../protocol.ts';
+import { DedupError } from '../errors.ts';
+import { loadProto, serveOn, somebodyListens } from '../protocol.ts';
 import { MiB } from '../units.ts';
-import { isErrno } from './errno.ts';
 import { snapshotsService } from './snapshots-service.ts';
 import type { Snapshotter } from './snapshotter.ts';
 
@@ -50,17 +48,7 @@ export async function startSnapshotsServer(options: SnapshotsServerOptions): Pro
  */
 export async function claimAddress(address: string): Promise<void> {
   await mkdir(dirname(address), { recursive: true, mode: 0o711 });
-  const answers = await new Promise<boolean>((resolve, reject) => {
-    const socket = connect(address, () => {
-      socket.destroy();
-      resolve(true);
-    });
-    socket.on('error', (error) => {
-      if (isErrno(error, 'ENOENT') || isErrno(error, 'ECONNREFUSED')) resolve(false);
-      else reject(wrapError(error, `looking at ${address}`, 'UNAVAILABLE'));
-    });
-  });
-  if (answers) {
+  if (await somebodyListens(address)) {
     throw new DedupError('LOCKED', `another server answers on ${address}`, {
       hint: 'stop it, or configure another address',
     });

@@ -227,7 +227,6 @@ describe('a restart with no container running', () => {
     // One that somebody else starts is used.
     const child = run(DAEMON, ['--config', node.product.configFile], { timeoutMs: 60_000, allowFailure: true });
     await daemonAnswers();
-    await sleep(2_500); // The service's connection, refused a moment ago, tries again only after a second.
     assert.match((await node.rpull(lazy)).stdout, /2 lazy/);
     assert.equal((await node.runScript(lazy, 'cat /mark')).stdout, 'whole');
     await node.containerd.ctr(['image', 'rm', '--sync', lazy]);
