@@ -295,6 +295,15 @@ export class LoaderRig {
     this.loader.close();
   }
 
+  /** An orderly restart; `meanwhile` finds the store closed. */
+  async restart(meanwhile?: () => Promise<unknown>): Promise<void> {
+    this.loader.close();
+    await this.node.store.close();
+    await meanwhile?.();
+    await this.node.open();
+    this.start();
+  }
+
   async remove(): Promise<void> {
     this.loader.close();
     await this.node.remove();

@@ -163,12 +163,10 @@ describe('NodeStore', () => {
     const test = await rig();
     const stored = await test.add(layer, [{ host: 'one', reader: registry }]);
     await test.mustEqual(stored);
-    test.loader.close();
-    await test.node.store.close();
-    assert.deepEqual((await stat(test.node.paths.indexDb)).size > 0, true);
-    await assert.rejects(stat(`${test.node.paths.indexDb}-wal`), { code: 'ENOENT' });
-    await test.node.open();
-    test.start();
+    await test.restart(async () => {
+      assert.deepEqual((await stat(test.node.paths.indexDb)).size > 0, true);
+      await assert.rejects(stat(`${test.node.paths.indexDb}-wal`), { code: 'ENOENT' });
+    });
     registry.requests.length = 0;
     await test.mustEqual(stored);
     assert.equal(registry.requests.length, 0);
@@ -195,11 +193,7 @@ describe('NodeStore', () => {
     // The store goes on: the old layer's chunks are punched out.
     await test.node.store.retainLayers([]);
     const { nextAddress } = await test.node.store.stats();
-    test.loader.close();
-    await test.node.store.close();
-    await copyFile(backup, test.node.paths.indexDb);
-    await test.node.open();
-    test.start();
+    await test.restart(() => copyFile(backup, test.node.paths.indexDb));
     assert.equal(presentPieces(test, stored.layerId), 0);
     registry.requests.length = 0;
     await test.mustEqual(stored);
@@ -484,11 +478,7 @@ describe('NodeStore', () => {
     await test.mustEqual(stored);
     assert.equal(registry.requests.length, 0, 'what was fetched again is right');
     // While nobody was looking, and with no registry to ask: no byte rather than a wrong one.
-    test.loader.close();
-    await test.node.store.close();
-    await damage();
-    await test.node.open();
-    test.start();
+    await test.restart(() => damage());
     registry.blobs.clear();
     for (const { name } of layer.files) await assert.rejects(test.readFile(stored, name), code('REGISTRY_NOT_FOUND'));
   });
@@ -499,17 +489,10 @@ describe('NodeStore', () => {
     const test = await rig();
     const stored = await test.add(layer, [{ host: 'one', reader: registry }]);
     await test.mustEqual(stored);
-    test.loader.close();
-    await test.node.store.close();
-    await rm(test.node.paths.storeSums);
-    await test.node.open();
-    test.start();
+    await test.restart(() => rm(test.node.paths.storeSums));
     assert.equal(presentPieces(test, stored.layerId), 0);
     await test.mustEqual(stored);
-    test.loader.close();
-    await test.node.store.close();
-    await test.node.open();
-    test.start();
+    await test.restart();
     registry.requests.length = 0;
     await test.mustEqual(stored);
     assert.equal(registry.requests.length, 0);
