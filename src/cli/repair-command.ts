@@ -1,11 +1,12 @@
 // `repair`: removes containerd's records of snapshots that the snapshotter has lost, in every namespace.
 import type { Command } from 'commander';
-import { DEFAULT_CONTAINERD_ADDRESS } from '../paths.ts';
-import { ContainerdClient } from '../pull/containerd-client.ts';
+import { ContainerdClient, type ContainerdClientOptions } from '../pull/containerd-client.ts';
+import type { CliContext } from './context.ts';
 import { removeStaleRecords } from './stale-records.ts';
 
 interface RepairFlags {
-  readonly address: string;
+  /** As configured when absent. */
+  readonly address?: string;
   readonly snapshotter: string;
   readonly namespace?: string;
 }
@@ -20,17 +21,20 @@ Examples:
   dedup-snapshotter repair --namespace k8s.io
 `;
 
-export function registerRepairCommand(program: Command): void {
+export function registerRepairCommand(program: Command, context: CliContext): void {
   program
     .command('repair')
     .description('remove what containerd still records of snapshots that were lost, so that images can be pulled again')
     .option('-n, --namespace <name>', 'only this namespace of containerd (default: all)')
-    .option('-a, --address <socket>', "containerd's socket", DEFAULT_CONTAINERD_ADDRESS)
+    .option('-a, --address <socket>', "containerd's socket (default: as configured)")
     .option('--snapshotter <name>', 'name of the snapshotter in containerd', 'dedup')
     .addHelpText('after', HELP)
     .action(async (flags: RepairFlags) => {
+      const address = flags.address ?? context.config().containerd_address;
       let found = 0;
-      for (const namespace of await namespaces(flags)) found += await repair(namespace, flags);
+      for (const namespace of flags.namespace === undefined ? await allNamespaces(address) : [flags.namespace]) {
+        found += await repair({ address, namespace }, flags.snapshotter);
+      }
       if (found === 0) say('containerd and the snapshotter agree: nothing to repair');
     });
 }
@@ -39,8 +43,7 @@ function say(line: string): void {
   process.stdout.write(`${line}\n`);
 }
 
-async function namespaces({ address, namespace }: RepairFlags): Promise<readonly string[]> {
-  if (namespace !== undefined) return [namespace];
+async function allNamespaces(address: string): Promise<readonly string[]> {
   const client = new ContainerdClient({ address, namespace: '' });
   try {
     return await client.listNamespaces();
@@ -50,13 +53,13 @@ async function namespaces({ address, namespace }: RepairFlags): Promise<readonly
 }
 
 /** Answers how many stale records were found. */
-async function repair(namespace: string, { address, snapshotter }: RepairFlags): Promise<number> {
-  const client = new ContainerdClient({ address, namespace });
+async function repair(where: ContainerdClientOptions, snapshotter: string): Promise<number> {
+  const client = new ContainerdClient(where);
   try {
     const { removed, kept, images, containers } = await removeStaleRecords(client, snapshotter);
     const found = removed.length + kept.length;
     if (found === 0) return 0;
-    say(`${namespace}: removed ${removed.length} record${removed.length === 1 ? '' : 's'} of lost snapshots`);
+    say(`${where.namespace}: removed ${removed.length} record${removed.length === 1 ? '' : 's'} of lost snapshots`);
     for (const name of images) say(`  pull again: ${name}`);
     for (const id of containers) say(`  remove the container, its file system is lost: ${id}`);
     for (const key of kept) say(`  kept, because something stands on it: ${key}`);

@@ -126,7 +126,9 @@ export class DedupdClient implements ImageMounter {
     const ask = () => this.#invoke<DedupdHello>('Hello', { protocol: DEDUPD_PROTOCOL }, DEADLINE_MS.Hello);
     const hello = await ask().catch(async (error: unknown) => {
       // A daemon that has just come listens while the channel still waits between two attempts to connect.
-      if (!isUnreached(error) || !(await somebodyListens(this.#options.address))) throw error;
+      if (!isUnreached(error)) throw error;
+      const listens = await somebodyListens(this.#options.address).catch(() => false);
+      if (!listens) throw error;
       await new Promise<void>((resolve) => this.#client.waitForReady(Date.now() + RECONNECT_MS, () => resolve()));
       return await ask();
     });

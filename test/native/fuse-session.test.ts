@@ -342,6 +342,8 @@ describe('FUSE session', () => {
     }
     closeSync(store);
     for (const lane of await done) for (const result of lane) assert.equal(result.sha256, expected);
+    // What was taken away is asked for, and not taken for something that the disk changed.
+    assert.ok(!fixture.misses.some(({ damaged }) => damaged));
     const { hits, misses } = fixture.session.stats();
     assert.ok(rounds > 10 && hits > 10 && misses > 10, `${rounds} rounds, ${hits} hits, ${misses} misses`);
     await finish(fixture);
