@@ -309,26 +309,53 @@ export class LayerIntake {
         },
       );
     }
-    const { index, indexBlob, restartBlob } = await buildLayerIndex({
-      stream: repository.readAll(blob, signal),
-      verifiedStream: true,
-      layerDigest: blob.digest,
-      layerBytes: blob.size,
-      chunkBytes: this.#options.config.chunk_size,
-      pieceBytes: Math.min(MiB, this.#options.config.chunk_size),
-      onProgress: progress,
-      signal,
-    });
-    const keeping = this.#catalog
-      .keep(indexBlob, restartBlob)
-      .then((indexDigest) => this.#add(index, indexDigest, wanted, 'local'));
-    this.#keeping.add(keeping);
+    const stream = repository.readAll(blob, signal);
+    return await this.takeIn(wanted, blob, { stream, verifiedStream: true }, progress, signal);
+  }
+
+  /**
+   * Reads a whole layer that no registry need be asked for again: indexes it, keeps its chunks where the layout allows,
+   * and adds it. It is kept for whoever is about to use it. Errors: LAYER_NOT_LAZY, LAYER_INVALID, STORE_IO, STORE_FULL, and those of
+   * the stream.
+   */
+  async takeIn(
+    wanted: WantedLayer,
+    blob: BlobId,
+    source: { readonly stream: AsyncIterable<Buffer>; readonly verifiedStream: boolean },
+    progress: (bytesDone: number) => void,
+    signal: AbortSignal,
+  ): Promise<LayerRecord> {
+    const chunkBytes = this.#options.config.chunk_size;
+    const pieceBytes = Math.min(MiB, chunkBytes);
+    // Files in one run each have no place before their size in the store is known.
+    const keeper = this.#options.contiguousFiles
+      ? undefined
+      : this.#store.keepChunks({ scope: wanted.key.scope, chunkBytes, pieceBytes });
     try {
-      const row = await keeping;
-      this.expect(row);
-      return row;
+      const { index, indexBlob, restartBlob } = await buildLayerIndex({
+        ...source,
+        layerDigest: blob.digest,
+        layerBytes: blob.size,
+        chunkBytes,
+        pieceBytes,
+        onProgress: progress,
+        onPiece: keeper?.onPiece,
+        signal,
+      });
+      await keeper?.settled();
+      const keeping = this.#catalog
+        .keep(indexBlob, restartBlob)
+        .then((indexDigest) => this.#add(index, indexDigest, wanted, 'local'));
+      this.#keeping.add(keeping);
+      try {
+        const row = await keeping;
+        this.expect(row);
+        return row;
+      } finally {
+        this.#keeping.delete(keeping);
+      }
     } finally {
-      this.#keeping.delete(keeping);
+      await keeper?.[Symbol.asyncDispose]();
     }
   }
 
