@@ -76,6 +76,13 @@ const schema = z.strictObject({
     .refine(powerOfTwo, 'must be a power of two')
     .default(4 * MiB)
     .describe('unit of deduplication, bytes'),
+  quota_bytes: z
+    .int()
+    .min(0)
+    .default(0)
+    .describe(
+      'budget for chunks on the disk, bytes; beyond it the least recently used ones that can be fetched again go; 0: none',
+    ),
   log_level: z.enum(['trace', 'debug', 'info', 'warn', 'error']).default('info').describe('least severity logged'),
   verbose: z.boolean().default(false).describe('same as log_level "debug"'),
   logReportCaller: z.boolean().default(false).describe('add the calling source line to log lines'),

@@ -7,6 +7,7 @@
 #include "fuse/session.h"
 #include "promise_thread.h"
 #include "registry.h"
+#include "store/touched.h"
 
 namespace dedup {
 namespace {
@@ -18,8 +19,9 @@ using fuse::Session;
 struct Callbacks {
   Napi::FunctionReference on_miss;
   Napi::FunctionReference on_end;
-  /** Keeps the bitmap mapped while threads test it. */
+  /** Keep the memory mapped while threads use it. */
   Napi::ObjectReference presence;
+  Napi::ObjectReference touched;
   std::weak_ptr<Session> session;
 
   void deliver(Napi::Env env) {
@@ -189,6 +191,16 @@ Napi::Value start(const Napi::CallbackInfo& info) {
   if (presence.ByteLength() < (blocks + 7) / 8 || reinterpret_cast<std::uintptr_t>(presence.Data()) % 4096 != 0)
     throw Error("INVALID_ARGUMENT", "presence must come from presenceCreate for this store");
   args.store.presence = presence.Data();
+  Napi::ObjectReference kept_touched;
+  if (const Napi::Value value = object.Get("touched"); !value.IsUndefined()) {
+    if (!value.IsTypedArray() || value.As<Napi::TypedArray>().TypedArrayType() != napi_uint32_array)
+      throw Error("INVALID_ARGUMENT", "touched must be a Uint32Array");
+    auto touched = value.As<Napi::Uint32Array>();
+    if (touched.ElementLength() < (args.store.bytes + store::kTouchedBytes - 1) / store::kTouchedBytes)
+      throw Error("INVALID_ARGUMENT", "touched must come from touchedCreate for this store");
+    args.store.touched = touched.Data();
+    kept_touched = Napi::Persistent(touched.As<Napi::Object>());
+  }
   args.threads = static_cast<unsigned>(threads);
   args.max_background = static_cast<std::uint16_t>(background);
 
@@ -197,6 +209,7 @@ Napi::Value start(const Napi::CallbackInfo& info) {
   fresh->on_miss = Napi::Persistent(to_function(object.Get("onMiss"), "onMiss"));
   fresh->on_end = Napi::Persistent(to_function(object.Get("onEnd"), "onEnd"));
   fresh->presence = Napi::Persistent(presence.As<Napi::Object>());
+  fresh->touched = std::move(kept_touched);
   std::shared_ptr<Callbacks> callbacks = make_callbacks(state, std::move(fresh));
   const std::shared_ptr<AddonState> held = state.shared_from_this();
   args.on_queued = [held, callbacks] { held->post([callbacks](Napi::Env env) { callbacks->deliver(env); }); };

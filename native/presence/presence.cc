@@ -1,13 +1,16 @@
-// The presence bitmap as JavaScript sees it: a Uint8Array over shared memory, whose pages appear when touched.
+// The presence bitmap, and the marks of reads, as JavaScript sees them: arrays over shared memory, whose pages appear
+// when touched.
 #include <sys/mman.h>
 #include <unistd.h>
 
 #include <cerrno>
+#include <string>
 
 #include "arguments.h"
 #include "owned_fd.h"
 #include "presence/bitmap.h"
 #include "registry.h"
+#include "store/touched.h"
 
 namespace dedup {
 namespace {
@@ -16,20 +19,34 @@ constexpr std::uint64_t kPage = 4096;
 // 16 TiB: the largest address EROFS' 32-bit block numbers reach.
 constexpr std::uint64_t kMaxStoreBytes = 1ULL << 44;
 
-Napi::Value create(const Napi::CallbackInfo& info) {
-  const std::uint64_t store_bytes = to_u64(info[0], "storeBytes");
+std::uint64_t to_store_bytes(const Napi::Value& value) {
+  const std::uint64_t store_bytes = to_u64(value, "storeBytes");
   if (store_bytes == 0 || store_bytes > kMaxStoreBytes || store_bytes % presence::kBlockBytes != 0)
     throw Error("INVALID_ARGUMENT", "storeBytes must be a multiple of 4096 up to 16 TiB");
-  const std::uint64_t bytes = (store_bytes / presence::kBlockBytes + 7) / 8;
+  return store_bytes;
+}
+
+/** Zeroed shared memory, whole pages, of which `bytes` are shown. */
+Napi::ArrayBuffer shared_memory(Napi::Env env, const char* name, std::uint64_t bytes) {
   const std::uint64_t mapped = (bytes + kPage - 1) / kPage * kPage;
-  OwnedFd memory(::memfd_create("dedup-presence", MFD_CLOEXEC));
-  if (!memory.valid()) throw sys_error(errno, "memfd_create(2) dedup-presence");
-  if (::ftruncate(memory.get(), static_cast<off_t>(mapped)) != 0) throw sys_error(errno, "ftruncate(2) dedup-presence");
+  OwnedFd memory(::memfd_create(name, MFD_CLOEXEC));
+  if (!memory.valid()) throw sys_error(errno, std::string("memfd_create(2) ") + name);
+  if (::ftruncate(memory.get(), static_cast<off_t>(mapped)) != 0)
+    throw sys_error(errno, std::string("ftruncate(2) ") + name);
   void* base = ::mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, memory.get(), 0);
-  if (base == MAP_FAILED) throw sys_error(errno, "mmap(2) dedup-presence");
-  auto buffer =
-      Napi::ArrayBuffer::New(info.Env(), base, bytes, [mapped](Napi::Env, void* data) { ::munmap(data, mapped); });
-  return Napi::Uint8Array::New(info.Env(), bytes, buffer, 0);
+  if (base == MAP_FAILED) throw sys_error(errno, std::string("mmap(2) ") + name);
+  return Napi::ArrayBuffer::New(env, base, bytes, [mapped](Napi::Env, void* data) { ::munmap(data, mapped); });
+}
+
+Napi::Value create(const Napi::CallbackInfo& info) {
+  const std::uint64_t bytes = (to_store_bytes(info[0]) / presence::kBlockBytes + 7) / 8;
+  return Napi::Uint8Array::New(info.Env(), bytes, shared_memory(info.Env(), "dedup-presence", bytes), 0);
+}
+
+Napi::Value create_touched(const Napi::CallbackInfo& info) {
+  const std::uint64_t regions = (to_store_bytes(info[0]) + store::kTouchedBytes - 1) / store::kTouchedBytes;
+  const std::uint64_t bytes = regions * sizeof(std::uint32_t);
+  return Napi::Uint32Array::New(info.Env(), regions, shared_memory(info.Env(), "dedup-touched", bytes), 0);
 }
 
 struct Range {
@@ -68,6 +85,7 @@ Napi::Value test_blocks(const Napi::CallbackInfo& info) {
 
 void register_presence(Napi::Env env, Napi::Object exports) {
   export_function<create>(env, exports, "presenceCreate");
+  export_function<create_touched>(env, exports, "touchedCreate");
   export_function<set_blocks>(env, exports, "presenceSet");
   export_function<test_blocks>(env, exports, "presenceTest");
 }

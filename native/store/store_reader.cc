@@ -7,6 +7,7 @@
 #include "presence/bitmap.h"
 #include "store/block_sums.h"
 #include "store/file_io.h"
+#include "store/touched.h"
 
 namespace dedup::store {
 
@@ -65,6 +66,7 @@ Hit read_store(const StoreView& store, std::uint64_t offset, std::uint32_t lengt
     const Hit hit = whole ? read_blocks(store, begin / kBlockBytes, (stop - begin) / kBlockBytes, out)
                           : read_part(store, begin, stop, out);
     if (hit != Hit::yes) return hit;
+    touch(store.touched, begin, stop);
   }
   std::memset(buffer, 0, begin - offset);
   std::memset(buffer + (stop - offset), 0, end - stop);

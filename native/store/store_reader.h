@@ -18,6 +18,8 @@ struct StoreView {
   std::uint64_t head_bytes = 0;  // answered with zeros, never looked up
   std::uint64_t tail_bytes = 0;  // likewise
   std::uint8_t* presence = nullptr;
+  /** Where reads leave their marks (touched.h); may be null. */
+  std::uint32_t* touched = nullptr;
 };
 
 enum class Hit {

@@ -35,7 +35,7 @@ import { ReferenceMounts } from './reference-mounts.ts';
 import type { Repository } from './registry/blob-reader.ts';
 import { type Credentials, parseUserPassword } from './registry/credentials.ts';
 import { RegistryPool, type RepositoryName } from './registry/pool.ts';
-import { detachOrphans } from './transport/erofs-mount.ts';
+import { detachOrphans, imagesInUse } from './transport/erofs-mount.ts';
 import { inspectMachine } from './transport/machine.ts';
 import { chooseTransport, openTransport, type TransportChoice } from './transport/select.ts';
 import type { ErofsLayoutKind, Transport } from './transport/transport.ts';
@@ -112,6 +112,7 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
         placeMetadata: (address, file) => store.placeMetadata(address, file),
         pin: (imageId, layerIds) => store.pin(imageId, layerIds),
         unpin: (imageId) => store.unpin(imageId),
+        isForeign: (imageId) => store.isForeign(imageId),
         known: () => this.#knownImages(),
       },
       build: buildImage,
@@ -157,7 +158,13 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
     log.info({ transport: choice.name, layout: choice.layout, because: choice.because }, 'transport chosen');
     const credentials = new Map<string, Credentials>();
     const registry = new RegistryPool({ ...registryOptions(config), log });
-    const store = await NodeStore.open({ paths, native: native(), log });
+    const store = await NodeStore.open({
+      paths,
+      native: native(),
+      quotaBytes: config.quota_bytes,
+      livingImages: imagesInUse,
+      log,
+    });
     const opened: AsyncDisposable[] = [registry, { [Symbol.asyncDispose]: () => store.close() }];
     try {
       await removeHalfWritten(paths, run, log);
@@ -183,6 +190,10 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
         guess: config.prefetch.enabled,
       });
       opened.push({ [Symbol.asyncDispose]: async () => loader.close() });
+      store.onDropped(async (layerIds) => {
+        loader.forget(layerIds);
+        await loader.drained();
+      });
       let plane: DataPlane | undefined;
       const transport = await openTransport(choice, {
         mountDir: run.fuseMount,
@@ -194,6 +205,7 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
           headBytes: store.headBytes,
           tailBytes: store.tailBytes,
           presence: store.presence,
+          touched: store.touched,
           damaged: (address, length) => store.damaged(address, length),
         },
         source: {
@@ -381,7 +393,6 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
       if (asked) await this.#book.reload();
     }
     if (dropped.length === 0) return 0;
-    this.#loader.forget(dropped);
     this.#intake.dropped();
     await this.#removeOrphanFiles();
     return dropped.length;

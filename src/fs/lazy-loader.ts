@@ -78,6 +78,8 @@ export class LazyLoader {
   readonly #deadlineMs: number;
   readonly #maps: LRUCache<number, LayerMap>;
   readonly #opening = new Map<number, Promise<LayerMap>>();
+  /** Layers that were dropped; a number is never used twice. */
+  readonly #dropped = new Set<number>();
   readonly #pieces = new Map<number, Promise<PieceBytes>>();
   readonly #failed: LRUCache<number, DedupError>;
   readonly #ahead: FetchAhead;
@@ -193,15 +195,24 @@ export class LazyLoader {
     await Promise.all(layerIds.map((layerId) => this.#open(layerId)));
   }
 
-  /** Forgets what is kept about layers that were dropped. */
+  /** Forgets layers that were dropped: nothing is fetched for them any more, and what is under way is given up. */
   forget(layerIds: readonly number[]): void {
     for (const layerId of layerIds) {
+      this.#dropped.add(layerId);
       const map = this.#maps.get(layerId);
       map?.layer.windows.forget?.(0, map.spanCount);
       this.#maps.delete(layerId);
       this.#ahead.forget(layerId);
     }
     this.#fetcher.forget(layerIds);
+  }
+
+  /**
+   * Resolves once everything that is being read or stored now has ended. After forget(): nobody here reads or writes for
+   * the layers that were dropped any more. Never rejects.
+   */
+  async drained(): Promise<void> {
+    await Promise.allSettled([...this.#pieces.values(), ...this.#opening.values(), this.#fetcher.drained()]);
   }
 
   #mustBeOpen(): void {
@@ -343,6 +354,7 @@ export class LazyLoader {
     const running = this.#opening.get(layerId);
     if (running !== undefined) return running;
     const work = this.#provider.openLayer(layerId).then((layer) => {
+      if (this.#dropped.has(layerId)) throw new DedupError('UNAVAILABLE', `layer ${layerId} was dropped`);
       const map = new LayerMap(layerId, layer);
       this.#maps.set(layerId, map);
       return map;

@@ -39,6 +39,8 @@ export interface ImageRegistry {
   /** Keeps the chunks of these layers until unpin. */
   pin(imageId: number, layerIds: readonly number[]): Promise<void>;
   unpin(imageId: number): Promise<void>;
+  /** True for an image without a row to which an address may mean another chunk than it means to the store now. */
+  isForeign(imageId: number): boolean;
   /** Images made before, with their layers; only those whose layers are all known and not condemned. */
   known(): Promise<readonly { readonly id: number; readonly layers: readonly MountableLayer[] }[]>;
 }
@@ -144,7 +146,7 @@ export class MountTable {
     await images.pin(id, layerIds);
     this.#layers.set(id, layerIds);
     try {
-      // Metadata is renamed into place complete and synced; a key stands for addresses that never change. That of the
+      // Metadata is renamed into place complete and synced; a key stands for addresses that stay as long as its layers. That of the
       // flat layout counts from where it lies, which may be elsewhere each time.
       await this.#built(id, layers, bottom, below, flatOffset);
       if (flatOffset !== undefined) {
@@ -338,8 +340,13 @@ export class MountTable {
       const layers = known.get(id);
       // Flat metadata counts from the region it was built for, and its file may have been built for another one since.
       if (layout === 'flat') return false;
-      // The first read may come before the device has been moved. An image that no row names any more (index.db was
-      // restored) is read on all the same: an address means the same chunk for ever.
+      // An image that no row names any more (index.db was restored) is read on all the same, unless its addresses may
+      // have been given again: then its readers go on getting EIO.
+      if (layers === undefined && images.isForeign(id)) {
+        log.warn({ image: id }, 'an image in use was made with a newer index.db than this one: it is not read on');
+        return false;
+      }
+      // The first read may come before the device has been moved.
       if (layers !== undefined) this.#layers.set(id, layers.map(idOf));
       return true;
     });

@@ -69,6 +69,8 @@ export interface FuseSessionArgs {
   readonly tailBytes: number;
   /** Presence bitmap: one bit per 4 KiB block of the store, from `presenceCreate`. */
   readonly presence: Uint8Array;
+  /** Where hits leave the second in which they came, by MiB of the store, from `touchedCreate`. */
+  readonly touched?: Uint32Array;
   /** Reader threads. */
   readonly threads: number;
   /** FUSE_INIT max_background. */
@@ -229,6 +231,8 @@ interface Addon {
   residentPages(fd: number, length: number): Promise<Uint8Array>;
   /** Shared memory (memfd) for one bit per 4 KiB block of `storeBytes`, all zero; pages appear when touched. */
   presenceCreate(storeBytes: number): Uint8Array;
+  /** Shared memory for one 32-bit number per MiB of `storeBytes`, all zero; pages appear when touched. */
+  touchedCreate(storeBytes: number): Uint32Array;
   /** Sets or clears `count` bits from `firstBlock`, with release order. */
   presenceSet(presence: Uint8Array, firstBlock: number, count: number, value: boolean): void;
   /** True when all `count` bits from `firstBlock` are set, with acquire order. */

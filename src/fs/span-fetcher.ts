@@ -52,6 +52,8 @@ interface Run {
   readonly first: number;
   /** Consecutive spans from `first`. */
   readonly flights: readonly Flight[];
+  /** Aborted when the layer is dropped. */
+  readonly dropped: AbortController;
 }
 
 export interface FetchStats {
@@ -94,6 +96,8 @@ export class SpanFetcher {
   readonly #distrusted = new Map<string, number>();
   readonly #touched = new Map<number, Uint8Array>();
   readonly #abort = new AbortController();
+  /** Runs whose bytes are on their way, until they are stored or given up. */
+  readonly #runs = new Set<Run>();
   #starting: Flight[] = [];
   #requests = 0;
   #wireBytes = 0;
@@ -174,7 +178,7 @@ export class SpanFetcher {
 
   #enqueue(flight: Flight, source: LayerBlobSource): void {
     const task = async (): Promise<void> => {
-      if (flight.queued) await this.#attempt(this.#gather(flight), source, []);
+      if (flight.queued) await this.#start(this.#gather(flight), source);
     };
     // attempt() never rejects: every failure goes to the flights.
     void this.#queueOf(source.host, flight.priority).add(task, { priority: flight.priority });
@@ -211,14 +215,15 @@ export class SpanFetcher {
     this.#distrusted.set(`${map.layerId} ${source}`, performance.now() + DISTRUST_MS);
   }
 
-  /** Forgets what is kept about layers that were dropped, and distrust that has ended. */
+  /** Forgets layers that were dropped, whose requests end at once, and distrust that has ended. */
   forget(layerIds: readonly number[]): void {
     for (const layerId of layerIds) this.#touched.delete(layerId);
     for (const flight of this.#flights.values()) {
       if (!flight.queued || !layerIds.includes(flight.map.layerId)) continue;
       flight.queued = false;
-      flight.reject(new DedupError('UNAVAILABLE', `layer ${flight.map.blob.digest} was dropped`));
+      flight.reject(droppedError(flight.map));
     }
+    for (const run of this.#runs) if (layerIds.includes(run.map.layerId)) run.dropped.abort();
     const now = performance.now();
     for (const [key, until] of this.#distrusted) if (until <= now) this.#distrusted.delete(key);
   }
@@ -246,7 +251,19 @@ export class SpanFetcher {
     };
     for (let span = seed.span + 1; tryAdd(span, false); ) span++;
     for (let span = seed.span - 1; tryAdd(span, true); ) span--;
-    return { map, first: flights[0]!.span, flights };
+    return { map, first: flights[0]!.span, flights, dropped: new AbortController() };
+  }
+
+  /** Begins a run and follows it to its end: a flight of it settles when what it brought is stored, or is not to be. */
+  async #start(run: Run, source: LayerBlobSource): Promise<void> {
+    this.#runs.add(run);
+    void Promise.allSettled(run.flights.map(({ promise }) => promise)).then(() => this.#runs.delete(run));
+    await this.#attempt(run, source, []);
+  }
+
+  /** Resolves once every run that is under way now has ended. Never rejects. */
+  async drained(): Promise<void> {
+    await Promise.allSettled([...this.#runs].flatMap(({ flights }) => flights.map(({ promise }) => promise)));
   }
 
   /** Fetches a run from one source and processes it; on failure goes on with the next source. Never rejects. */
@@ -272,7 +289,8 @@ export class SpanFetcher {
       code === 'STORE_IO' ||
       code === 'STORE_FULL' ||
       code === 'INTERNAL' ||
-      this.#abort.signal.aborted
+      this.#abort.signal.aborted ||
+      run.dropped.signal.aborted
     ) {
       const wrapped = wrapError(error, `reading layer ${run.map.blob.digest}`);
       for (const flight of run.flights) flight.reject(wrapped);
@@ -302,7 +320,7 @@ export class SpanFetcher {
     const range = map.compressedRange(first, count);
     const timeout = AbortSignal.timeout(this.#limits.attemptTimeoutMs);
     const failed = new AbortController();
-    const signal = AbortSignal.any([timeout, this.#abort.signal, failed.signal]);
+    const signal = AbortSignal.any([timeout, this.#abort.signal, failed.signal, run.dropped.signal]);
     const reader = this.#counted(source);
     const { windowLength } = map.layer.index.spans;
     let windowBytes = 0;
@@ -324,6 +342,7 @@ export class SpanFetcher {
     } catch (error) {
       failed.abort();
       if (this.#abort.signal.aborted) throw new DedupError('CLOSED', 'the loader is closed');
+      if (run.dropped.signal.aborted) throw droppedError(map);
       if (timeout.aborted) {
         throw new DedupError('DEADLINE', `${source.host} gave no answer within ${this.#limits.attemptTimeoutMs} ms`, {
           cause: error,
@@ -399,7 +418,7 @@ export class SpanFetcher {
   ): Promise<void> {
     try {
       // A layer that was dropped while its bytes came: nothing must be written where they belonged.
-      if (isDropped(run.map)) throw new DedupError('CLOSED', `layer ${run.map.blob.digest} was dropped`);
+      if (run.dropped.signal.aborted || isDropped(run.map)) throw droppedError(run.map);
       const output = await this.#storer.decodeAndStore(run.map, run.first, nameOf(source), data, windows);
       for (const flight of run.flights) flight.resolve(output);
     } catch (error) {
@@ -414,7 +433,7 @@ export class SpanFetcher {
       for (const [i, flight] of run.flights.entries()) {
         const range = map.compressedRange(flight.span, 1);
         const part = data.subarray(range.offset - base, range.offset - base + range.length);
-        await this.#process({ map, first: flight.span, flights: [flight] }, source, failures, part, [windows[i]!]);
+        await this.#process({ ...run, first: flight.span, flights: [flight] }, source, failures, part, [windows[i]!]);
       }
     }
   }
@@ -430,6 +449,11 @@ export class SpanFetcher {
     for (const flight of [...this.#flights.values()]) flight.reject(new DedupError('CLOSED', 'the loader is closed'));
     this.edges.clear();
   }
+}
+
+/** For those who wait for a layer that is dropped: another one with the same chunk may still be asked. */
+function droppedError(map: LayerMap): DedupError {
+  return new DedupError('UNAVAILABLE', `layer ${map.blob.digest} was dropped`);
 }
 
 /** True when the layer is not known to the node any more. */

@@ -45,6 +45,7 @@ describe('MountTable', () => {
         placeMetadata: async (address) => void placed.push(address),
         pin: async () => {},
         unpin: async () => {},
+        isForeign: () => false,
         known: async () => [],
       },
       build: async ({ output }) => {

@@ -180,6 +180,7 @@ export function nativeWith(replaced: Partial<StoreNative>): StoreNative {
   const addon = native();
   return {
     presenceCreate: addon.presenceCreate,
+    touchedCreate: addon.touchedCreate,
     presenceSet: addon.presenceSet,
     presenceTest: addon.presenceTest,
     punchHole: addon.punchHole,

@@ -60,6 +60,13 @@ export class Durability {
     else if (this.#fresh.length > 0) this.#timer ??= setTimeout(() => this.#start(), this.#limits.delayMs).unref();
   }
 
+  /** Forgets pieces whose bytes are taken away: they must not be recorded any more. */
+  forget(gone: (piece: FreshPiece) => boolean): void {
+    const stays = (piece: FreshPiece): boolean => !gone(piece);
+    this.#fresh = this.#fresh.filter(stays);
+    this.#syncing = this.#syncing.filter(stays);
+  }
+
   #start(): void {
     // A failure is logged and its pieces are absent again; whoever calls flush() learns of it there.
     this.flush().catch(() => undefined);
@@ -80,8 +87,7 @@ export class Durability {
   }
 
   async #flushGroup(): Promise<void> {
-    const group = this.#fresh;
-    this.#syncing = group;
+    this.#syncing = this.#fresh;
     this.#fresh = [];
     this.#freshBytes = 0;
     try {
@@ -100,6 +106,7 @@ export class Durability {
       );
       throw error;
     }
+    const group = this.#syncing;
     this.#syncing = [];
     const masks = new Map<number, number>();
     for (const piece of group) {

@@ -1,4 +1,5 @@
 // Messages between IndexDb (main thread) and the worker that owns index.db for writing. Types only.
+import type { AddressSpaceUse } from './free-space.ts';
 
 /** A registry repository that holds a layer. */
 export interface LayerSourceName {
@@ -87,6 +88,10 @@ export interface OpenRequest {
   /** The generation that begins with this start, announced by the header. */
   readonly nextGeneration: number;
   readonly highWater: number;
+  /** Generation in which ranges were last made free to be given again; 0: never. */
+  readonly reuseGeneration: number;
+  /** Numbers of images that are in use on this machine: none of them is given again. Undefined: not known. */
+  readonly livingImages: readonly number[] | undefined;
   /** False when the sums of the store's blocks are new: recorded presence cannot be checked. */
   readonly summed: boolean;
 }
@@ -102,6 +107,58 @@ export interface OpenAnswer {
   readonly durable: Float64Array;
   /** Ranges whose rows are gone but which may not be punched yet. */
   readonly toPunch: readonly StoreRange[];
+  /** Ranges of pieces that were evicted but may not be punched yet. */
+  readonly evicted: readonly StoreRange[];
+  /**
+   * To images that no row names, up to this number, an address may mean another chunk than it means to the database: they
+   * were made after the copy of it that was put back, and addresses were given again meanwhile. 0: to none.
+   */
+  readonly foreignImages: number;
+}
+
+/** Where a page of cold chunks begins: behind a chunk in the order of use, or behind a further placement. */
+export interface ColdCursor {
+  readonly kind: 'chunks' | 'placements';
+  readonly lastUsed: number;
+  readonly block: number;
+}
+
+export interface ColdChunksRequest {
+  readonly after: ColdCursor;
+  /** Seconds since 1970: what was used later is left alone. */
+  readonly usedBefore: number;
+  readonly limit: number;
+  /** Chunks and when they were used after all, alternating. */
+  readonly used: Float64Array;
+}
+
+export interface ColdChunks {
+  /** Six numbers each: first block, bytes, bytes of a piece, durable pieces (-1 all), last use, chunk. */
+  readonly rows: Float64Array;
+  /** Where the next page begins; undefined behind the last one. */
+  readonly next: ColdCursor | undefined;
+}
+
+/** Pieces to evict: those in `masks[i]` of the placement at `blocks[i]`, which lie in the i-th of `ranges`. */
+export interface EvictRequest {
+  readonly blocks: Float64Array;
+  readonly masks: Int32Array;
+  /** First block and number of blocks, alternating. */
+  readonly ranges: Float64Array;
+  readonly generation: number;
+}
+
+/** What an image needs of the store. */
+export interface ImageUse {
+  readonly id: number;
+  /** Bytes of its distinct chunks, and of those that another image uses too. */
+  readonly totalBytes: number;
+  readonly sharedBytes: number;
+  readonly pinned: boolean;
+  /** True when a mount of it reads the store without us. */
+  readonly direct: boolean;
+  /** First block and bytes of each chunk, alternating. */
+  readonly chunks: Float64Array;
 }
 
 export interface DroppedLayers {
@@ -137,6 +194,10 @@ export interface ChunkTotals {
   readonly chunkBytes: number;
   readonly sharedChunks: number;
   readonly sharedBytes: number;
+  /** Bytes that the layers would take without sharing: each chunk as often as layers use it. */
+  readonly referencedBytes: number;
+  /** Address space that was given back. */
+  readonly freed: AddressSpaceUse;
 }
 
 /** Every call the worker answers: its arguments and its result. */
@@ -155,9 +216,15 @@ export interface IndexCalls {
   /** Committed with synchronous=FULL. */
   dropLayers: { args: { layerIds: readonly number[]; generation: number }; result: DroppedLayers };
   punched: { args: { ranges: readonly StoreRange[] }; result: null };
-  markDurable: { args: DurablePieces; result: null };
+  quarantined: { args: Record<string, never>; result: readonly StoreRange[] };
   /** Committed with synchronous=FULL. */
-  dropPresence: { args: { ranges: readonly StoreRange[]; generation: number }; result: null };
+  endQuarantine: { args: { ranges: readonly StoreRange[]; generation: number }; result: null };
+  coldChunks: { args: ColdChunksRequest; result: ColdChunks };
+  /** Committed with synchronous=FULL. */
+  evict: { args: EvictRequest; result: Uint8Array };
+  evictedPunched: { args: { blocks: Float64Array }; result: null };
+  imageUse: { args: Record<string, never>; result: ImageUse[] };
+  markDurable: { args: DurablePieces; result: null };
   createImage: { args: { key: string; layers: readonly number[]; reference: string }; result: ImageRecord };
   imageReady: { args: { id: number; metadataBytes: number }; result: null };
   images: { args: Record<string, never>; result: ImageRecord[] };

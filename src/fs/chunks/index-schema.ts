@@ -112,4 +112,10 @@ CREATE TABLE freed (
 /** What the schema has gained since its first version without changing what was there: made in every file that lacks it. */
 export const SCHEMA_ADDITIONS = `
 CREATE INDEX IF NOT EXISTS chunks_unreferenced ON chunks(id) WHERE ref_count = 0;
+CREATE INDEX IF NOT EXISTS chunks_by_use ON chunks(last_used, id) WHERE durable <> 0;
+CREATE INDEX IF NOT EXISTS freed_by_size ON freed(blocks, block) WHERE state = 'free';
+CREATE TABLE IF NOT EXISTS evicted (
+  block INTEGER PRIMARY KEY,
+  blocks INTEGER NOT NULL
+) STRICT;
 `;

@@ -7,15 +7,30 @@ import { BLOCK_BYTES } from '../../units.ts';
 import { addLayer } from './add-layer.ts';
 import { AddressSpace } from './address-space.ts';
 import { deleteImage, dropLayers } from './drop-layers.ts';
+import { coldChunks, evict, evictedPunched } from './evictable.ts';
+import {
+  addressSpaceUse,
+  beginQuarantine,
+  endQuarantine,
+  forgetFreed,
+  quarantineAnew,
+  quarantined,
+  toPunch,
+} from './free-space.ts';
 import { ChunkHolds, countUnreferenced, dropUnreferenced, holdChunks } from './hold-chunks.ts';
+import { imageUse } from './image-use.ts';
 import { openSound } from './index-open.ts';
 import type {
   AddedLayer,
   ChunksToHold,
   ChunkTotals,
+  ColdChunks,
+  ColdChunksRequest,
   DroppedLayers,
   DurablePieces,
+  EvictRequest,
   ImageRecord,
+  ImageUse,
   LayerRecord,
   LayerSourceName,
   LayerTrust,
@@ -24,13 +39,10 @@ import type {
   OpenRequest,
   StoreRange,
 } from './index-protocol.ts';
-import { FIRST_CHUNK_ADDRESS } from './store-layout.ts';
+import { FIRST_CHUNK_ADDRESS, STORE_TAIL_BYTES } from './store-layout.ts';
 
 /** The write-ahead log is moved into the database file when it has grown past this many bytes. */
 const CHECKPOINT_BYTES = 8 * 1024 * 1024;
-
-/** Blocks of the largest chunk that the configuration allows (64 MiB). */
-const MAX_CHUNK_BLOCKS = 16384;
 
 const now = (): number => Math.floor(Date.now() / 1000);
 
@@ -81,7 +93,9 @@ export class IndexWriter {
         dropped,
         movedTo,
         durable: writer.#durableRanges(),
-        toPunch: writer.#toPunch(),
+        toPunch: toPunch(writer.#db),
+        evicted: writer.#evicted(),
+        foreignImages: (writer.#get('foreign_images') as number | undefined) ?? 0,
       },
     };
   }
@@ -108,6 +122,7 @@ export class IndexWriter {
     const generation = fresh ? 0 : this.#getNumber('generation');
     let dropped = '';
     let replaced = false;
+    let addressesKept = true;
     if (!fresh) {
       // The header announces a generation before the database commits it and confirms it afterwards; whoever died in
       // between leaves one of those.
@@ -117,6 +132,8 @@ export class IndexWriter {
       else if (generation < request.generation) dropped = 'the database is older than the store';
       else if (!announced) dropped = 'the store is older than the database';
       replaced = dropped !== '';
+      // Of an older database beside this store it is known whether addresses were given again since; of all others not.
+      addressesKept = !replaced || (storeId === request.storeId && announced && request.reuseGeneration <= generation);
       if (!replaced && !request.summed) dropped = 'the sums of its blocks are missing';
     }
     this.#full(() => {
@@ -132,12 +149,36 @@ export class IndexWriter {
       this.#set('store_bytes', request.storeBytes);
       this.#set('generation', Math.max(generation, request.nextGeneration));
       // Addresses given after this copy of the database was taken may still be mapped by a mounted image.
-      this.#set('next_address', Math.max(next, request.highWater));
+      const end = Math.min(Math.max(next, request.highWater), this.storeBytes - STORE_TAIL_BYTES);
+      const inUse = fresh || replaced || this.#mayBeInUse(request.livingImages);
+      this.#set('next_address', inUse ? Math.max(next, end) : next);
       this.#set('clean', 0);
+      if (replaced) forgetFreed(this.#db);
+      else if (!fresh && inUse) quarantineAnew(this.#db, next, end, now());
+      const last = this.#neverNumber(request.livingImages ?? []);
+      if (!addressesKept) this.#set('foreign_images', last);
       // Of layers that were being read when the last process ended.
       dropUnreferenced(this.#db, this.#holds, now());
     });
     return dropped;
+  }
+
+  /** True unless every image that is in use has a row: then what has no chunk is mapped by none. */
+  #mayBeInUse(living: readonly number[] | undefined): boolean {
+    const known = new Set(this.#db.prepare('SELECT id FROM images').pluck().all());
+    return living === undefined || living.some((id) => !known.has(id));
+  }
+
+  /**
+   * Gives none of these numbers to an image, and answers the last that was given: by its number an image of another
+   * history, which somebody still has mounted, is told from those to come.
+   */
+  #neverNumber(images: readonly number[]): number {
+    const given = this.#db.prepare("SELECT seq FROM sqlite_sequence WHERE name = 'images'").pluck().get();
+    const last = Math.max((given as number | undefined) ?? 0, ...images);
+    this.#db.prepare("DELETE FROM sqlite_sequence WHERE name = 'images'").run();
+    this.#db.prepare("INSERT INTO sqlite_sequence (name, seq) VALUES ('images', ?)").run(last);
+    return last;
   }
 
   /** Runs `work` in a transaction that is on the disk when this returns (synchronous=FULL). */
@@ -183,12 +224,9 @@ export class IndexWriter {
     return Float64Array.from(ranges);
   }
 
-  #toPunch(): StoreRange[] {
-    const rows = this.#db.prepare("SELECT block, blocks FROM freed WHERE state = 'to-punch'").all() as {
-      block: number;
-      blocks: number;
-    }[];
-    return rows.map((row) => ({ address: row.block * BLOCK_BYTES, length: row.blocks * BLOCK_BYTES }));
+  #evicted(): StoreRange[] {
+    const rows = this.#db.prepare('SELECT block, blocks FROM evicted ORDER BY block').raw().all() as [number, number][];
+    return rows.map(([block, blocks]) => ({ address: block * BLOCK_BYTES, length: blocks * BLOCK_BYTES }));
   }
 
   addLayer(layer: NewLayer): AddedLayer {
@@ -231,7 +269,7 @@ export class IndexWriter {
   }
 
   #addressSpace(): AddressSpace {
-    return new AddressSpace(this.#getNumber('next_address'), this.storeBytes);
+    return new AddressSpace(this.#db, this.#getNumber('next_address'), this.storeBytes);
   }
 
   layers(): LayerRecord[] {
@@ -310,10 +348,7 @@ export class IndexWriter {
   }
 
   punched(ranges: readonly StoreRange[]): void {
-    const update = this.#db.prepare("UPDATE freed SET state = 'quarantine' WHERE block = ?");
-    this.#db.transaction(() => {
-      for (const range of ranges) update.run(range.address / BLOCK_BYTES);
-    })();
+    this.#db.transaction(() => beginQuarantine(this.#db, ranges))();
   }
 
   markDurable(pieces: DurablePieces): void {
@@ -332,20 +367,37 @@ export class IndexWriter {
     this.#maybeCheckpoint();
   }
 
-  dropPresence(ranges: readonly StoreRange[], generation: number): void {
+  quarantined(): StoreRange[] {
+    return quarantined(this.#db);
+  }
+
+  /** Makes ranges free. A copy of the database from before this is told by its generation. */
+  endQuarantine(ranges: readonly StoreRange[], generation: number): void {
     this.#full(() => {
-      const chunks = this.#db.prepare(
-        'UPDATE chunks SET durable = 0 WHERE id > ? - ? AND id < ? AND id * 4096 + size > ?',
-      );
-      const extra = this.#db.prepare('UPDATE placements SET durable = 0 WHERE block > ? - ? AND block < ?');
-      for (const { address, length } of ranges) {
-        const first = address / BLOCK_BYTES;
-        const end = first + Math.ceil(length / BLOCK_BYTES);
-        chunks.run(first, MAX_CHUNK_BLOCKS, end, address);
-        extra.run(first, MAX_CHUNK_BLOCKS, end);
-      }
+      endQuarantine(this.#db, ranges);
       this.#set('generation', generation);
     });
+  }
+
+  coldChunks(request: ColdChunksRequest): ColdChunks {
+    return this.#db.transaction(() => coldChunks(this.#db, request, (id) => this.#holds.has(id))).immediate();
+  }
+
+  evict(request: EvictRequest): Uint8Array {
+    const taken = this.#full(() => {
+      this.#set('generation', request.generation);
+      return evict(this.#db, request, (id) => this.#holds.has(id));
+    });
+    this.#maybeCheckpoint();
+    return taken;
+  }
+
+  evictedPunched(blocks: Float64Array): void {
+    this.#db.transaction(() => evictedPunched(this.#db, blocks))();
+  }
+
+  imageUse(): ImageUse[] {
+    return imageUse(this.#db);
   }
 
   createImage(key: string, layers: readonly number[], reference: string): ImageRecord {
@@ -395,8 +447,13 @@ export class IndexWriter {
 
   pin(mountId: number, layers: readonly number[]): void {
     const insert = this.#db.prepare('INSERT INTO pins (mount_id, layer_id) VALUES (?, ?) ON CONFLICT DO NOTHING');
+    const known = this.#db.prepare('SELECT 1 FROM layers WHERE id = ?').pluck();
     this.#db.transaction(() => {
-      for (const layerId of layers) insert.run(mountId, layerId);
+      for (const layerId of layers) {
+        // Dropped a moment ago: its addresses may be given to others.
+        if (known.get(layerId) === undefined) throw new DedupError('NOT_FOUND', `layer ${layerId} is not in the store`);
+        insert.run(mountId, layerId);
+      }
     })();
   }
 
@@ -412,11 +469,12 @@ export class IndexWriter {
     const row = this.#db
       .prepare(
         `SELECT count(*), ifnull(sum(size), 0), count(*) FILTER (WHERE ref_count > 1),
-                ifnull(sum(size) FILTER (WHERE ref_count > 1), 0) FROM chunks`,
+                ifnull(sum(size) FILTER (WHERE ref_count > 1), 0), ifnull(sum(size * ref_count), 0) FROM chunks`,
       )
       .raw()
-      .get() as [number, number, number, number];
-    return { chunks: row[0], chunkBytes: row[1], sharedChunks: row[2], sharedBytes: row[3] };
+      .get() as [number, number, number, number, number];
+    const [chunks, chunkBytes, sharedChunks, sharedBytes, referencedBytes] = row;
+    return { chunks, chunkBytes, sharedChunks, sharedBytes, referencedBytes, freed: addressSpaceUse(this.#db) };
   }
 
   /** Moves the write-ahead log into the database file. */

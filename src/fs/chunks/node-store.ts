@@ -9,11 +9,10 @@ import type { LayerIndex } from '../index/layer-index.ts';
 import { ChunkKeeper } from './chunk-keeper.ts';
 import { Durability, type FreshPiece } from './durability.ts';
 import { IndexDb, type LayerChunk, type PlacedChunk } from './index-db.ts';
-import type { ImageRecord, LayerRecord, LayerSourceName, StoreRange } from './index-protocol.ts';
+import type { ImageRecord, ImageUse, LayerRecord, LayerSourceName, StoreRange } from './index-protocol.ts';
 import { SpaceReserve } from './space-reserve.ts';
 import { StoreFile } from './store-file.ts';
 import {
-  BYTES_PER_SUM,
   DEFAULT_STORE_BYTES,
   FIRST_CHUNK_ADDRESS,
   HEADER_ADDRESS,
@@ -22,6 +21,7 @@ import {
   STORE_HEAD_BYTES,
   STORE_TAIL_BYTES,
 } from './store-layout.ts';
+import { StoreSpace } from './store-space.ts';
 import type {
   AddLayerOptions,
   NodeStoreOptions,
@@ -31,6 +31,7 @@ import type {
   StoreNative,
 } from './store-types.ts';
 import { takenAway } from './taken-away.ts';
+import { Touched } from './touched.ts';
 
 export type {
   AddLayerOptions,
@@ -53,9 +54,14 @@ export class NodeStore {
   readonly #db: IndexDb;
   readonly #durability: Durability;
   readonly #reserve: SpaceReserve;
+  readonly #foreignImages: number;
+  /** What dropped layers leave behind is not given to others before its promise settles. */
+  #onDropped: (layerIds: readonly number[]) => Promise<void> = () => Promise.resolve();
   #highWater: number;
   #nextAddress: number;
   #generation: number;
+  readonly #space: StoreSpace;
+  readonly #touched: Touched;
   #storedBytes = 0;
   #mismatches = 0;
   #damagedReads = 0;
@@ -71,7 +77,7 @@ export class NodeStore {
     file: StoreFile,
     db: IndexDb,
     presence: Uint8Array,
-    state: { generation: number; nextAddress: number },
+    state: { generation: number; nextAddress: number; foreignImages: number },
   ) {
     this.storeBytes = file.header.storeBytes;
     this.presence = presence;
@@ -81,6 +87,8 @@ export class NodeStore {
     this.#db = db;
     this.#generation = state.generation;
     this.#nextAddress = state.nextAddress;
+    this.#foreignImages = state.foreignImages;
+    this.#touched = new Touched(options.native.touchedCreate(file.header.storeBytes));
     this.#highWater = file.header.highWater;
     this.#reserve = new SpaceReserve(options.paths.storeReserve, options.reserveBytes ?? 16 * MiB);
     this.#durability = new Durability(
@@ -93,6 +101,22 @@ export class NodeStore {
       },
       { delayMs: options.flushDelayMs ?? 2000, maxBytes: options.flushBytes ?? 64 * MiB },
       options.log,
+    );
+    this.#space = new StoreSpace(
+      {
+        file,
+        db,
+        presence,
+        touched: this.#touched,
+        durability: this.#durability,
+        nextAddress: () => this.#nextAddress,
+        serially: (work) => this.#serially(work),
+        underGeneration: (change, how) => this.#underGeneration(change, how),
+        refillReserve: async () => {
+          await this.#reserve.fill();
+        },
+      },
+      options,
     );
   }
 
@@ -112,7 +136,9 @@ export class NodeStore {
       const { header } = file;
       const nextGeneration = header.pendingGeneration + 1;
       await file.writeHeader({ pendingGeneration: nextGeneration });
-      const opened = await IndexDb.open({ file: paths.indexDb, ...header, nextGeneration, summed });
+      const living = await options.livingImages?.(file.name);
+      const livingImages = living === undefined ? undefined : [...living];
+      const opened = await IndexDb.open({ file: paths.indexDb, ...header, nextGeneration, livingImages, summed });
       db = opened.db;
       const { answer } = opened;
       if (answer.movedTo !== '') log.error({ movedTo: answer.movedTo }, 'index.db was damaged and is made anew');
@@ -127,8 +153,10 @@ export class NodeStore {
         native.presenceSet(presence, answer.durable[i]!, answer.durable[i + 1]!, true);
       }
       const store = new NodeStore(options, file, db, presence, answer);
-      if (answer.toPunch.length > 0) await store.#punch(answer.toPunch);
+      await store.#space.punchFreed(answer.toPunch);
+      await store.#space.punchEvicted(answer.evicted);
       if (!(await store.#reserve.fill())) log.warn('the disk has no room for the space that cleaning a full one takes');
+      store.#space.start();
       return store;
     } catch (error) {
       await db?.close();
@@ -150,6 +178,24 @@ export class NodeStore {
   /** Descriptor of the sums of its blocks, which hits are compared with. Owned by the store. */
   get sumsFd(): number {
     return this.#file.sums.fd;
+  }
+
+  /** When each part of the store was last used, for the transports to mark what they answer. */
+  get touched(): Uint32Array {
+    return this.#touched.map;
+  }
+
+  /** True for an image without a row to which an address may mean another chunk than it means to the database. */
+  isForeign(imageId: number): boolean {
+    return imageId <= this.#foreignImages;
+  }
+
+  /**
+   * Who reads and writes for layers is told when some are dropped; what it answers settles once nobody in this process
+   * can read or write what was theirs any more. One listener.
+   */
+  onDropped(listener: (layerIds: readonly number[]) => Promise<void>): void {
+    this.#onDropped = listener;
   }
 
   /** Says, and counts, that a read met blocks which the disk had changed; they are absent now and will be fetched. */
@@ -253,17 +299,26 @@ export class NodeStore {
    * no row any more on the disk. To be called serially.
    */
   async #free<T>(change: (generation: number) => Promise<{ ranges: readonly StoreRange[]; result: T }>): Promise<T> {
+    const { ranges, result } = await this.#underGeneration(change);
+    await this.#space.punchFreed(ranges);
+    await this.#reserve.fill();
+    return result;
+  }
+
+  /**
+   * Runs a change of the database under a generation of its own, so that a copy from before it is told. `reuse`: it makes
+   * addresses free to be given again. To be called serially.
+   */
+  async #underGeneration<T>(change: (generation: number) => Promise<T>, { reuse } = { reuse: false }): Promise<T> {
     const next = this.#generation + 1;
-    await this.#file.writeHeader({ pendingGeneration: next });
-    const { ranges, result } = await change(next).catch(async (error: unknown) => {
+    await this.#file.writeHeader({ pendingGeneration: next, ...(reuse ? { reuseGeneration: next } : {}) });
+    const result = await change(next).catch(async (error: unknown) => {
       if (errorCode(error) !== 'STORE_FULL') throw error;
       await this.#reserve.release();
       return await change(next);
     });
     await this.#file.writeHeader({ generation: next });
     this.#generation = next;
-    await this.#punch(ranges);
-    await this.#reserve.fill();
     return result;
   }
 
@@ -306,8 +361,8 @@ export class NodeStore {
 
   /**
    * Drops every layer but those named, or those a function that is asked at the last moment names, except pinned ones;
-   * then punches out the chunks only they used. Their rows are
-   * gone for good before anything is punched, and their addresses are not given again.
+   * then punches out the chunks only they used. Their rows are gone for good before anything is punched; their addresses
+   * are given again once nobody can see what was there (endQuarantine).
    * Returns the ids of the layers dropped. Errors: STORE_IO.
    */
   retainLayers(keep: readonly number[] | ((layerId: number) => boolean)): Promise<number[]> {
@@ -318,6 +373,7 @@ export class NodeStore {
       if (drop.length === 0) return [];
       const { dropped, pinned } = await this.#free(async (generation) => {
         const result = await this.#db.call('dropLayers', { layerIds: drop, generation });
+        if (result.dropped.length > 0) this.#space.waitFor(this.#onDropped(result.dropped));
         return { ranges: result.ranges, result };
       });
       if (pinned.length > 0) this.#log.debug({ layers: pinned }, 'layers in use are kept');
@@ -325,21 +381,43 @@ export class NodeStore {
     });
   }
 
-  /** Frees the disk space of ranges whose rows are gone. */
-  async #punch(ranges: readonly StoreRange[]): Promise<void> {
-    const done: StoreRange[] = [];
-    for (const range of ranges) {
-      this.#clear(range.address / BLOCK_BYTES, range.length / BLOCK_BYTES);
-      try {
-        await this.#native.punchHole(this.#file.buffered.fd, range.address, range.length);
-        await this.#native.punchHole(this.sumsFd, range.address / BYTES_PER_SUM, range.length / BYTES_PER_SUM);
-        done.push(range);
-      } catch (error) {
-        // The range stays recorded and is punched at the next start; its addresses are never given again meanwhile.
-        this.#log.warn({ err: error, ...range }, 'a range of the store could not be freed');
-      }
-    }
-    if (done.length > 0) await this.#db.call('punched', { ranges: done });
+  /**
+   * Makes addresses whose chunks are gone free to be given again, where nobody can see any more what was there; `wait`:
+   * after what was freed a moment ago has rested. Returns bytes of address space. Errors: STORE_IO, STORE_FULL, CLOSED.
+   */
+  async endQuarantine({ wait } = { wait: false }): Promise<number> {
+    this.#mustBeOpen();
+    if (wait) await this.#space.quarantineOver();
+    return await this.#space.endQuarantine();
+  }
+
+  /** Evicts down to 95 % of the quota, if there is more than the quota. Returns the bytes. Errors: as evict. */
+  evictToQuota(): Promise<number> {
+    this.#mustBeOpen();
+    return this.#space.evictToQuota();
+  }
+
+  /**
+   * Evicts about so many bytes of pieces that can be fetched again, those first that were not used for longest. Returns
+   * the bytes. Errors: STORE_IO, STORE_FULL, CLOSED.
+   */
+  evict(bytes: number): Promise<number> {
+    this.#mustBeOpen();
+    return this.#space.evict(bytes);
+  }
+
+  get quotaBytes(): number {
+    return this.#space.quotaBytes;
+  }
+
+  /** Bytes that the store and its sums take on the disk. Errors: STORE_IO. */
+  diskBytes(): Promise<number> {
+    return this.#file.diskBytes();
+  }
+
+  /** What every image that has a row needs. */
+  imageUse(): Promise<ImageUse[]> {
+    return this.#db.call('imageUse', {});
   }
 
   /** The placement that contains `address`; undefined when the address is not assigned. */
@@ -363,6 +441,7 @@ export class NodeStore {
    * are absent; CLOSED.
    */
   async read(target: Buffer, at: number, length: number, address: number): Promise<void> {
+    this.#touched.touch(address, length);
     for (;;) {
       this.#mustBeOpen();
       const { presence } = this;
@@ -383,12 +462,24 @@ export class NodeStore {
   /**
    * Verifies pieces that lie in `source` and stores the good ones; they are present when this returns.
    * Returns one byte per piece: 1 stored, 0 the bytes do not have their digest.
+   * On a full disk others are evicted for them, where there are any that can be fetched again.
    * Errors: STORE_IO, STORE_FULL (then none of the pieces is counted as present by the caller), CLOSED.
    */
   async store(source: Uint8Array, pieces: readonly PieceToStore[]): Promise<Uint8Array> {
     this.#mustBeOpen();
+    if (pieces.length === 0) return new Uint8Array(0);
+    try {
+      return await this.#space.whileWriting(pieces, () => this.#store(source, pieces));
+    } catch (error) {
+      const bytes = pieces.reduce((sum, { length }) => sum + length, 0);
+      if (errorCode(error) !== 'STORE_FULL' || !(await this.#space.makeRoom(bytes))) throw error;
+      return await this.#space.whileWriting(pieces, () => this.#store(source, pieces));
+    }
+  }
+
+  async #store(source: Uint8Array, pieces: readonly PieceToStore[]): Promise<Uint8Array> {
+    this.#mustBeOpen();
     const count = pieces.length;
-    if (count === 0) return new Uint8Array(0);
     const offsets = new Float64Array(count);
     const lengths = new Uint32Array(count);
     const addresses = new Float64Array(count);
@@ -398,6 +489,7 @@ export class NodeStore {
       lengths[i] = piece.length;
       addresses[i] = piece.address;
       digests.set(piece.digest, i * 32);
+      this.#touched.touch(piece.address, piece.length);
     }
     const failures = this.#durability.failures;
     const { presence } = this;
@@ -437,6 +529,7 @@ export class NodeStore {
     }
     this.#storedBytes += bytes;
     this.#durability.add(fresh, bytes);
+    this.#space.stored(bytes);
     return stored;
   }
 
@@ -527,26 +620,19 @@ export class NodeStore {
       storedBytes: this.#storedBytes,
       mismatches: this.#mismatches,
       damagedReads: this.#damagedReads,
-      presentBytes: this.#presentBytes(),
+      presentBytes: this.#space.presentBytes(),
+      evictedPieces: this.#space.evictedPieces,
+      evictedBytes: this.#space.evictedBytes,
       nextAddress: this.#nextAddress,
       generation: this.#generation,
     };
-  }
-
-  #presentBytes(): number {
-    const from = FIRST_CHUNK_ADDRESS / BLOCK_BYTES / 8;
-    const to = Math.ceil(this.#nextAddress / BLOCK_BYTES / 8);
-    let blocks = 0;
-    for (let at = from; at < to; at++) {
-      for (let bits = this.presence[at]!; bits !== 0; bits &= bits - 1) blocks++;
-    }
-    return blocks * BLOCK_BYTES;
   }
 
   /** Flushes and closes file and database. Idempotent. */
   async close(): Promise<void> {
     if (this.#closed) return;
     this.#closed = true;
+    this.#space.close();
     await Promise.allSettled(this.#using);
     try {
       await this.#durability.flush();

@@ -23,6 +23,11 @@ export interface StoreHeader {
   readonly pendingGeneration: number;
   /** No address at or above this one was ever given. */
   readonly highWater: number;
+  /**
+   * Generation in which addresses whose chunks were gone were last made free to be given again; 0: never. On the disk
+   * before the first of them is given.
+   */
+  readonly reuseGeneration: number;
 }
 
 export class StoreFile {
@@ -81,6 +86,7 @@ export class StoreFile {
         generation: 0,
         pendingGeneration: 0,
         highWater: firstHighWater,
+        reuseGeneration: 0,
       };
       const store = new StoreFile({ direct, buffered, sums }, header, `${dev.toString(16)}.${ino.toString(16)}`);
       if (found === undefined) await store.writeHeader({});
@@ -126,6 +132,17 @@ export class StoreFile {
     }
   }
 
+  /** Bytes of real blocks of the store and its sums, as du(1) counts them. Errors: STORE_IO. */
+  async diskBytes(): Promise<number> {
+    try {
+      const [store, sums] = await Promise.all([this.buffered.stat(), this.sums.stat()]);
+      // stat(2): st_blocks counts 512 bytes each, whatever the file system's blocks.
+      return (store.blocks + sums.blocks) * 512;
+    } catch (cause) {
+      throw ioError(cause, 'looking at the store');
+    }
+  }
+
   async close(): Promise<void> {
     if (this.#closed) return;
     this.#closed = true;
@@ -145,7 +162,8 @@ async function readHeader(handle: FileHandle, file: string): Promise<StoreHeader
       hint: 'move the chunks folder and index.db aside: everything lazy is fetched again',
     });
   }
-  const header = JSON.parse(json) as StoreHeader;
+  // Headers of before addresses were given again say nothing of it.
+  const header = { reuseGeneration: 0, ...JSON.parse(json) } as StoreHeader;
   if (header.magic !== MAGIC) throw new DedupError('STORE_CORRUPT', `${file} is not a store of this version`);
   return header;
 }

@@ -7,6 +7,7 @@ import type { ChunkTotals, LayerSourceName, LayerTrust } from './index-protocol.
 /** What the store needs of the native addon. */
 export interface StoreNative {
   presenceCreate(storeBytes: number): Uint8Array;
+  touchedCreate(storeBytes: number): Uint32Array;
   presenceSet(presence: Uint8Array, firstBlock: number, count: number, value: boolean): void;
   presenceTest(presence: Uint8Array, firstBlock: number, count: number): boolean;
   punchHole(fd: number, offset: number, length: number): Promise<void>;
@@ -23,6 +24,17 @@ export interface NodeStoreOptions {
   /** Presence is flushed after this time or this many bytes. */
   readonly flushDelayMs?: number;
   readonly flushBytes?: number;
+  /** Budget for what is present, bytes in whole blocks; 0: none. Default 0. */
+  readonly quotaBytes?: number;
+  /** What was stored or read within this time is not evicted, milliseconds. Default 10 s. */
+  readonly keepUsedMs?: number;
+  /** Addresses whose chunks are gone are not given again within this time, milliseconds. Default 5 s. */
+  readonly quarantineMs?: number;
+  /**
+   * Numbers of the images of the store called `storeId` that anybody on this machine still has mounted, whether they have
+   * a row or not. Absent: not known, and no address is ever given again. Errors: whatever keeps it from being known.
+   */
+  readonly livingImages?: (storeId: string) => Promise<ReadonlySet<number>>;
   /** Disk space kept back so that a full disk can still be cleaned, bytes. Default 16 MiB. */
   readonly reserveBytes?: number;
 }
@@ -75,4 +87,7 @@ export interface NodeStoreStats extends ChunkTotals {
   readonly presentBytes: number;
   readonly nextAddress: number;
   readonly generation: number;
+  /** Pieces evicted since the store was opened, and their bytes in whole blocks. */
+  readonly evictedPieces: number;
+  readonly evictedBytes: number;
 }

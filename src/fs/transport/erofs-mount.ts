@@ -120,8 +120,8 @@ interface StoreDevice {
   readonly kind: DeviceKind;
 }
 
-/** The devices of a store's images on this machine, whoever attached them. */
-async function devicesOf(storeId: string): Promise<StoreDevice[]> {
+/** The devices of a store's images on this machine, whoever attached them; when `all`, an error if one cannot be asked. */
+async function devicesOf(storeId: string, all = false): Promise<StoreDevice[]> {
   const found: StoreDevice[] = [];
   for (const device of readdirSync('/sys/block')) {
     if (!isAttached(device)) continue;
@@ -131,11 +131,20 @@ async function devicesOf(storeId: string): Promise<StoreDevice[]> {
       const [, imageId, store, metadata] = /^dedup:(\d+):([0-9a-f.]+)(:m)?$/.exec(name) ?? [];
       if (store !== storeId) continue;
       found.push({ path, name, imageId: Number(imageId), kind: metadata === undefined ? 'data' : 'metadata' });
-    } catch {
+    } catch (error) {
+      if (all && isAttached(device)) throw error;
       // Gone meanwhile: nobody's.
     }
   }
   return found;
+}
+
+/**
+ * Images of a store that somebody has mounted, or that are just being mounted: seen or not, in whatever mount namespace.
+ * Errors: KERNEL, and those of node:fs, when that cannot be told.
+ */
+export async function imagesInUse(storeId: string): Promise<ReadonlySet<number>> {
+  return new Set((await devicesOf(storeId, true)).map(({ imageId }) => imageId));
 }
 
 /** True when a loop device, by its name below /sys/block, has a backing file. */
@@ -161,8 +170,9 @@ export async function detachOrphans(storeId: string, log: Logger): Promise<void>
 }
 
 /**
- * Gives the data devices of an earlier session to the files of this one. The addresses of a store never mean anything
- * else, so a device of the same store reads the same bytes through whatever session serves it. As Transport.resume.
+ * Gives the data devices of an earlier session to the files of this one. An address means the same chunk as long as an
+ * image that was built with it is in use, so a device of the same store reads the same bytes through whatever session
+ * serves it; who knows of an image to which that does not apply does not want it. As Transport.resume.
  */
 export async function moveDevices(
   storeId: string,

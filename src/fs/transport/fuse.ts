@@ -27,6 +27,8 @@ export interface StoreView {
   readonly headBytes: number;
   readonly tailBytes: number;
   readonly presence: Uint8Array;
+  /** Where hits leave their marks. */
+  readonly touched: Uint32Array;
   /** Told of every read that met blocks which the disk had changed. */
   readonly damaged: (address: number, length: number) => void;
 }
@@ -73,6 +75,7 @@ export class FuseTransport implements Transport {
       headBytes: options.store.headBytes,
       tailBytes: options.store.tailBytes,
       presence: options.store.presence,
+      touched: options.store.touched,
       threads: READER_THREADS,
       maxBackground: MAX_BACKGROUND,
       onMiss: (misses) => {
