@@ -23,6 +23,8 @@ export interface ColdPiecesOptions {
 export class ColdPieces {
   readonly #options: ColdPiecesOptions;
   #cursor: ColdCursor | undefined = { kind: 'chunks', lastUsed: -1, block: -1 };
+  /** The last chunk that was looked at, as long as they come in the order of their use. */
+  #inOrder: ColdCursor | undefined;
   #rows: Float64Array = new Float64Array(0);
   #at = 0;
   /** Chunks that were used since the database was told, and when. */
@@ -38,8 +40,10 @@ export class ColdPieces {
     let left = bytes;
     while (left > 0) {
       if (this.#at === this.#rows.length) {
-        if (this.#cursor === undefined) break;
-        await this.#turnPage(this.#cursor);
+        // Chunks that were used after all come once more, behind those that were not.
+        const after = this.#inOrder !== undefined && this.#used.length > 0 ? this.#inOrder : this.#cursor;
+        if (after === undefined) break;
+        await this.#turnPage(after);
         continue;
       }
       for (const piece of this.#chunk(this.#at)) {
@@ -58,6 +62,9 @@ export class ColdPieces {
     const { rows, next } = await this.#options.page({ after, usedBefore, limit, used });
     this.#rows = rows;
     this.#at = 0;
+    const [block, , , , lastUsed] = rows.subarray(-COLD_ROW);
+    if (after.kind === 'placements') this.#inOrder = undefined;
+    else this.#inOrder = block === undefined ? after : { kind: 'chunks', lastUsed: lastUsed!, block };
     this.#cursor = next;
   }
 

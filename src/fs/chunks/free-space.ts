@@ -68,8 +68,11 @@ function rangesIn(db: Database.Database, state: string): StoreRange[] {
   }));
 }
 
-/** Makes ranges free, and one of those that are neighbours. */
-export function endQuarantine(db: Database.Database, ranges: readonly StoreRange[]): void {
+/**
+ * Makes ranges free, and one of those that are neighbours. The last one before `next`, the first address that is not
+ * given, is not given any more either: returns the new `next`.
+ */
+export function endQuarantine(db: Database.Database, ranges: readonly StoreRange[], next: number): number {
   const free = db.prepare("UPDATE freed SET state = 'free' WHERE block = ? AND state = 'quarantine'");
   for (const range of ranges) free.run(range.address / BLOCK_BYTES);
   const extend = db.prepare('UPDATE freed SET blocks = ? WHERE block = ?');
@@ -94,6 +97,9 @@ export function endQuarantine(db: Database.Database, ranges: readonly StoreRange
     blocks = count;
   }
   finish();
+  if (first < 0 || (first + blocks) * BLOCK_BYTES !== next) return next;
+  remove.run(first);
+  return first * BLOCK_BYTES;
 }
 
 /**

@@ -374,7 +374,7 @@ export class IndexWriter {
   /** Makes ranges free. A copy of the database from before this is told by its generation. */
   endQuarantine(ranges: readonly StoreRange[], generation: number): void {
     this.#full(() => {
-      endQuarantine(this.#db, ranges);
+      this.#set('next_address', endQuarantine(this.#db, ranges, this.#getNumber('next_address')));
       this.#set('generation', generation);
     });
   }

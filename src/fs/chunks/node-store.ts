@@ -112,9 +112,7 @@ export class NodeStore {
         nextAddress: () => this.#nextAddress,
         serially: (work) => this.#serially(work),
         underGeneration: (change, how) => this.#underGeneration(change, how),
-        refillReserve: async () => {
-          await this.#reserve.fill();
-        },
+        reserve: this.#reserve,
       },
       options,
     );

@@ -9,6 +9,7 @@ import type { Durability } from './durability.ts';
 import type { IndexDb } from './index-db.ts';
 import type { StoreRange } from './index-protocol.ts';
 import { countPresent, isAnyPresent } from './presence.ts';
+import type { SpaceReserve } from './space-reserve.ts';
 import type { StoreFile } from './store-file.ts';
 import { BYTES_PER_SUM, FIRST_CHUNK_ADDRESS } from './store-layout.ts';
 import type { NodeStoreOptions, PieceToStore } from './store-types.ts';
@@ -27,8 +28,8 @@ export interface SpaceParts {
   serially<T>(work: () => Promise<T>): Promise<T>;
   /** Runs a change of the database under a generation of its own; to be called serially. */
   underGeneration<T>(change: (generation: number) => Promise<T>, options?: { reuse: boolean }): Promise<T>;
-  /** Makes the reserve for a full disk anew, where it was given up. */
-  refillReserve(): Promise<void>;
+  /** Room that is given up when the disk is full, for the database to record what is to be freed. */
+  readonly reserve: SpaceReserve;
 }
 
 type SpaceOptions = Pick<
@@ -46,6 +47,8 @@ const PAGE_CHUNKS = 4096;
 const QUOTA_LEFT = 0.95;
 /** How often what could not be done is tried again. */
 const RETRY_MS = 10_000;
+/** A timer may fire a little early. */
+const TIMER_MS = 5;
 /** Least that is evicted when the disk is full. */
 const FULL_DISK_BYTES = 64 * MiB;
 
@@ -136,7 +139,7 @@ export class StoreSpace {
     this.#freedAtMs = performance.now();
     if (done.length === 0) return;
     await this.#parts.db.call('punched', { ranges: done });
-    this.#retryLater(this.#quarantineMs);
+    this.#retryLater(this.#quarantineMs + TIMER_MS);
   }
 
   /** Frees what an earlier process evicted and did not come to punch. */
@@ -225,14 +228,14 @@ export class StoreSpace {
     if (this.#checking || this.#quotaBytes === 0) return;
     this.#checking = true;
     try {
-      this.#presentBytes = this.presentBytes();
-      if (this.#presentBytes <= this.#quotaBytes) return;
-      await this.evictToQuota();
-      this.#presentBytes = this.presentBytes();
-      if (this.#presentBytes > this.#quotaBytes) {
+      for (;;) {
+        this.#presentBytes = this.presentBytes();
+        if (this.#presentBytes <= this.#quotaBytes) return;
+        if ((await this.evictToQuota()) > 0) continue;
         // What is left was used just now, or must stay.
         this.#presentBytes = Number.NEGATIVE_INFINITY;
         this.#retryLater(RETRY_MS);
+        return;
       }
     } catch (error) {
       if (errorCode(error) !== 'CLOSED') this.#log.warn({ err: error }, 'eviction failed');
@@ -254,6 +257,7 @@ export class StoreSpace {
   /** Makes room on a full disk for a write of so many bytes. False when nothing could be evicted. */
   async makeRoom(bytes: number): Promise<boolean> {
     try {
+      await this.#parts.reserve.release();
       const freed = await this.evict(Math.max(FULL_DISK_BYTES, 4 * bytes));
       if (freed === 0) return false;
       this.#log.warn({ freed }, 'the disk is full: what was not used for longest was evicted');
@@ -263,6 +267,8 @@ export class StoreSpace {
     } catch (error) {
       this.#log.warn({ err: error }, 'no room could be made on a full disk');
       return false;
+    } finally {
+      await this.#parts.reserve.fill();
     }
   }
 
@@ -277,6 +283,8 @@ export class StoreSpace {
   }
 
   async #evict(wantedBytes: number): Promise<number> {
+    // What is not durable yet is in no order.
+    await this.#parts.durability.flush();
     const cold = new ColdPieces({
       page: (request) => this.#parts.db.call('coldChunks', request),
       latestUse: (address, length) => this.#parts.touched.latest(address, length),
@@ -359,7 +367,7 @@ export class StoreSpace {
       done.push(...members);
     }
     if (done.length > 0) await db.call('evictedPunched', { blocks: Float64Array.from(done) });
-    await this.#parts.refillReserve();
+    await this.#parts.reserve.fill();
     this.evictedPieces += done.length;
     this.evictedBytes += freed;
     return freed;
@@ -369,7 +377,7 @@ export class StoreSpace {
 
   /** Begins what has to be done after a start. */
   start(): void {
-    this.#retryLater(this.#quarantineMs);
+    this.#retryLater(this.#quarantineMs + TIMER_MS);
     void this.checkQuota();
   }
 
@@ -385,7 +393,9 @@ export class StoreSpace {
     try {
       await this.endQuarantine();
       await this.checkQuota();
-      if (!this.#closed && (await this.#parts.db.call('quarantined', {})).length > 0) this.#retryLater(RETRY_MS);
+      if (this.#closed || (await this.#parts.db.call('quarantined', {})).length === 0) return;
+      const restsMs = this.#quarantineMs - (performance.now() - this.#freedAtMs);
+      this.#retryLater(restsMs > 0 ? restsMs + TIMER_MS : RETRY_MS);
     } catch (error) {
       if (errorCode(error) === 'CLOSED') return;
       this.#log.warn({ err: error }, 'space is given back later');
