@@ -63,6 +63,9 @@ const VERBS: Readonly<Record<string, (program: Command, context: SharedContext) 
     (await import('./mount-command.ts')).registerUmountCommand(program, await context()),
   images: async (program, context) =>
     (await import('./images-command.ts')).registerImagesCommand(program, await context()),
+  gc: async (program, context) => (await import('./gc-command.ts')).registerGcCommand(program, await context()),
+  stats: async (program, context) =>
+    (await import('./stats-command.ts')).registerStatsCommand(program, await context()),
   repair: async (program, context) =>
     (await import('./repair-command.ts')).registerRepairCommand(program, await context()),
   bench: async (program, context) =>

@@ -61,6 +61,43 @@ export interface StatsMessage {
   readonly ahead_bytes: number;
 }
 
+/** proto/dedupd.proto, SpaceImage. */
+export interface SpaceImageMessage {
+  readonly image_id: number;
+  readonly reference: string;
+  readonly total_bytes: number;
+  readonly present_bytes: number;
+  readonly shared_bytes: number;
+  readonly pinned: boolean;
+  readonly transport: string;
+}
+
+/** proto/dedupd.proto, SpaceResponse. */
+export interface SpaceMessage {
+  readonly disk_bytes: number;
+  readonly present_bytes: number;
+  readonly quota_bytes: number;
+  readonly chunks: number;
+  readonly chunk_bytes: number;
+  readonly referenced_bytes: number;
+  readonly shared_chunks: number;
+  readonly shared_bytes: number;
+  readonly freed_bytes: number;
+  readonly quarantined_bytes: number;
+  readonly free_bytes: number;
+  readonly evicted_bytes: number;
+  readonly images: readonly SpaceImageMessage[];
+}
+
+/** proto/dedupd.proto, GcProgress. */
+export interface GcProgressMessage {
+  readonly step: string;
+  readonly done: boolean;
+  readonly count: number;
+  readonly disk_bytes: number;
+  readonly address_bytes: number;
+}
+
 export interface MountProgressMessage {
   readonly step: string;
   readonly bytes_done: number;
@@ -88,6 +125,8 @@ export interface ControlledPlane {
   layerUsage(layer: LayerKeyMessage): Promise<{ bytes: number; inodes: number }>;
   listImages(): Promise<ImageInfoMessage[]>;
   stats(): Promise<StatsMessage>;
+  space(): Promise<SpaceMessage>;
+  gc(show: (progress: GcProgressMessage) => void): Promise<void>;
   mountReference(
     request: { reference: string; directory: string; platform: string; credentials: string },
     progress: (message: MountProgressMessage) => void,
@@ -250,6 +289,18 @@ export async function startControlServer(options: ControlServerOptions): Promise
     LayerUsage: unary('LayerUsage', log, (request: { layer: LayerKeyMessage }) => plane.layerUsage(request.layer)),
     ListImages: unary('ListImages', log, async () => ({ images: await plane.listImages() })),
     Stats: unary('Stats', log, () => plane.stats()),
+    Space: unary('Space', log, () => plane.space()),
+    Gc: (call: ServerWritableStream<unknown, GcProgressMessage>) => {
+      plane
+        .gc((progress) => void call.write(progress))
+        .then(
+          () => call.end(),
+          (error: unknown) => {
+            log.warn({ call: 'Gc', err: error }, 'call failed');
+            call.emit('error', toStatus(error));
+          },
+        );
+    },
     UnmountReference: unary('UnmountReference', log, async (request: { directory: string }) => {
       await plane.unmountReference(request.directory);
       return {};

@@ -15,10 +15,12 @@ import { NodeStore } from './chunks/node-store.ts';
 import type {
   BelowMessage,
   ControlledPlane,
+  GcProgressMessage,
   ImageInfoMessage,
   LayerKeyMessage,
   MountProgressMessage,
   PrepareLayerMessage,
+  SpaceMessage,
   StatsMessage,
 } from './control-server.ts';
 import { buildImage, prepareBuilder } from './image/build-image.ts';
@@ -35,6 +37,7 @@ import { ReferenceMounts } from './reference-mounts.ts';
 import type { Repository } from './registry/blob-reader.ts';
 import { type Credentials, parseUserPassword } from './registry/credentials.ts';
 import { RegistryPool, type RepositoryName } from './registry/pool.ts';
+import { collectGarbage, reportSpace } from './space-report.ts';
 import { detachOrphans, imagesInUse } from './transport/erofs-mount.ts';
 import { inspectMachine } from './transport/machine.ts';
 import { chooseTransport, openTransport, type TransportChoice } from './transport/select.ts';
@@ -45,6 +48,12 @@ const WINDOW_CACHE_BYTES = 4 * MiB;
 
 /** A burst of reads is over when none came for this long. */
 const IDLE_CHECK_MS = 1_000;
+
+/** Layers that snapshots name, and those that were here when the list was made. */
+interface NamedLayers {
+  readonly layers: readonly LayerKeyMessage[];
+  readonly before: ReadonlySet<number>;
+}
 
 export interface DataPlaneOptions {
   readonly config: Config;
@@ -72,6 +81,8 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
   readonly #credentials: Map<string, Credentials>;
   /** Mount ids that keys of the snapshotter were given, as told last. */
   #inUse: ReadonlySet<number> = new Set();
+  /** Layers that snapshots named last, and those that were here then. */
+  #named: NamedLayers | undefined;
   #idleTimer: NodeJS.Timeout | undefined;
   readonly #stop = new AbortController();
 
@@ -366,6 +377,18 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
     const startedMs = performance.now();
     const before = new Set(this.#book.all().map(({ id }) => id));
     this.#intake.forgetPromisesBefore(startedMs);
+    this.#named = { layers, before };
+    return await this.#retain(this.#named, (kept) => this.#mounts.release(this.#inUse, kept));
+  }
+
+  /**
+   * Drops layers that were here when the list was made and that neither it nor anybody since names; before, unmounts
+   * images by `release`, which is told what is kept.
+   */
+  async #retain(
+    { layers, before }: NamedLayers,
+    release: (kept: (layerId: number) => boolean) => Promise<unknown>,
+  ): Promise<number> {
     const keep = new Set<number>();
     for (const key of layers) {
       const row = this.#book.find(key);
@@ -373,7 +396,7 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
     }
     // The caller may give up waiting and let others prepare: what they are told meanwhile is not on its list.
     const kept = (id: number): boolean => keep.has(id) || this.#intake.isPromised(id) || !before.has(id);
-    await this.#mounts.release(this.#inUse, kept);
+    await release(kept);
     const named = new Set(keep);
     for (const image of this.#mounts.list()) for (const layer of image.layers) keep.add(layer.layerId);
     // Layers of an image that is just being pulled have no snapshot yet.
@@ -396,6 +419,30 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
     this.#intake.dropped();
     await this.#removeOrphanFiles();
     return dropped.length;
+  }
+
+  /** What the store takes, and what each image needs of it. */
+  space(): Promise<SpaceMessage> {
+    return reportSpace({
+      store: this.#store,
+      mounts: this.#mounts,
+      layers: () => this.#book.all(),
+      transport: this.#choice.name,
+    });
+  }
+
+  /** Gives back at once what nobody uses. */
+  async gc(show: (progress: GcProgressMessage) => void): Promise<void> {
+    await collectGarbage(
+      {
+        store: this.#store,
+        releaseIdle: () => this.#mounts.releaseIdle(),
+        // Which images are in use is told together with a list only.
+        dropUnnamed: async () =>
+          this.#named === undefined ? 0 : await this.#retain(this.#named, () => Promise.resolve()),
+      },
+      show,
+    );
   }
 
   /** Deletes metadata and index files that no row names any more. */

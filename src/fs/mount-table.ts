@@ -294,6 +294,17 @@ export class MountTable {
     return unmounted;
   }
 
+  /** Unmounts at once what the last release() found unused and nobody has asked for since. Returns how many. */
+  async releaseIdle(): Promise<number> {
+    let unmounted = 0;
+    for (const image of this.list()) {
+      if (image.idleSinceMs === undefined || image.holders.size > 0) continue;
+      await this.#unmount(image);
+      unmounted++;
+    }
+    return unmounted;
+  }
+
   #unmount(image: MountedImage): Promise<void> {
     this.#mounted.delete(image.id);
     const left = this.#takeDown(image).finally(() => this.#leaving.delete(image.id));

@@ -57,6 +57,45 @@ export type DedupdStats = Readonly<
   >
 >;
 
+/** proto/dedupd.proto, SpaceResponse. */
+export interface Space
+  extends Readonly<
+    Record<
+      | 'disk_bytes'
+      | 'present_bytes'
+      | 'quota_bytes'
+      | 'chunks'
+      | 'chunk_bytes'
+      | 'referenced_bytes'
+      | 'shared_chunks'
+      | 'shared_bytes'
+      | 'freed_bytes'
+      | 'quarantined_bytes'
+      | 'free_bytes'
+      | 'evicted_bytes',
+      number
+    >
+  > {
+  readonly images: readonly {
+    readonly image_id: number;
+    readonly reference: string;
+    readonly total_bytes: number;
+    readonly present_bytes: number;
+    readonly shared_bytes: number;
+    readonly pinned: boolean;
+    readonly transport: string;
+  }[];
+}
+
+/** proto/dedupd.proto, GcProgress. */
+export interface GcStep {
+  readonly step: string;
+  readonly done: boolean;
+  readonly count: number;
+  readonly disk_bytes: number;
+  readonly address_bytes: number;
+}
+
 export interface MountProgress {
   readonly step: string;
   readonly bytes_done: number;
@@ -90,6 +129,7 @@ const DEADLINE_MS = {
   LayerUsage: 10_000,
   ListImages: 10_000,
   Stats: 10_000,
+  Space: 60_000,
   UnmountReference: 30_000,
   GiveCredentials: 2_000,
   Shutdown: 10_000,
@@ -187,6 +227,24 @@ export class DedupdClient implements ImageMounter {
 
   async stats(): Promise<DedupdStats> {
     return await this.#call('Stats', {});
+  }
+
+  async space(): Promise<Space> {
+    return await this.#call('Space', {});
+  }
+
+  /** Gives back what nobody uses; a message when a step begins, one when it has ended. */
+  async *gc(): AsyncGenerator<GcStep> {
+    await this.#compare();
+    const invoke = this.#client.Gc as (request: object) => ClientReadableStream<GcStep>;
+    const stream = invoke.call(this.#client, {});
+    try {
+      for await (const message of stream) yield message as GcStep;
+    } catch (error) {
+      throw this.#convert('Gc', error);
+    } finally {
+      stream.cancel();
+    }
   }
 
   /** Hands over `user:password` for a host; kept in the daemon's memory only. */

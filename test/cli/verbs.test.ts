@@ -14,7 +14,7 @@ const REPOSITORY = join(import.meta.dirname, '..', '..');
 const SOURCE = join(REPOSITORY, 'src', 'dedup-snapshotter.ts');
 const DAEMON_SOURCE = join(REPOSITORY, 'src', 'dedupd.ts');
 const NOBODY = ['--reuid=65534', '--regid=65534', '--clear-groups'];
-const VERBS = ['bench', 'index', 'rpull', 'mount', 'umount', 'images', 'repair', 'config', 'doctor'];
+const VERBS = ['bench', 'index', 'rpull', 'mount', 'umount', 'images', 'gc', 'stats', 'repair', 'config', 'doctor'];
 
 interface Outcome {
   readonly code: number | null;
@@ -158,7 +158,7 @@ describe('the command line', () => {
 
   test('verbs that need dedupd say that none runs', () => {
     const file = configFile(ownPaths());
-    for (const args of [['images'], ['umount', dir]]) {
+    for (const args of [['images'], ['umount', dir], ['gc'], ['stats']]) {
       const { code, stderr } = cli(['--config', file, ...args]);
       assert.equal(code, 1);
       assert.match(stderr, /dedupd does not answer on .*\[UNAVAILABLE\]\n {2}start dedupd/);

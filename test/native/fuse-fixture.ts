@@ -27,6 +27,8 @@ export interface Fixture {
   readonly session: FuseSession;
   readonly device: LoopDevice;
   readonly presence: Uint8Array;
+  /** Where hits leave the second in which they came. */
+  readonly touched: Uint32Array;
   /** What the whole store shows when everything is present: zeros at the edges. */
   readonly content: Buffer;
   readonly misses: FuseMiss[];
@@ -92,6 +94,7 @@ export async function startFixture(options: FixtureOptions = {}): Promise<Fixtur
   writeFileSync(sumsPath, sums);
   const sumsFd = openSync(sumsPath, 'r');
   const presence = addon.presenceCreate(storeBytes);
+  const touched = addon.touchedCreate(storeBytes);
   const misses: FuseMiss[] = [];
   const devices: string[] = [];
   let fixture: Fixture | undefined;
@@ -103,6 +106,7 @@ export async function startFixture(options: FixtureOptions = {}): Promise<Fixtur
     headBytes: HEAD,
     tailBytes: TAIL,
     presence,
+    touched,
     threads: options.threads ?? 3,
     maxBackground: 512,
     onMiss: (batch) => {
@@ -143,6 +147,7 @@ export async function startFixture(options: FixtureOptions = {}): Promise<Fixtur
       session,
       device: await attach(7),
       presence,
+      touched,
       content,
       misses,
       storePath,

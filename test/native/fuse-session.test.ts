@@ -109,6 +109,24 @@ describe('FUSE session', () => {
     await finish(fixture);
   });
 
+  it('leaves the second of a hit at each MiB that it touched, and of a miss nowhere', limit, async () => {
+    fixture.touched.fill(0);
+    const before = Math.floor(Date.now() / 1000);
+    const read = { path: fixture.device.path, offset: 12 * MIB - BLOCK, length: 2 * BLOCK };
+    fixture.present(read.offset, read.length);
+    await reader.read(read);
+    const marked = [...fixture.touched.entries()].filter(([, second]) => second !== 0);
+    assert.deepEqual(
+      marked.map(([region]) => region),
+      [11, 12],
+    );
+    for (const [, second] of marked) assert.ok(second >= before - 1 && second <= Date.now() / 1000 + 1);
+    fixture.touched.fill(0);
+    native().presenceSet(fixture.presence, read.offset / BLOCK, 1, false);
+    await reader.read(read);
+    assert.ok(fixture.touched.every((second) => second === 0));
+  });
+
   it('answers zeros for the head and the tail without a look at the bitmap', limit, async () => {
     const fixture = await start();
     for (const [offset, length] of [

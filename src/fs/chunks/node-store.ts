@@ -10,6 +10,7 @@ import { ChunkKeeper } from './chunk-keeper.ts';
 import { Durability, type FreshPiece } from './durability.ts';
 import { IndexDb, type LayerChunk, type PlacedChunk } from './index-db.ts';
 import type { ImageRecord, ImageUse, LayerRecord, LayerSourceName, StoreRange } from './index-protocol.ts';
+import { countPresentBlocks } from './presence.ts';
 import { SpaceReserve } from './space-reserve.ts';
 import { StoreFile } from './store-file.ts';
 import {
@@ -402,6 +403,13 @@ export class NodeStore {
   evict(bytes: number): Promise<number> {
     this.#mustBeOpen();
     return this.#space.evict(bytes);
+  }
+
+  /** Bytes of a chunk that are present, from the first block of its placement. */
+  presentIn(block: number, bytes: number): number {
+    if (this.isPresent(block * BLOCK_BYTES, bytes)) return bytes;
+    const here = countPresentBlocks(this.presence, block, Math.ceil(bytes / BLOCK_BYTES)) * BLOCK_BYTES;
+    return Math.min(here, bytes);
   }
 
   get quotaBytes(): number {

@@ -21,6 +21,14 @@ export function countPresent(presence: Uint8Array, from: number, to: number): nu
   return blocks * BLOCK_BYTES;
 }
 
+/** How many of the blocks are present. */
+export function countPresentBlocks(presence: Uint8Array, firstBlock: number, blocks: number): number {
+  let present = 0;
+  for (let block = firstBlock; block < firstBlock + blocks; block++)
+    present += (presence[Math.floor(block / 8)]! >> (block % 8)) & 1;
+  return present;
+}
+
 /** True when at least one of the blocks is present. */
 export function isAnyPresent(presence: Uint8Array, firstBlock: number, blocks: number): boolean {
   const end = firstBlock + blocks;
