@@ -110,6 +110,7 @@ describe('FUSE session', () => {
   });
 
   it('leaves the second of a hit at each MiB that it touched, and of a miss nowhere', limit, async () => {
+    const fixture = await start({ onMiss: (own, misses) => misses.forEach((miss) => answer(own, miss)) });
     fixture.touched.fill(0);
     const before = Math.floor(Date.now() / 1000);
     const read = { path: fixture.device.path, offset: 12 * MIB - BLOCK, length: 2 * BLOCK };
@@ -124,7 +125,9 @@ describe('FUSE session', () => {
     fixture.touched.fill(0);
     native().presenceSet(fixture.presence, read.offset / BLOCK, 1, false);
     await reader.read(read);
+    assert.equal(fixture.misses.length, 1);
     assert.ok(fixture.touched.every((second) => second === 0));
+    await finish(fixture);
   });
 
   it('answers zeros for the head and the tail without a look at the bitmap', limit, async () => {

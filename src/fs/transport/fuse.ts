@@ -125,8 +125,13 @@ export class FuseTransport implements Transport {
     return this.#session;
   }
 
+  /** Opens an image's view of the store; the caller closes the descriptor. Errors: KERNEL, CLOSED. */
+  openFile(imageId: number): Promise<number> {
+    return this.#open().openFile(imageId);
+  }
+
   async mount(spec: MountSpec): Promise<void> {
-    const fd = await this.#open().openFile(spec.imageId);
+    const fd = await this.openFile(spec.imageId);
     try {
       await mountErofs(spec, { fd, directIo: true, storeId: this.#storeId }, this.#log);
     } finally {
