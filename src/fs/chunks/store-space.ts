@@ -130,6 +130,7 @@ export class StoreSpace {
 
   /** Frees the disk space of ranges whose rows are gone; then they are in quarantine. */
   async punchFreed(ranges: readonly StoreRange[]): Promise<void> {
+    if (ranges.length === 0) return;
     const done: StoreRange[] = [];
     for (const range of ranges) {
       this.#takeAway(range);
