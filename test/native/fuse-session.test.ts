@@ -110,7 +110,7 @@ describe('FUSE session', () => {
   });
 
   it('leaves the second of a hit at each MiB that it touched, and of a miss nowhere', limit, async () => {
-    const fixture = await start({ onMiss: (own, misses) => misses.forEach((miss) => answer(own, miss)) });
+    const fixture = await start({ onMiss: answerAll });
     fixture.touched.fill(0);
     const before = Math.floor(Date.now() / 1000);
     const read = { path: fixture.device.path, offset: 12 * MIB - BLOCK, length: 2 * BLOCK };
