@@ -1,8 +1,8 @@
 // Which directories of snapshots are named by a mount, in any mount namespace of the machine: as a layer of an overlay, or
 // as what a bind mount shows. Read from the mount tables of all processes; what cannot be judged counts as named. Called by
 // leftover-directories.ts; touches no path outside /proc and the snapshots directory.
-import { readdir, readFile, readlink, realpath } from 'node:fs/promises';
-import { basename, join } from 'node:path';
+import { readdir, readFile, readlink, realpath, stat } from 'node:fs/promises';
+import { basename, dirname, isAbsolute, join } from 'node:path';
 import { DedupError, wrapError } from '../errors.ts';
 import type { RootPaths } from '../paths.ts';
 import { isErrno } from './errno.ts';
@@ -86,21 +86,43 @@ async function namesOf(directory: string): Promise<Set<string>> {
   return new Set([directory, real, inside]);
 }
 
+/** Tells whether a directory that snapshots are in, as a mount table calls it, may be ours. Asked once a name. */
+class Judge {
+  readonly #paths: RootPaths;
+  readonly #names: ReadonlySet<string>;
+  readonly #known = new Map<string, boolean>();
+
+  constructor(paths: RootPaths, names: ReadonlySet<string>) {
+    this.#paths = paths;
+    this.#names = names;
+  }
+
+  async mayBeOurs(directory: string): Promise<boolean> {
+    let verdict = this.#known.get(directory);
+    if (verdict === undefined)
+      this.#known.set(directory, (verdict = this.#names.has(directory) || (await this.#unclear(directory))));
+    return verdict;
+  }
+
+  /** False only for a directory that is there, named as other snapshotters name theirs, and is not ours. */
+  async #unclear(directory: string): Promise<boolean> {
+    const { root, snapshots } = this.#paths;
+    if (!isAbsolute(directory) || basename(directory) !== basename(snapshots)) return true;
+    if (basename(dirname(directory)) === basename(root)) return true;
+    const [theirs, ours] = await Promise.all([stat(directory).catch(() => undefined), stat(snapshots)]);
+    return theirs === undefined || (theirs.dev === ours.dev && theirs.ino === ours.ino);
+  }
+}
+
 /**
  * Numbers of snapshots whose directory a mount names, with where it is. Another snapshotter's directory `snapshots/N/fs` is
- * told from ours by the names around it; a relative path, and one below a directory that is not called `snapshots`, may be
- * ours. Errors: KERNEL, STORE_IO.
+ * told from ours; where that cannot be told it counts as ours. Errors: KERNEL, STORE_IO.
  */
 export async function mountedDirectories(paths: RootPaths): Promise<Map<number, string>> {
   const names = await namesOf(paths.snapshots).catch((error: unknown) => {
     throw wrapError(error, `looking for ${paths.snapshots} among the mounts`, 'STORE_IO');
   });
-  const ownTail = `/${basename(paths.root)}/${basename(paths.snapshots)}`;
-  const mayBeOurs = (directory: string): boolean =>
-    directory === '' ||
-    names.has(directory) ||
-    directory.endsWith(ownTail) ||
-    basename(directory) !== basename(paths.snapshots);
+  const judge = new Judge(paths, names);
   const found = new Map<number, string>();
   for (const { pid, lines } of await mountTables()) {
     for (const { root, mountPoint, fstype, options } of lines) {
@@ -109,8 +131,8 @@ export async function mountedDirectories(paths: RootPaths): Promise<Map<number, 
       const named = fstype === 'overlay' ? options.split(/[,:=]/) : [];
       for (const piece of [root, ...named]) {
         for (const { 1: start = '', 2: id, index } of piece.matchAll(/(^|\/)(\d+)\/fs(?=\/|$)/g)) {
-          const directory = piece.slice(0, index) + (index === 0 && start === '/' ? '/' : '');
-          if (mayBeOurs(directory)) found.set(Number(id), `${mountPoint} (seen by process ${pid})`);
+          const directory = index === 0 ? start : piece.slice(0, index);
+          if (await judge.mayBeOurs(directory)) found.set(Number(id), `${mountPoint} (seen by process ${pid})`);
         }
       }
     }

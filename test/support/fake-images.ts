@@ -16,6 +16,8 @@ import type {
   PrepareLayerResult,
 } from '../../src/snapshotter/images.ts';
 
+const COPY = { recursive: true, verbatimSymlinks: true };
+
 export class FakeImages implements ImageMounter {
   readonly #dir: string;
   readonly #layers = new Map<string, string>();
@@ -81,7 +83,7 @@ export class FakeImages implements ImageMounter {
     const path = join(this.#dir, 'mounts', String(mountId));
     if (!existsSync(path)) {
       await mkdir(path, { recursive: true });
-      for (const digest of digests) await cp(this.#layers.get(digest) ?? '', path, { recursive: true });
+      for (const digest of digests) await cp(this.#layers.get(digest) ?? '', path, COPY);
     }
     await this.afterMount();
     return { path, mountId, ...this.rootOwner };
@@ -108,7 +110,7 @@ export class FakeImages implements ImageMounter {
     await this.whileConverting(args, onProgress, signal);
     const digest = args.layer === '' ? digestOf(`directory ${args.snapshot}`) : args.layer;
     const dir = join(this.#dir, 'layers', digest);
-    await cp(args.directory, dir, { recursive: true });
+    await cp(args.directory, dir, COPY);
     this.#layers.set(digest, dir);
     this.forgotten.delete(digest);
     return { digest, index: 'sha256:local', scope: '' };
