@@ -37,7 +37,7 @@ import { ReferenceMounts } from './reference-mounts.ts';
 import type { Repository } from './registry/blob-reader.ts';
 import { type Credentials, parseUserPassword } from './registry/credentials.ts';
 import { RegistryPool, type RepositoryName } from './registry/pool.ts';
-import { detachOrphans } from './transport/erofs-mount.ts';
+import { dataDeviceName, detachOrphans, storeReaders } from './transport/erofs-mount.ts';
 import { inspectMachine } from './transport/machine.ts';
 import { chooseTransport, openTransport, type TransportChoice } from './transport/select.ts';
 import type { ErofsLayoutKind, Transport } from './transport/transport.ts';
@@ -110,6 +110,7 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
       paths: options.paths,
       transport: parts.transport,
       layout: parts.choice.layout,
+      direct: options.config.direct_mounts && parts.transport.capabilities.direct,
       images: {
         storeBytes: store.storeBytes,
         imageFor: async (key, layerIds) => (await store.createImage(key, layerIds)).id,
@@ -118,6 +119,12 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
         placeMetadata: (address, file) => store.placeMetadata(address, file),
         pin: (imageId, layerIds) => store.pin(imageId, layerIds),
         unpin: (imageId) => store.unpin(imageId),
+        admitDirect: ({ imageId, layers, metadataInStore }, attach) => {
+          const loop = dataDeviceName(imageId, store.id);
+          const metadata = options.paths.imageMetadata(imageId);
+          return store.direct.admit({ imageId, layers, metadataInStore, loop, metadata }, attach);
+        },
+        lookAtDirect: (mounted) => store.direct.look(mounted),
         known: () => this.#knownImages(),
       },
       build: buildImage,
@@ -172,7 +179,7 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
     log.info({ transport: choice.name, layout: choice.layout, because: choice.because }, 'transport chosen');
     const credentials = new Map<string, Credentials>();
     const registry = new RegistryPool({ ...registryOptions(config), log });
-    const store = await NodeStore.open({ paths, native: native(), log });
+    const store = await NodeStore.open({ paths, native: native(), log, readers: storeReaders });
     const opened: AsyncDisposable[] = [registry, { [Symbol.asyncDispose]: () => store.close() }];
     try {
       await removeHalfWritten(paths, run, log);
@@ -230,12 +237,13 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
         transport,
         credentials,
       });
-      plane.#collectWhenIdle();
+      plane.#watchForIdleTimes();
       await store.unpinAll();
       // First: what has no metadata any more is not taken over.
       await plane.#removeOrphanFiles();
       await plane.#references.resume(await plane.#mounts.resume());
       await detachOrphans(store.id, log);
+      await store.direct.look();
       return plane;
     } catch (error) {
       for (const resource of opened.reverse()) await resource[Symbol.asyncDispose]();
@@ -244,21 +252,23 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
   }
 
   /**
-   * Collects garbage once after every burst of reads. Buffers of fetched spans are outside the JavaScript heap, which
-   * alone is too small to make the engine look for them; a node has better use for that memory.
+   * After every burst of reads: images that are complete now are read without us from then on, and garbage is collected
+   * once. Buffers of fetched spans are outside the JavaScript heap, which alone is too small to make the engine look for
+   * them; a node has better use for that memory.
    */
-  #collectWhenIdle(): void {
-    const { gc } = globalThis;
-    if (gc === undefined) return; // Only the launcher starts us with it.
+  #watchForIdleTimes(): void {
+    const { gc } = globalThis; // Only the launcher starts us with it.
     let collected = -1; // What starting left behind counts as the first burst.
     let seen = 0;
     this.#idleTimer = setInterval(() => {
       const { reads, waiting } = this.#loader.stats();
-      if (reads === seen && reads !== collected && waiting === 0) {
-        gc();
-        collected = reads;
-      }
+      const idle = reads === seen && waiting === 0;
       seen = reads;
+      if (!idle) return;
+      void this.#mounts.completeImages(); // Never rejects.
+      if (gc === undefined || reads === collected) return;
+      gc();
+      collected = reads;
     }, IDLE_CHECK_MS).unref();
   }
 
@@ -481,7 +491,7 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
         layers: image.layers.map((layer) => layer.digest),
         total_bytes: total,
         present_bytes: present,
-        transport: this.#choice.name,
+        transport: image.direct ? 'direct' : this.#choice.name,
         reference: [...image.holders.values()][0] ?? '',
       });
     }
