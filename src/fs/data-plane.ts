@@ -10,7 +10,7 @@ import type { RootPaths, RunPaths } from '../paths.ts';
 import { fetchImageStart } from '../prefetch/image-start.ts';
 import { registryOptions } from '../registry-settings.ts';
 import { MiB } from '../units.ts';
-import type { LayerSourceName } from './chunks/index-protocol.ts';
+import type { LayerRecord, LayerSourceName } from './chunks/index-protocol.ts';
 import { NodeStore } from './chunks/node-store.ts';
 import type {
   BelowMessage,
@@ -21,6 +21,8 @@ import type {
   PrepareLayerMessage,
   StatsMessage,
 } from './control-server.ts';
+import { buildDirectoryIndex } from './directory/build-index.ts';
+import { IdleGate } from './idle-gate.ts';
 import { buildImage, prepareBuilder } from './image/build-image.ts';
 import { IndexCatalog } from './index/discovery.ts';
 import { IndexPublisher } from './index/index-publisher.ts';
@@ -32,10 +34,12 @@ import { type ImageAhead, LayerIntake, type ManifestLayer, type ReadProgress } f
 import { LazyLoader } from './lazy-loader.ts';
 import { type MountableBelow, type MountableLayer, MountTable } from './mount-table.ts';
 import { native } from './native.ts';
+import { type OrdinaryLayer, OrdinaryLayers } from './ordinary-layers.ts';
 import { detachDeadSessions, removeHalfWritten } from './orphans.ts';
 import { ReferenceMounts } from './reference-mounts.ts';
 import type { Repository } from './registry/blob-reader.ts';
 import { type Credentials, parseUserPassword } from './registry/credentials.ts';
+import type { LocalBlobs } from './registry/local-blobs.ts';
 import { RegistryPool, type RepositoryName } from './registry/pool.ts';
 import { dataDeviceName, detachOrphans, storeReaders } from './transport/erofs-mount.ts';
 import { inspectMachine } from './transport/machine.ts';
@@ -53,6 +57,8 @@ export interface DataPlaneOptions {
   readonly paths: RootPaths;
   readonly run: RunPaths;
   readonly log: Logger;
+  /** Layers in containerd's own content store; absent: those are not looked at. */
+  readonly localBlobs?: LocalBlobs | undefined;
   /** Layout of EROFS metadata; what the kernel calls for when absent. Newer kernels mount the older layout too. */
   readonly layout?: ErofsLayoutKind;
 }
@@ -72,6 +78,7 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
   readonly #intake: LayerIntake;
   readonly #kept: KeptIndexes;
   readonly #publisher: IndexPublisher;
+  readonly #ordinary: OrdinaryLayers;
   readonly #references: ReferenceMounts;
   readonly #credentials: Map<string, Credentials>;
   /** Mount ids that keys of the snapshotter were given, as told last. */
@@ -106,6 +113,10 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
     this.#transport = parts.transport;
     this.#credentials = parts.credentials;
     const store = parts.store;
+    const idle = new IdleGate(
+      () => parts.loader.stats().misses,
+      () => parts.loader.stats().waiting > 0 || this.#intake.isReading,
+    );
     this.#mounts = new MountTable({
       paths: options.paths,
       transport: parts.transport,
@@ -143,6 +154,16 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
       prebuild: (layers, config) => this.#prebuild(layers, config),
       indexed: (manifest, source) => this.#indexed(manifest, source),
       stop: this.#stop.signal,
+      log: options.log,
+    });
+    this.#ordinary = new OrdinaryLayers({
+      store,
+      intake: this.#intake,
+      readDirectory: buildDirectoryIndex,
+      blobs: options.localBlobs,
+      leaveIndex: options.config.publish_index !== 'off',
+      indexed: (manifest, source) => this.#indexed(manifest, source),
+      gate: (signal) => idle.pass(signal),
       log: options.log,
     });
     this.#publisher = new IndexPublisher({
@@ -337,6 +358,15 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
     const { log } = this.#options;
     const signal = this.#stop.signal;
     await fetchImageStart({ metadata, layerIds, config: await config, loader: this.#loader, signal, log });
+  }
+
+  /** Stores a layer that containerd unpacked; see OrdinaryLayers.convert. It is kept for the caller, who is about to name it. */
+  convertOrdinary(
+    layer: OrdinaryLayer,
+    progress: (bytes: number, entries: number) => void,
+    signal: AbortSignal,
+  ): Promise<LayerRecord> {
+    return this.#ordinary.convert(layer, progress, AbortSignal.any([signal, this.#stop.signal]));
   }
 
   /** Has the indexes of an image pushed beside it, where that is wished for. */
