@@ -213,8 +213,11 @@ interface Addon {
    * called `name` (any name when absent).
    */
   loopDetach(path: string, name?: string): Promise<void>;
-  /** Name that a device was attached with. Errors: KERNEL (ENXIO) when it has no backing file. */
-  loopStatus(path: string): Promise<{ name: string }>;
+  /**
+   * Name that a device was attached with, and the backing file's device and inode number as in fs.Stats. Errors: KERNEL
+   * (ENXIO) when it has no backing file.
+   */
+  loopStatus(path: string): Promise<{ name: string; device: number; inode: number }>;
   /** Errors: KERNEL; ENXIO also when the device is not called `name` (any name when absent). */
   loopChangeFd(path: string, fd: number, name?: string): Promise<void>;
   /** Takes an exclusive flock(2) without waiting; false when another holds it. */
@@ -233,6 +236,8 @@ interface Addon {
   presenceSet(presence: Uint8Array, firstBlock: number, count: number, value: boolean): void;
   /** True when all `count` bits from `firstBlock` are set, with acquire order. */
   presenceTest(presence: Uint8Array, firstBlock: number, count: number): boolean;
+  /** How often blocks were made absent in this process: unchanged, none was in between. */
+  presenceClearEpoch(): number;
   fuseStart(args: FuseSessionArgs): Promise<FuseSession>;
   gzipIndexer(options: { spanBytes: number }): GzipIndexer;
   streamHasher(): StreamHasher;
