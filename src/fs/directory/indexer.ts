@@ -1,7 +1,6 @@
 // Makes the layer index of an unpacked layer: reads each file once, cuts and names its content with the chunker of all
 // layers, and hands whole pieces out in batches. Called by conversion-worker.ts in a thread of its own: every call
 // blocks. The layer it describes is a tar that nobody made: a block for each header, content, padding, and no framing.
-
 import { hash } from 'node:crypto';
 import { type BigIntStats, closeSync, constants, fstatSync, openSync, readSync } from 'node:fs';
 import { digestOf } from '../../digest.ts';

@@ -168,6 +168,10 @@ export class DirectoryWalk {
       case 'ENOENT':
         if (path === '' || this.#isGone()) return wrapError(cause, doing, 'NOT_FOUND');
         return wrapError(cause, `${doing}: it went meanwhile`, 'FAILED_PRECONDITION');
+      case 'ELOOP':
+      case 'ENOTDIR':
+      case 'ENXIO':
+        return wrapError(cause, `${doing}: something else took its place`, 'FAILED_PRECONDITION');
       case 'ENAMETOOLONG':
         return leftAlone(path, 'has a path that is too long');
       default:
