@@ -15,6 +15,8 @@ import { NodeStore } from './chunks/node-store.ts';
 import type {
   BelowMessage,
   ControlledPlane,
+  ConvertLayerMessage,
+  ConvertProgressMessage,
   ImageInfoMessage,
   LayerKeyMessage,
   MountProgressMessage,
@@ -408,6 +410,20 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
     const image = await this.#mounts.mount(await this.#intake.mountableLayers(layers), bottom, lowers);
     image.used = true;
     return { path: image.path, mountId: image.id, rootUid: image.rootUid, rootGid: image.rootGid };
+  }
+
+  /** Builds the file system of layers that lie on nothing, before it is mounted. Errors: NOT_FOUND, IMAGE_INVALID. */
+  async prebuildImage(layers: readonly LayerKeyMessage[]): Promise<void> {
+    await this.#mounts.prebuild(await this.#intake.mountableLayers(layers));
+  }
+
+  /** Makes a layer of a directory that containerd unpacked. Errors: UNIMPLEMENTED. */
+  async convertLayer(
+    request: ConvertLayerMessage,
+    _progress: (message: ConvertProgressMessage) => void,
+    _signal: AbortSignal,
+  ): Promise<LayerKeyMessage> {
+    throw new DedupError('UNIMPLEMENTED', `this dedupd does not convert ordinary layers (${request.directory})`);
   }
 
   async releaseImages(inUse: readonly number[]): Promise<number> {
