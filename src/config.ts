@@ -83,6 +83,12 @@ const schema = z.strictObject({
     .enum(['auto', 'fuse', 'fuse-native'])
     .default('auto')
     .describe('how the kernel asks for missing bytes; auto takes the best this kernel has'),
+  direct_mounts: z
+    .boolean()
+    .default(true)
+    .describe(
+      'images that are here completely are read by the kernel without dedupd; false: every read passes through it, and is compared with what was written',
+    ),
   dedup_scope: z
     .enum(['node', 'registry', 'repository'])
     .default('node')
@@ -95,6 +101,12 @@ const schema = z.strictObject({
     .array(z.enum(['annotation', 'local', 'referrer']))
     .default(['annotation', 'local'])
     .describe('where a layer index may come from'),
+  publish_index: z
+    .enum(['off', 'local', 'registry'])
+    .default('local')
+    .describe(
+      'what becomes of the index of a layer that this node had to read whole: kept for the next pull here, or pushed beside the image for all nodes, too',
+    ),
   credentials_file: absolute.optional().describe('Docker config.json with registry credentials'),
   ca_files: z.array(absolute).default([]).describe('PEM files with additional certificate authorities'),
   insecure_registries: z

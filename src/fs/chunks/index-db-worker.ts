@@ -24,7 +24,11 @@ const handlers: Handlers = {
     return result.answer;
   },
   addLayer: (args) => opened().addLayer(args),
+  holdChunks: (args) => opened().holdChunks(args),
+  releaseHold: (args) => opened().releaseHold(args.hold),
+  dropUnreferenced: (args) => opened().dropUnreferenced(args.generation),
   layers: () => opened().layers(),
+  confirmLayer: (args) => opened().confirmLayer(args.layerId),
   layerAddresses: (args) => opened().layerAddresses(args.layerId),
   addSources: (args) => done(opened().addSources(args.layerId, args.sources)),
   setLayerState: (args) => done(opened().setLayerState(args.layerId, args)),
@@ -39,6 +43,10 @@ const handlers: Handlers = {
   pin: (args) => done(opened().pin(args.mountId, args.layers)),
   unpin: (args) => done(opened().unpin(args.mountId)),
   unpinAll: () => done(opened().unpinAll()),
+  layerPresence: (args) => opened().layerPresence(args.layerIds),
+  addDirect: (args) => done(opened().addDirect(args)),
+  dropDirect: (args) => done(opened().dropDirect(args.imageId, args.pinned)),
+  directMounts: () => opened().directMounts(),
   totals: () => opened().totals(),
   checkpoint: () => done(opened().checkpoint()),
   close: () => {

@@ -111,6 +111,35 @@ export interface DroppedLayers {
   readonly ranges: readonly StoreRange[];
 }
 
+/** Chunks of a layer that is still being read. */
+export interface ChunksToHold {
+  /** Number of the hold, the caller's choice. */
+  readonly hold: number;
+  readonly scope: string;
+  /** 32 bytes per chunk. */
+  readonly digests: Uint8Array;
+  readonly lengths: Uint32Array;
+  readonly pieceBytes: number;
+}
+
+/** A mount whose data device reads the store itself. */
+export interface DirectMount {
+  readonly imageId: number;
+  /** What its device is called. */
+  readonly loop: string;
+  /** Path of the image's metadata file. */
+  readonly metadata: string;
+  readonly layers: readonly number[];
+}
+
+/** What of some layers is durable: first block and number of blocks, alternating. */
+export interface LayerPresence {
+  /** Chunks that are not wholly durable, but not more than tell; empty when all are. */
+  readonly missing: readonly number[];
+  /** If all are: the blocks they take, ascending and joined. */
+  readonly ranges: Float64Array;
+}
+
 export interface ImageRecord {
   readonly id: number;
   readonly key: string;
@@ -132,7 +161,14 @@ export interface ChunkTotals {
 export interface IndexCalls {
   open: { args: OpenRequest; result: OpenAnswer };
   addLayer: { args: NewLayer; result: AddedLayer };
+  holdChunks: { args: ChunksToHold; result: { addresses: Float64Array; nextAddress: number } };
+  /** Lets go of the chunks of a hold; answers how many chunks no layer counts and nobody holds now. */
+  releaseHold: { args: { hold: number }; result: number };
+  /** Drops the rows of chunks that no layer counts and nobody holds. Committed with synchronous=FULL. */
+  dropUnreferenced: { args: { generation: number }; result: readonly StoreRange[] };
   layers: { args: Record<string, never>; result: LayerRecord[] };
+  /** Whether every chunk of the layer is durable; if so, what is committed is on the disk (synchronous=FULL). */
+  confirmLayer: { args: { layerId: number }; result: boolean };
   layerAddresses: { args: { layerId: number }; result: Float64Array };
   addSources: { args: { layerId: number; sources: readonly LayerSourceName[] }; result: null };
   setLayerState: { args: { layerId: number; verified?: boolean; condemned?: boolean }; result: null };
@@ -148,7 +184,14 @@ export interface IndexCalls {
   dropImage: { args: { id: number }; result: null };
   pin: { args: { mountId: number; layers: readonly number[] }; result: null };
   unpin: { args: { mountId: number }; result: null };
+  /** Pins of mounts that read the store themselves stay, here and above. */
   unpinAll: { args: Record<string, never>; result: null };
+  layerPresence: { args: { layerIds: readonly number[] }; result: LayerPresence };
+  /** Committed with synchronous=FULL, pins included. */
+  addDirect: { args: DirectMount; result: null };
+  /** `pinned`: the image is mounted otherwise, and stays pinned. */
+  dropDirect: { args: { imageId: number; pinned: boolean }; result: null };
+  directMounts: { args: Record<string, never>; result: readonly number[] };
   totals: { args: Record<string, never>; result: ChunkTotals };
   checkpoint: { args: Record<string, never>; result: null };
   close: { args: Record<string, never>; result: null };

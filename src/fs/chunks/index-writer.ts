@@ -5,14 +5,20 @@ import type Database from 'better-sqlite3';
 import { DedupError } from '../../errors.ts';
 import { BLOCK_BYTES } from '../../units.ts';
 import { addLayer } from './add-layer.ts';
+import { AddressSpace } from './address-space.ts';
+import * as direct from './direct-rows.ts';
 import { deleteImage, dropLayers } from './drop-layers.ts';
+import { ChunkHolds, countUnreferenced, dropUnreferenced, holdChunks } from './hold-chunks.ts';
 import { openSound } from './index-open.ts';
 import type {
   AddedLayer,
+  ChunksToHold,
   ChunkTotals,
+  DirectMount,
   DroppedLayers,
   DurablePieces,
   ImageRecord,
+  LayerPresence,
   LayerRecord,
   LayerSourceName,
   LayerTrust,
@@ -41,6 +47,7 @@ function isDamage(cause: unknown): boolean {
 export class IndexWriter {
   readonly #db: Database.Database;
   readonly #walFile: string;
+  readonly #holds = new ChunkHolds();
   readonly storeBytes: number;
 
   private constructor(db: Database.Database, file: string, storeBytes: number) {
@@ -122,7 +129,10 @@ export class IndexWriter {
         );
       }
       // Numbers and files of images are another history's; who dies before the files are gone finds no row for them.
-      if (replaced) this.#db.exec('DELETE FROM image_layers; DELETE FROM images');
+      if (replaced) {
+        this.#db.exec('DELETE FROM image_layers; DELETE FROM images');
+        direct.forgetDirect(this.#db);
+      }
       const next = fresh ? FIRST_CHUNK_ADDRESS : this.#getNumber('next_address');
       this.#set('store_id', request.storeId);
       this.#set('store_bytes', request.storeBytes);
@@ -130,6 +140,8 @@ export class IndexWriter {
       // Addresses given after this copy of the database was taken may still be mapped by a mounted image.
       this.#set('next_address', Math.max(next, request.highWater));
       this.#set('clean', 0);
+      // Of layers that were being read when the last process ended.
+      dropUnreferenced(this.#db, this.#holds, now());
     });
     return dropped;
   }
@@ -188,14 +200,44 @@ export class IndexWriter {
   addLayer(layer: NewLayer): AddedLayer {
     const added = this.#db
       .transaction(() => {
-        const next = this.#getNumber('next_address');
-        const result = addLayer(this.#db, layer, next, this.storeBytes, now());
-        if (result.nextAddress !== next) this.#set('next_address', result.nextAddress);
-        return result;
+        const space = this.#addressSpace();
+        const result = addLayer(this.#db, layer, space, now());
+        this.#set('next_address', space.next);
+        return { ...result, nextAddress: space.next };
       })
       .immediate();
     this.#maybeCheckpoint();
     return added;
+  }
+
+  /** Gives chunks of a layer that is being read rows and addresses, and holds them. */
+  holdChunks(chunks: ChunksToHold): { addresses: Float64Array; nextAddress: number } {
+    const held = this.#db
+      .transaction(() => {
+        const space = this.#addressSpace();
+        const addresses = holdChunks(this.#db, this.#holds, chunks, (bytes) => space.take(bytes), now());
+        this.#set('next_address', space.next);
+        return { addresses, nextAddress: space.next };
+      })
+      .immediate();
+    this.#maybeCheckpoint();
+    return held;
+  }
+
+  releaseHold(hold: number): number {
+    this.#holds.release(hold);
+    return countUnreferenced(this.#db, this.#holds);
+  }
+
+  dropUnreferenced(generation: number): StoreRange[] {
+    return this.#full(() => {
+      this.#set('generation', generation);
+      return dropUnreferenced(this.#db, this.#holds, now());
+    });
+  }
+
+  #addressSpace(): AddressSpace {
+    return new AddressSpace(this.#getNumber('next_address'), this.storeBytes);
   }
 
   layers(): LayerRecord[] {
@@ -229,6 +271,20 @@ export class IndexWriter {
       condemned: row.condemned === 1,
       sources: sources.get(row.id as number) ?? [],
     }));
+  }
+
+  confirmLayer(layerId: number): boolean {
+    const missing = this.#db.prepare(
+      `SELECT 1 FROM layer_chunks l JOIN chunks c ON c.id = l.chunk_id
+       WHERE l.layer_id = ? AND c.durable <> -1 AND c.durable <> (1 << ((c.size + c.piece_bytes - 1) / c.piece_bytes)) - 1
+       LIMIT 1`,
+    );
+    return this.#full(() => {
+      if (missing.get(layerId) !== undefined) return false;
+      // Something must be written for the log to be synced, with all that was committed before.
+      this.#set('clean', 0);
+      return true;
+    });
   }
 
   layerAddresses(layerId: number): Float64Array {
@@ -267,7 +323,7 @@ export class IndexWriter {
   dropLayers(layerIds: readonly number[], generation: number): DroppedLayers {
     const result = this.#full(() => {
       this.#set('generation', generation);
-      return dropLayers(this.#db, layerIds, now());
+      return dropLayers(this.#db, layerIds, (id) => this.#holds.has(id), now());
     });
     this.#maybeCheckpoint();
     return result;
@@ -358,18 +414,31 @@ export class IndexWriter {
   }
 
   pin(mountId: number, layers: readonly number[]): void {
-    const insert = this.#db.prepare('INSERT INTO pins (mount_id, layer_id) VALUES (?, ?) ON CONFLICT DO NOTHING');
-    this.#db.transaction(() => {
-      for (const layerId of layers) insert.run(mountId, layerId);
-    })();
+    this.#db.transaction(() => direct.pin(this.#db, mountId, layers))();
   }
 
   unpin(mountId: number): void {
-    this.#db.prepare('DELETE FROM pins WHERE mount_id = ?').run(mountId);
+    direct.unpin(this.#db, mountId);
   }
 
   unpinAll(): void {
-    this.#db.prepare('DELETE FROM pins').run();
+    direct.unpin(this.#db);
+  }
+
+  layerPresence(layerIds: readonly number[]): LayerPresence {
+    return direct.layerPresence(this.#db, layerIds);
+  }
+
+  addDirect(mount: DirectMount): void {
+    this.#full(() => direct.addDirect(this.#db, mount, now()));
+  }
+
+  dropDirect(imageId: number, pinned: boolean): void {
+    this.#db.transaction(() => direct.dropDirect(this.#db, imageId, pinned))();
+  }
+
+  directMounts(): number[] {
+    return direct.directMounts(this.#db);
   }
 
   totals(): ChunkTotals {

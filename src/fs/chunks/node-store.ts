@@ -4,8 +4,10 @@ import { createHash } from 'node:crypto';
 import { mkdir, readFile } from 'node:fs/promises';
 import { DedupError, errorCode } from '../../errors.ts';
 import type { Logger } from '../../log.ts';
-import { BLOCK_BYTES, MiB } from '../../units.ts';
+import { BLOCK_BYTES, MiB, roundUp } from '../../units.ts';
 import type { LayerIndex } from '../index/layer-index.ts';
+import { ChunkKeeper } from './chunk-keeper.ts';
+import { DirectMounts, type DirectTarget } from './direct-mounts.ts';
 import { Durability, type FreshPiece } from './durability.ts';
 import { IndexDb, type LayerChunk, type PlacedChunk } from './index-db.ts';
 import type { ImageRecord, LayerRecord, LayerSourceName, StoreRange } from './index-protocol.ts';
@@ -61,6 +63,12 @@ export class NodeStore {
   /** Chain of calls that change generation or high water: one at a time. */
   #exclusive: Promise<unknown> = Promise.resolve();
   #closed = false;
+  #lastHold = 0;
+  #direct: DirectMounts | undefined;
+  /** Mounts that are pinned as such, whether they read the store themselves or not. */
+  readonly #pinned = new Set<number>();
+  /** Ranges that are punched once nothing unknown reads the store. */
+  #postponed: StoreRange[] = [];
   /** Native calls that use the store's descriptors, which must not be closed, and perhaps reused, under them. */
   readonly #using = new Set<Promise<unknown>>();
 
@@ -125,6 +133,8 @@ export class NodeStore {
         native.presenceSet(presence, answer.durable[i]!, answer.durable[i + 1]!, true);
       }
       const store = new NodeStore(options, file, db, presence, answer);
+      // Before anything is punched: what an earlier process let the kernel read without it may still be read.
+      store.#direct = await DirectMounts.open(store.#directTarget(options.readers), log);
       if (answer.toPunch.length > 0) await store.#punch(answer.toPunch);
       if (!(await store.#reserve.fill())) log.warn('the disk has no room for the space that cleaning a full one takes');
       return store;
@@ -133,6 +143,36 @@ export class NodeStore {
       await file.close();
       throw error;
     }
+  }
+
+  #directTarget(readers: NodeStoreOptions['readers']): DirectTarget {
+    const db = this.#db;
+    return {
+      readers: async () => (await readers?.(this.id)) ?? [],
+      rows: () => db.call('directMounts', {}),
+      layerPresence: (layerIds) => db.call('layerPresence', { layerIds }),
+      add: async (mount) => void (await db.call('addDirect', mount)),
+      drop: async (imageId) => void (await db.call('dropDirect', { imageId, pinned: this.#pinned.has(imageId) })),
+      isPresent: (address, length) => this.isPresent(address, length),
+      clearEpoch: () => this.#native.presenceClearEpoch(),
+      flush: (metadata) => this.flush(metadata),
+      serially: (work) => this.#serially(work),
+      strangersGone: () => this.#serially(() => this.#punch(this.#postponed.splice(0))),
+    };
+  }
+
+  /** The mounts that read the store file without this process. */
+  get direct(): DirectMounts {
+    if (this.#direct === undefined) throw new DedupError('INTERNAL', 'the node store is not open yet');
+    return this.#direct;
+  }
+
+  /**
+   * True while devices read the store of which index.db does not know what they may read: nothing may be punched, evicted
+   * or given another address's place. (Those it knows are in its table `direct_mounts`, their layers in `pins`.)
+   */
+  hasForeignReaders(): boolean {
+    return this.direct.hasStrangers;
   }
 
   /** Name of the store file, of at most 42 characters, that no other file has, not even a copy of it. */
@@ -207,6 +247,64 @@ export class NodeStore {
     return { layerId: result.layerId, addresses: result.addresses };
   }
 
+  /**
+   * Keeps the chunks of a layer that is being read, from before its index is known until the layer is added or the keeper
+   * is disposed of: then what no layer counts is freed. For layouts that need no contiguous files.
+   */
+  keepChunks(options: { scope: string; chunkBytes: number; pieceBytes: number }): ChunkKeeper {
+    this.#mustBeOpen();
+    const hold = ++this.#lastHold;
+    const { scope, pieceBytes } = options;
+    return new ChunkKeeper(
+      {
+        hold: (digests, lengths) =>
+          this.#serially(async () => {
+            this.#mustBeOpen();
+            let bytes = 0;
+            for (const length of lengths) bytes += roundUp(length, BLOCK_BYTES);
+            await this.#raiseHighWater(bytes);
+            const held = await this.#db.call('holdChunks', { hold, scope, digests, lengths, pieceBytes });
+            this.#nextAddress = Math.max(this.#nextAddress, held.nextAddress);
+            return held.addresses;
+          }),
+        isPresent: (address, length) => this.isPresent(address, length),
+        store: (source, pieces) => this.store(source, pieces),
+        release: () => this.#releaseHold(hold),
+      },
+      options,
+    );
+  }
+
+  async #releaseHold(hold: number): Promise<void> {
+    if (this.#closed) return; // The next start frees them.
+    await this.#serially(async () => {
+      if ((await this.#db.call('releaseHold', { hold })) === 0) return;
+      await this.#free(async (generation) => {
+        const ranges = await this.#db.call('dropUnreferenced', { generation });
+        return { ranges, result: undefined };
+      });
+    });
+  }
+
+  /**
+   * Runs a change that drops rows of chunks under a generation of its own, and punches what it names. What is punched has
+   * no row any more on the disk. To be called serially.
+   */
+  async #free<T>(change: (generation: number) => Promise<{ ranges: readonly StoreRange[]; result: T }>): Promise<T> {
+    const next = this.#generation + 1;
+    await this.#file.writeHeader({ pendingGeneration: next });
+    const { ranges, result } = await change(next).catch(async (error: unknown) => {
+      if (errorCode(error) !== 'STORE_FULL') throw error;
+      await this.#reserve.release();
+      return await change(next);
+    });
+    await this.#file.writeHeader({ generation: next });
+    this.#generation = next;
+    await this.#punch(ranges);
+    await this.#reserve.fill();
+    return result;
+  }
+
   /** Address space that the layer takes if none of its chunks is known. */
   #mostBytes(index: LayerIndex): number {
     let bytes = 0;
@@ -222,6 +320,14 @@ export class NodeStore {
     const highWater = Math.ceil(needed / HIGH_WATER_STEP) * HIGH_WATER_STEP;
     await this.#file.writeHeader({ highWater });
     this.#highWater = highWater;
+  }
+
+  /**
+   * True when the layer needs nobody any more: its row and all of its chunks are on the disk. What is present must have
+   * been flushed before. For layouts that need no contiguous files.
+   */
+  confirmLayer(layerId: number): Promise<boolean> {
+    return this.#db.call('confirmLayer', { layerId });
   }
 
   /** Addresses of a stored layer's chunks. Errors: NOT_FOUND. */
@@ -256,19 +362,11 @@ export class NodeStore {
     return this.#serially(async () => {
       const drop = (await this.layers()).map((layer) => layer.id).filter((id) => !keeps(id));
       if (drop.length === 0) return [];
-      const next = this.#generation + 1;
-      await this.#file.writeHeader({ pendingGeneration: next });
-      const request = { layerIds: drop, generation: next };
-      const { dropped, pinned, ranges } = await this.#db.call('dropLayers', request).catch(async (error: unknown) => {
-        if (errorCode(error) !== 'STORE_FULL') throw error;
-        await this.#reserve.release();
-        return await this.#db.call('dropLayers', request);
+      const { dropped, pinned } = await this.#free(async (generation) => {
+        const result = await this.#db.call('dropLayers', { layerIds: drop, generation });
+        return { ranges: result.ranges, result };
       });
-      await this.#file.writeHeader({ generation: next });
-      this.#generation = next;
       if (pinned.length > 0) this.#log.debug({ layers: pinned }, 'layers in use are kept');
-      await this.#punch(ranges);
-      await this.#reserve.fill();
       return [...dropped];
     });
   }
@@ -276,8 +374,12 @@ export class NodeStore {
   /** Frees the disk space of ranges whose rows are gone. */
   async #punch(ranges: readonly StoreRange[]): Promise<void> {
     const done: StoreRange[] = [];
+    for (const range of ranges) this.#clear(range.address / BLOCK_BYTES, range.length / BLOCK_BYTES);
+    if (this.hasForeignReaders()) {
+      this.#postponed.push(...ranges);
+      return;
+    }
     for (const range of ranges) {
-      this.#clear(range.address / BLOCK_BYTES, range.length / BLOCK_BYTES);
       try {
         await this.#native.punchHole(this.#file.buffered.fd, range.address, range.length);
         await this.#native.punchHole(this.sumsFd, range.address / BYTES_PER_SUM, range.length / BYTES_PER_SUM);
@@ -431,10 +533,12 @@ export class NodeStore {
     if (!stored.every((good) => good === 1)) throw new DedupError('STORE_IO', `metadata ${file} could not be stored`);
   }
 
-  /** Makes everything that is present now durable. Errors: STORE_IO, STORE_FULL. */
-  flush(): Promise<void> {
+  /** Makes everything that is present now durable; `metadata`: that of flat images too. Errors: STORE_IO, STORE_FULL. */
+  async flush(metadata = false): Promise<void> {
     this.#mustBeOpen();
-    return this.#durability.flush();
+    // What a call has written is present before the call has returned and handed it on to be flushed.
+    await Promise.allSettled(this.#using);
+    await this.#durability.flush(metadata);
   }
 
   /** The image with this key (a digest over its layers and layout), made when it is new: then its state is `building`. */
@@ -457,14 +561,18 @@ export class NodeStore {
 
   /** Keeps the chunks of these layers as long as the mount is not unpinned. */
   async pin(mountId: number, layers: readonly number[]): Promise<void> {
+    this.#pinned.add(mountId);
     await this.#db.call('pin', { mountId, layers });
   }
 
+  /** Those of a mount that reads the store itself are kept until its device is seen gone. */
   async unpin(mountId: number): Promise<void> {
+    this.#pinned.delete(mountId);
+    this.direct.forget(mountId);
     await this.#db.call('unpin', { mountId });
   }
 
-  /** For a start at which no mount of an earlier process is left. */
+  /** For a start: mounts of an earlier process are pinned anew as they are taken over. */
   async unpinAll(): Promise<void> {
     await this.#db.call('unpinAll', {});
   }
