@@ -26,7 +26,7 @@ import { IndexCatalog } from './index/discovery.ts';
 import type { LayerIndex } from './index/layer-index.ts';
 import { RestartReader, WindowCache } from './index/restart-reader.ts';
 import { LayerBook } from './layer-book.ts';
-import { type ImageAhead, LayerIntake } from './layer-intake.ts';
+import { type ImageAhead, LayerIntake, type ManifestLayer, type ReadProgress } from './layer-intake.ts';
 import { LazyLoader } from './lazy-loader.ts';
 import { type MountableBelow, type MountableLayer, MountTable } from './mount-table.ts';
 import { native } from './native.ts';
@@ -289,11 +289,12 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
   /** Makes the layers of an image ready that a pull is about to offer to containerd. */
   imageAhead(
     manifest: Digest,
-    layers: readonly { readonly digest: Digest; readonly annotations: Readonly<Record<string, string>> }[],
+    layers: readonly ManifestLayer[],
     config: Promise<Buffer>,
     source: RepositoryName,
+    onRead: ReadProgress,
   ): ImageAhead {
-    return this.#intake.imageAhead(manifest, layers, config, { host: source.host, repository: source.path });
+    return this.#intake.imageAhead(manifest, layers, config, { host: source.host, repository: source.path }, onRead);
   }
 
   /** Builds an image's file system ahead of its mount, and has the files of its start fetched. Errors: those of the layers. */

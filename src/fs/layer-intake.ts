@@ -10,9 +10,11 @@ import { MiB } from '../units.ts';
 import type { LayerRecord, LayerSourceName, LayerTrust } from './chunks/index-protocol.ts';
 import type { NodeStore } from './chunks/node-store.ts';
 import type { LayerKeyMessage, PrepareLayerMessage } from './control-server.ts';
+import { EagerLayers } from './eager-layers.ts';
 import { buildLayerIndex } from './index/builder.ts';
 import type { IndexCatalog } from './index/discovery.ts';
 import { INDEX_ANNOTATION, type LayerIndex } from './index/layer-index.ts';
+import { classifyLayer } from './index/media-types.ts';
 import type { LayerBook } from './layer-book.ts';
 import type { MountableLayer } from './mount-table.ts';
 import type { BlobId, Repository } from './registry/blob-reader.ts';
@@ -33,19 +35,31 @@ interface Expectation {
 
 const NO_PULL: Pick<Expectation, 'underWay'> = { underWay: () => false };
 
+/** What became of a layer that was made ready. */
+export type Readiness =
+  | { readonly kind: 'lazy' }
+  /** It was read whole; `diffId` is what its bytes decompress to. */
+  | { readonly kind: 'stored'; readonly diffId: string }
+  | { readonly kind: 'declined'; readonly reason: string };
+
 /** An image whose layers are made ready before anybody asks for them. */
 export interface ImageAhead {
-  /** For each layer of the manifest: settled, with whether it is lazy, once that is known. Absent: nothing names an index. */
-  readonly layers: readonly (Promise<boolean> | undefined)[];
+  /** For each layer of the manifest: what became of it, never rejected. Absent: it is an ordinary one. */
+  readonly layers: readonly (Promise<Readiness> | undefined)[];
   /** Says that the pull has ended: what nobody's snapshot names is not kept for it any more. */
   ended(): void;
 }
 
 /** A layer as a manifest lists it. */
-interface ManifestLayer {
+export interface ManifestLayer {
+  readonly mediaType: string;
   readonly digest: Digest;
+  readonly size: number;
   readonly annotations: Readonly<Record<string, string>>;
 }
+
+/** Told how many compressed bytes of a layer, by its position, have been read; for layers that are read whole. */
+export type ReadProgress = (position: number, bytesDone: number) => void;
 
 /** A layer of an image as a caller names it, with where it can be read. */
 export interface WantedLayer {
@@ -100,8 +114,14 @@ export class LayerIntake {
   /** Indexes made here that are on the disk, while their layers get rows. */
   readonly #keeping = new Set<Promise<LayerRecord>>();
 
+  readonly #eager: EagerLayers;
+
   constructor(options: LayerIntakeOptions) {
     this.#options = options;
+    this.#eager = new EagerLayers({
+      takeIn: (wanted, blob, source, progress, signal) => this.takeIn(wanted, blob, source, progress, signal),
+      stop: options.stop,
+    });
     this.#catalog = options.catalog;
     this.#store = options.store;
     this.#book = options.book;
@@ -175,21 +195,41 @@ export class LayerIntake {
     layers: readonly ManifestLayer[],
     config: Promise<Buffer>,
     source: LayerSourceName,
+    onRead: ReadProgress,
   ): ImageAhead {
-    let underWay = true;
-    const rows = this.#addLayers(manifest, layers, [source], () => underWay);
+    const end = new AbortController();
+    const underWay = (): boolean => !end.signal.aborted;
+    const stored = new Set<number>();
+    const rows = this.#addLayers(manifest, layers, [source], underWay, (wanted, position) => {
+      const { mediaType, digest, size } = layers[position]!;
+      if (this.#options.contiguousFiles || !this.#options.config.index_trust.includes('local')) return undefined;
+      if (!classifyLayer({ mediaType }).lazy) return undefined;
+      const progress = (bytesDone: number): void => onRead(position, bytesDone);
+      const signal = AbortSignal.any([end.signal, this.#options.stop]);
+      const readWhole = (): Promise<LayerRecord> => {
+        stored.add(position);
+        return this.#eager.read(wanted, { digest, size }, this.#repository(source), progress, signal);
+      };
+      if (!this.#options.config.index_trust.includes('referrer')) return readWhole();
+      return this.layer(wanted, signal).catch((error: unknown) => {
+        if (errorCode(error) !== 'LAYER_NOT_LAZY') throw error;
+        return readWhole();
+      });
+    });
     this.#prepared.set(imageKey(manifest, source), true);
     this.#build(rows, config).catch((error: unknown) => this.#aheadFailed(manifest, source, error));
     return {
-      layers: rows.map((row) =>
+      layers: rows.map((row, position) =>
         row?.then(
-          () => true,
-          () => false, // Its Prepare says why.
+          ({ diffId }): Readiness => (stored.has(position) ? { kind: 'stored', diffId } : { kind: 'lazy' }),
+          // Where an index was named, its Prepare says why it is not lazy.
+          (error: unknown): Readiness => ({
+            kind: 'declined',
+            reason: error instanceof Error ? error.message : String(error),
+          }),
         ),
       ),
-      ended: () => {
-        underWay = false;
-      },
+      ended: () => end.abort(new DedupError('CANCELLED', 'the pull has ended')),
     };
   }
 
@@ -199,20 +239,24 @@ export class LayerIntake {
     this.#options.log.debug({ err: error, manifest }, 'preparing an image ahead failed');
   }
 
+  /** `readWhole`: what to do with a layer that nothing names an index of; absent, or without an answer: nothing. */
   #addLayers(
     manifest: Digest,
-    layers: readonly ManifestLayer[],
+    layers: readonly Pick<ManifestLayer, 'digest' | 'annotations'>[],
     sources: readonly LayerSourceName[],
     underWay: () => boolean,
+    readWhole?: (wanted: WantedLayer, position: number) => Promise<LayerRecord> | undefined,
   ): (Promise<LayerRecord> | undefined)[] {
     const scope = sources[0] === undefined ? '' : this.scopeOf(sources[0]);
     const image: number[] = [];
-    return layers.map(({ digest, annotations }) => {
+    return layers.map(({ digest, annotations }, position) => {
       const index = annotations[INDEX_ANNOTATION] ?? '';
-      if (index === '') return undefined;
       const key = { digest, index, scope };
+      const wanted = { key, sources, manifest, reference: '' };
       const known = this.#book.find(key) !== undefined;
-      return this.layer({ key, sources, manifest, reference: '' }, this.#options.stop).then((row) => {
+      let row = index === '' && !known ? undefined : this.layer(wanted, this.#options.stop);
+      if (index === '' && !known) row = readWhole?.(wanted, position);
+      return row?.then((row) => {
         image.push(row.id);
         if (!known) this.#expected.set(row.id, { untilMs: performance.now() + EXPECTED_MS, image, underWay });
         return row;
@@ -309,26 +353,53 @@ export class LayerIntake {
         },
       );
     }
-    const { index, indexBlob, restartBlob } = await buildLayerIndex({
-      stream: repository.readAll(blob, signal),
-      verifiedStream: true,
-      layerDigest: blob.digest,
-      layerBytes: blob.size,
-      chunkBytes: this.#options.config.chunk_size,
-      pieceBytes: Math.min(MiB, this.#options.config.chunk_size),
-      onProgress: progress,
-      signal,
-    });
-    const keeping = this.#catalog
-      .keep(indexBlob, restartBlob)
-      .then((indexDigest) => this.#add(index, indexDigest, wanted, 'local'));
-    this.#keeping.add(keeping);
+    const stream = repository.readAll(blob, signal);
+    return await this.takeIn(wanted, blob, { stream, verifiedStream: true }, progress, signal);
+  }
+
+  /**
+   * Reads a whole layer that no registry need be asked for again: indexes it, keeps its chunks where the layout allows,
+   * and adds it. It is kept for whoever is about to use it. Errors: LAYER_NOT_LAZY, LAYER_INVALID, STORE_IO, STORE_FULL, and those of
+   * the stream.
+   */
+  async takeIn(
+    wanted: WantedLayer,
+    blob: BlobId,
+    source: { readonly stream: AsyncIterable<Buffer>; readonly verifiedStream: boolean },
+    progress: (bytesDone: number) => void,
+    signal: AbortSignal,
+  ): Promise<LayerRecord> {
+    const chunkBytes = this.#options.config.chunk_size;
+    const pieceBytes = Math.min(MiB, chunkBytes);
+    // Files in one run each have no place before their size in the store is known.
+    const keeper = this.#options.contiguousFiles
+      ? undefined
+      : this.#store.keepChunks({ scope: wanted.key.scope, chunkBytes, pieceBytes });
     try {
-      const row = await keeping;
-      this.expect(row);
-      return row;
+      const { index, indexBlob, restartBlob } = await buildLayerIndex({
+        ...source,
+        layerDigest: blob.digest,
+        layerBytes: blob.size,
+        chunkBytes,
+        pieceBytes,
+        onProgress: progress,
+        onPiece: keeper?.onPiece,
+        signal,
+      });
+      await keeper?.settled();
+      const keeping = this.#catalog
+        .keep(indexBlob, restartBlob)
+        .then((indexDigest) => this.#add(index, indexDigest, wanted, 'local'));
+      this.#keeping.add(keeping);
+      try {
+        const row = await keeping;
+        this.expect(row);
+        return row;
+      } finally {
+        this.#keeping.delete(keeping);
+      }
     } finally {
-      this.#keeping.delete(keeping);
+      await keeper?.[Symbol.asyncDispose]();
     }
   }
 

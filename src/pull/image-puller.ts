@@ -6,7 +6,7 @@ import type { Repository } from '../fs/registry/blob-reader.ts';
 import { hostPlatform, parsePlatform } from '../fs/registry/image-manifest.ts';
 import { type ImageReference, parseReference } from '../fs/registry/reference.ts';
 import { ContainerdClient } from './containerd-client.ts';
-import { DEFAULT_LEASE_LIFETIME_MS, type ManifestLayer, type PullEvent, pullImage } from './pull.ts';
+import { DEFAULT_LEASE_LIFETIME_MS, type ManifestLayer, type PullEvent, pullImage, type Readiness } from './pull.ts';
 
 /** What a pull needs of the data path; implemented by DataPlane. */
 export interface PullPlane {
@@ -20,7 +20,8 @@ export interface PullPlane {
     layers: readonly ManifestLayer[],
     config: Promise<Buffer>,
     source: ImageReference,
-  ): { readonly layers: readonly (Promise<boolean> | undefined)[]; ended(): void };
+    onRead: (position: number, bytesDone: number) => void,
+  ): { readonly layers: readonly (Promise<Readiness> | undefined)[]; ended(): void };
 }
 
 /** Progress of a transfer is told this often at most, milliseconds. */
@@ -75,9 +76,9 @@ async function pull(
         if (event.kind === 'resolved') remember();
         showEvent(event);
       },
-      makeReady: (manifest, layers, config) => {
+      makeReady: (manifest, layers, config, onRead) => {
         remember();
-        ahead = plane.imageAhead(manifest, layers, config, reference);
+        ahead = plane.imageAhead(manifest, layers, config, reference, onRead);
         return ahead.layers;
       },
       leaseLifetimeMs: request.lease_ms === 0 ? DEFAULT_LEASE_LIFETIME_MS : request.lease_ms,

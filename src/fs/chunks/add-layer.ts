@@ -3,22 +3,21 @@
 import type Database from 'better-sqlite3';
 import { DedupError } from '../../errors.ts';
 import { BLOCK_BYTES } from '../../units.ts';
+import type { AddressSpace } from './address-space.ts';
 import type { AddedLayer, NewLayer } from './index-protocol.ts';
-import { STORE_TAIL_BYTES } from './store-layout.ts';
 
 const blocksOf = (bytes: number): number => Math.ceil(bytes / BLOCK_BYTES);
 
 /**
- * Inserts the layer, or returns the existing one with the same name. `nextAddress` is where new chunks go.
+ * Inserts the layer, or returns the existing one with the same name. New chunks get addresses of `space`.
  * Errors: STORE_FULL when the address space ends, INDEX_INVALID when a chunk contradicts a known one.
  */
 export function addLayer(
   db: Database.Database,
   layer: NewLayer,
-  nextAddress: number,
-  storeBytes: number,
+  space: AddressSpace,
   nowSeconds: number,
-): AddedLayer {
+): Omit<AddedLayer, 'nextAddress'> {
   const scope = scopeId(db, layer.scope);
   const contiguous = layer.files === undefined ? 0 : 1;
   const known = db
@@ -41,7 +40,7 @@ export function addLayer(
       .raw()
       .iterate(layerId);
     for (const [seq, block] of rows as IterableIterator<[number, number]>) addresses[seq] = block * BLOCK_BYTES;
-    return { layerId, addresses, newChunks: 0, existed: true, nextAddress };
+    return { layerId, addresses, newChunks: 0, existed: true };
   }
   const layerId = Number(
     db
@@ -65,27 +64,23 @@ export function addLayer(
       ).lastInsertRowid,
   );
   insertSources(db, layerId, layer);
-  const placer = new Placer(db, layer, layerId, scope, nextAddress, storeBytes - STORE_TAIL_BYTES, nowSeconds);
+  const placer = new Placer(db, layer, layerId, scope, space, nowSeconds);
   if (layer.files === undefined) {
     for (let seq = 0; seq < count; seq++) if (layer.zero[seq] === 0) placer.place(seq);
   } else {
     for (let i = 0; i + 1 < layer.files.length; i += 2) placer.placeFile(layer.files[i]!, layer.files[i + 1]!);
   }
-  // New chunks lie above all others and have this layer counted already.
-  db.prepare(
-    `UPDATE chunks SET ref_count = ref_count + 1
-     WHERE id IN (SELECT chunk_id FROM layer_chunks WHERE layer_id = ? AND chunk_id < ?)`,
-  ).run(layerId, nextAddress / BLOCK_BYTES);
+  placer.countKnown();
   return {
     layerId,
     addresses: placer.addresses,
     newChunks: placer.newChunks,
     existed: false,
-    nextAddress: placer.next,
   };
 }
 
-function scopeId(db: Database.Database, name: string): number {
+/** Number of a scope, made when it is new. */
+export function scopeId(db: Database.Database, name: string): number {
   const id = db.prepare('SELECT id FROM scopes WHERE name = ?').pluck().get(name) as number | undefined;
   return id ?? Number(db.prepare('INSERT INTO scopes (name) VALUES (?)').run(name).lastInsertRowid);
 }
@@ -101,14 +96,15 @@ function insertSources(db: Database.Database, layerId: number, layer: NewLayer):
 class Placer {
   readonly addresses: Float64Array;
   newChunks = 0;
-  next: number;
   readonly #layer: NewLayer;
   readonly #layerId: number;
   readonly #scope: number;
-  readonly #limit: number;
+  readonly #space: AddressSpace;
   readonly #now: number;
   /** First block of the chunks this layer has used so far, by digest and size. */
   readonly #seen = new Map<string, number>();
+  /** Those of them that were there before; new ones have this layer counted already. */
+  readonly #known: number[] = [];
   readonly #digests: Buffer;
   readonly #insert: Database.Statement;
   readonly #find: Database.Statement;
@@ -116,21 +112,20 @@ class Placer {
   readonly #extra: Database.Statement;
   readonly #extrasOf: Database.Statement;
   readonly #chunkAt: Database.Statement;
+  readonly #count: Database.Statement;
 
   constructor(
     db: Database.Database,
     layer: NewLayer,
     layerId: number,
     scope: number,
-    next: number,
-    limit: number,
+    space: AddressSpace,
     now: number,
   ) {
     this.#layer = layer;
     this.#layerId = layerId;
     this.#scope = scope;
-    this.next = next;
-    this.#limit = limit;
+    this.#space = space;
     this.#now = now;
     this.addresses = new Float64Array(layer.lengths.length);
     this.#digests = Buffer.from(layer.digests.buffer, layer.digests.byteOffset, layer.digests.byteLength);
@@ -144,6 +139,12 @@ class Placer {
     this.#chunkAt = db
       .prepare('SELECT id FROM chunks WHERE id = ? UNION ALL SELECT chunk_id FROM placements WHERE block = ?')
       .pluck();
+    this.#count = db.prepare('UPDATE chunks SET ref_count = ref_count + 1 WHERE id = ?');
+  }
+
+  /** Counts the layer for every chunk that was known before it. */
+  countKnown(): void {
+    for (const id of this.#known) this.#count.run(id);
   }
 
   #digest(seq: number): Buffer {
@@ -154,20 +155,8 @@ class Placer {
     return `${this.#digest(seq).toString('latin1')}${this.#layer.lengths[seq]}`;
   }
 
-  /** Takes `bytes` of address space. Errors: STORE_FULL. */
-  #take(bytes: number): number {
-    const block = this.next / BLOCK_BYTES;
-    if (this.next + bytes > this.#limit) {
-      throw new DedupError('STORE_FULL', 'the address space of the store is used up', {
-        hint: 'remove images, or start with a new root',
-      });
-    }
-    this.next += blocksOf(bytes) * BLOCK_BYTES;
-    return block;
-  }
-
-  /** The chunk's first block, counted for this layer once; `newBlock` is its place when it is not known yet. */
-  #chunk(seq: number, newBlock: number): number {
+  /** The chunk's first block, counted for this layer once; `newBlock` gives its place when it is not known yet. */
+  #chunk(seq: number, newBlock: () => number): number {
     const key = this.#key(seq);
     const seen = this.#seen.get(key);
     if (seen !== undefined) return seen;
@@ -175,17 +164,20 @@ class Placer {
     const pieceBytes = Math.min(size, this.#layer.pieceBytes);
     const digest = this.#digest(seq);
     const known = this.#find.get(digest, size, this.#scope) as [number, number] | undefined;
-    if (known === undefined) {
-      this.#insert.run(newBlock, this.#scope, digest, size, pieceBytes, this.#now);
-      this.newChunks++;
-    } else if (known[1] !== pieceBytes) {
+    if (known !== undefined && known[1] !== pieceBytes) {
       // A chunk's name covers its piece digests, so another piece size under one name means that one index is wrong.
       throw new DedupError(
         'INDEX_INVALID',
         `chunk ${seq} is known with pieces of ${known[1]} bytes, not ${pieceBytes}`,
       );
     }
-    const id = known?.[0] ?? newBlock;
+    const id = known?.[0] ?? newBlock();
+    if (known === undefined) {
+      this.#insert.run(id, this.#scope, digest, size, pieceBytes, this.#now);
+      this.newChunks++;
+    } else {
+      this.#known.push(id);
+    }
     this.#seen.set(key, id);
     return id;
   }
@@ -197,9 +189,7 @@ class Placer {
 
   /** Places one chunk wherever it is, or at the next free address. */
   place(seq: number): void {
-    const block = this.next / BLOCK_BYTES;
-    const id = this.#chunk(seq, block);
-    if (id === block) this.#take(this.#layer.lengths[seq]!);
+    const id = this.#chunk(seq, () => this.#space.take(this.#layer.lengths[seq]!));
     this.#record(seq, id, id);
   }
 
@@ -214,16 +204,17 @@ class Placer {
     if (run !== undefined) {
       for (let i = 0; i < count; i++) {
         const block = run + i * blocksOf(this.#layer.chunkBytes);
-        this.#record(first + i, this.#chunk(first + i, -1), block);
+        this.#record(first + i, this.#chunk(first + i, unplaced), block);
       }
       return;
     }
     let bytes = 0;
     for (let i = 0; i < count; i++) bytes += this.#layer.lengths[first + i]!;
-    let block = this.#take(bytes);
+    let block = this.#space.take(bytes);
     for (let i = 0; i < count; i++) {
       const seq = first + i;
-      const id = this.#chunk(seq, block);
+      const here = block;
+      const id = this.#chunk(seq, () => here);
       if (id !== block) this.#extra.run(block, id);
       this.#record(seq, id, block);
       block += blocksOf(this.#layer.lengths[seq]!);
@@ -244,4 +235,9 @@ class Placer {
     const starts = [ids[0]!, ...(this.#extrasOf.all(ids[0]) as number[])];
     return starts.find((start) => ids.every((id, i) => this.#chunkAt.get(start + i * step, start + i * step) === id));
   }
+}
+
+/** The place of a chunk that was just seen to have one. */
+function unplaced(): never {
+  throw new DedupError('INTERNAL', 'a chunk of an existing run has no place');
 }

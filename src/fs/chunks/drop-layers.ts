@@ -3,8 +3,16 @@ import type Database from 'better-sqlite3';
 import { BLOCK_BYTES, roundUp } from '../../units.ts';
 import type { DroppedLayers, StoreRange } from './index-protocol.ts';
 
-/** Drops layers that no mount pins; the ranges of chunks nobody uses any more are recorded as to be punched. */
-export function dropLayers(db: Database.Database, layerIds: readonly number[], nowSeconds: number): DroppedLayers {
+/**
+ * Drops layers that no mount pins; the ranges of chunks nobody uses any more, and that are not `held` for a layer that is
+ * being read, are recorded as to be punched.
+ */
+export function dropLayers(
+  db: Database.Database,
+  layerIds: readonly number[],
+  held: (chunkId: number) => boolean,
+  nowSeconds: number,
+): DroppedLayers {
   const dropped: number[] = [];
   const pinned: number[] = [];
   const ranges: StoreRange[] = [];
@@ -29,17 +37,22 @@ export function dropLayers(db: Database.Database, layerIds: readonly number[], n
     dropped.push(layerId);
     for (const id of ids) {
       const [refCount, size] = release.get(id) as [number, number];
-      if (refCount > 0) continue;
+      if (refCount > 0 || held(id)) continue;
       const length = roundUp(size, BLOCK_BYTES);
       for (const block of [id, ...(extra.all(id) as number[])]) ranges.push({ address: block * BLOCK_BYTES, length });
       dropExtra.run(id);
       dropChunk.run(id);
     }
   }
+  return { dropped, pinned, ranges: recordFreed(db, ranges, nowSeconds) };
+}
+
+/** Records ranges whose chunks have no rows any more as to be punched; returns them joined. */
+export function recordFreed(db: Database.Database, ranges: readonly StoreRange[], nowSeconds: number): StoreRange[] {
   const joined = joinRanges(ranges);
-  const freed = prepare("INSERT INTO freed (block, blocks, state, since) VALUES (?, ?, 'to-punch', ?)");
+  const freed = db.prepare("INSERT INTO freed (block, blocks, state, since) VALUES (?, ?, 'to-punch', ?)");
   for (const range of joined) freed.run(range.address / BLOCK_BYTES, range.length / BLOCK_BYTES, nowSeconds);
-  return { dropped, pinned, ranges: joined };
+  return joined;
 }
 
 /** Drops the row of an image; its metadata file is the caller's. */

@@ -24,6 +24,9 @@ const handlers: Handlers = {
     return result.answer;
   },
   addLayer: (args) => opened().addLayer(args),
+  holdChunks: (args) => opened().holdChunks(args),
+  releaseHold: (args) => opened().releaseHold(args.hold),
+  dropUnreferenced: (args) => opened().dropUnreferenced(args.generation),
   layers: () => opened().layers(),
   layerAddresses: (args) => opened().layerAddresses(args.layerId),
   addSources: (args) => done(opened().addSources(args.layerId, args.sources)),

@@ -2,7 +2,7 @@
 // Runs only in the worker thread.
 import Database from 'better-sqlite3';
 import { DedupError } from '../../errors.ts';
-import { SCHEMA, SCHEMA_VERSION } from './index-schema.ts';
+import { SCHEMA, SCHEMA_ADDITIONS, SCHEMA_VERSION } from './index-schema.ts';
 
 /**
  * The database at `file`, made when missing. One that was not closed — after a crash, or a copy taken while it was in
@@ -31,6 +31,7 @@ export function openSound(file: string): Database.Database {
       const found = db.pragma('quick_check(1)', { simple: true });
       if (found !== 'ok') throw new DedupError('STORE_CORRUPT', `${file} is damaged: ${String(found)}`);
     }
+    db.exec(SCHEMA_ADDITIONS);
     return db;
   } catch (error) {
     db.close();

@@ -111,6 +111,17 @@ export interface DroppedLayers {
   readonly ranges: readonly StoreRange[];
 }
 
+/** Chunks of a layer that is still being read. */
+export interface ChunksToHold {
+  /** Number of the hold, the caller's choice. */
+  readonly hold: number;
+  readonly scope: string;
+  /** 32 bytes per chunk. */
+  readonly digests: Uint8Array;
+  readonly lengths: Uint32Array;
+  readonly pieceBytes: number;
+}
+
 export interface ImageRecord {
   readonly id: number;
   readonly key: string;
@@ -132,6 +143,11 @@ export interface ChunkTotals {
 export interface IndexCalls {
   open: { args: OpenRequest; result: OpenAnswer };
   addLayer: { args: NewLayer; result: AddedLayer };
+  holdChunks: { args: ChunksToHold; result: { addresses: Float64Array; nextAddress: number } };
+  /** Lets go of the chunks of a hold; answers how many chunks no layer counts and nobody holds now. */
+  releaseHold: { args: { hold: number }; result: number };
+  /** Drops the rows of chunks that no layer counts and nobody holds. Committed with synchronous=FULL. */
+  dropUnreferenced: { args: { generation: number }; result: readonly StoreRange[] };
   layers: { args: Record<string, never>; result: LayerRecord[] };
   layerAddresses: { args: { layerId: number }; result: Float64Array };
   addSources: { args: { layerId: number; sources: readonly LayerSourceName[] }; result: null };

@@ -108,3 +108,8 @@ CREATE TABLE freed (
   since INTEGER NOT NULL
 ) STRICT;
 `;
+
+/** What the schema has gained since its first version without changing what was there: made in every file that lacks it. */
+export const SCHEMA_ADDITIONS = `
+CREATE INDEX IF NOT EXISTS chunks_unreferenced ON chunks(id) WHERE ref_count = 0;
+`;

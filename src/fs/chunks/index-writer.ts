@@ -5,10 +5,13 @@ import type Database from 'better-sqlite3';
 import { DedupError } from '../../errors.ts';
 import { BLOCK_BYTES } from '../../units.ts';
 import { addLayer } from './add-layer.ts';
+import { AddressSpace } from './address-space.ts';
 import { deleteImage, dropLayers } from './drop-layers.ts';
+import { ChunkHolds, countUnreferenced, dropUnreferenced, holdChunks } from './hold-chunks.ts';
 import { openSound } from './index-open.ts';
 import type {
   AddedLayer,
+  ChunksToHold,
   ChunkTotals,
   DroppedLayers,
   DurablePieces,
@@ -41,6 +44,7 @@ function isDamage(cause: unknown): boolean {
 export class IndexWriter {
   readonly #db: Database.Database;
   readonly #walFile: string;
+  readonly #holds = new ChunkHolds();
   readonly storeBytes: number;
 
   private constructor(db: Database.Database, file: string, storeBytes: number) {
@@ -130,6 +134,8 @@ export class IndexWriter {
       // Addresses given after this copy of the database was taken may still be mapped by a mounted image.
       this.#set('next_address', Math.max(next, request.highWater));
       this.#set('clean', 0);
+      // Of layers that were being read when the last process ended.
+      dropUnreferenced(this.#db, this.#holds, now());
     });
     return dropped;
   }
@@ -188,14 +194,44 @@ export class IndexWriter {
   addLayer(layer: NewLayer): AddedLayer {
     const added = this.#db
       .transaction(() => {
-        const next = this.#getNumber('next_address');
-        const result = addLayer(this.#db, layer, next, this.storeBytes, now());
-        if (result.nextAddress !== next) this.#set('next_address', result.nextAddress);
-        return result;
+        const space = this.#addressSpace();
+        const result = addLayer(this.#db, layer, space, now());
+        this.#set('next_address', space.next);
+        return { ...result, nextAddress: space.next };
       })
       .immediate();
     this.#maybeCheckpoint();
     return added;
+  }
+
+  /** Gives chunks of a layer that is being read rows and addresses, and holds them. */
+  holdChunks(chunks: ChunksToHold): { addresses: Float64Array; nextAddress: number } {
+    const held = this.#db
+      .transaction(() => {
+        const space = this.#addressSpace();
+        const addresses = holdChunks(this.#db, this.#holds, chunks, (bytes) => space.take(bytes), now());
+        this.#set('next_address', space.next);
+        return { addresses, nextAddress: space.next };
+      })
+      .immediate();
+    this.#maybeCheckpoint();
+    return held;
+  }
+
+  releaseHold(hold: number): number {
+    this.#holds.release(hold);
+    return countUnreferenced(this.#db, this.#holds);
+  }
+
+  dropUnreferenced(generation: number): StoreRange[] {
+    return this.#full(() => {
+      this.#set('generation', generation);
+      return dropUnreferenced(this.#db, this.#holds, now());
+    });
+  }
+
+  #addressSpace(): AddressSpace {
+    return new AddressSpace(this.#getNumber('next_address'), this.storeBytes);
   }
 
   layers(): LayerRecord[] {
@@ -267,7 +303,7 @@ export class IndexWriter {
   dropLayers(layerIds: readonly number[], generation: number): DroppedLayers {
     const result = this.#full(() => {
       this.#set('generation', generation);
-      return dropLayers(this.#db, layerIds, now());
+      return dropLayers(this.#db, layerIds, (id) => this.#holds.has(id), now());
     });
     this.#maybeCheckpoint();
     return result;

@@ -4,8 +4,9 @@ import { createHash } from 'node:crypto';
 import { mkdir, readFile } from 'node:fs/promises';
 import { DedupError, errorCode } from '../../errors.ts';
 import type { Logger } from '../../log.ts';
-import { BLOCK_BYTES, MiB } from '../../units.ts';
+import { BLOCK_BYTES, MiB, roundUp } from '../../units.ts';
 import type { LayerIndex } from '../index/layer-index.ts';
+import { ChunkKeeper } from './chunk-keeper.ts';
 import { Durability, type FreshPiece } from './durability.ts';
 import { IndexDb, type LayerChunk, type PlacedChunk } from './index-db.ts';
 import type { ImageRecord, LayerRecord, LayerSourceName, StoreRange } from './index-protocol.ts';
@@ -61,6 +62,7 @@ export class NodeStore {
   /** Chain of calls that change generation or high water: one at a time. */
   #exclusive: Promise<unknown> = Promise.resolve();
   #closed = false;
+  #lastHold = 0;
   /** Native calls that use the store's descriptors, which must not be closed, and perhaps reused, under them. */
   readonly #using = new Set<Promise<unknown>>();
 
@@ -207,6 +209,64 @@ export class NodeStore {
     return { layerId: result.layerId, addresses: result.addresses };
   }
 
+  /**
+   * Keeps the chunks of a layer that is being read, from before its index is known until the layer is added or the keeper
+   * is disposed of: then what no layer counts is freed. For layouts that need no contiguous files.
+   */
+  keepChunks(options: { scope: string; chunkBytes: number; pieceBytes: number }): ChunkKeeper {
+    this.#mustBeOpen();
+    const hold = ++this.#lastHold;
+    const { scope, pieceBytes } = options;
+    return new ChunkKeeper(
+      {
+        hold: (digests, lengths) =>
+          this.#serially(async () => {
+            this.#mustBeOpen();
+            let bytes = 0;
+            for (const length of lengths) bytes += roundUp(length, BLOCK_BYTES);
+            await this.#raiseHighWater(bytes);
+            const held = await this.#db.call('holdChunks', { hold, scope, digests, lengths, pieceBytes });
+            this.#nextAddress = Math.max(this.#nextAddress, held.nextAddress);
+            return held.addresses;
+          }),
+        isPresent: (address, length) => this.isPresent(address, length),
+        store: (source, pieces) => this.store(source, pieces),
+        release: () => this.#releaseHold(hold),
+      },
+      options,
+    );
+  }
+
+  async #releaseHold(hold: number): Promise<void> {
+    if (this.#closed) return; // The next start frees them.
+    await this.#serially(async () => {
+      if ((await this.#db.call('releaseHold', { hold })) === 0) return;
+      await this.#free(async (generation) => {
+        const ranges = await this.#db.call('dropUnreferenced', { generation });
+        return { ranges, result: undefined };
+      });
+    });
+  }
+
+  /**
+   * Runs a change that drops rows of chunks under a generation of its own, and punches what it names. What is punched has
+   * no row any more on the disk. To be called serially.
+   */
+  async #free<T>(change: (generation: number) => Promise<{ ranges: readonly StoreRange[]; result: T }>): Promise<T> {
+    const next = this.#generation + 1;
+    await this.#file.writeHeader({ pendingGeneration: next });
+    const { ranges, result } = await change(next).catch(async (error: unknown) => {
+      if (errorCode(error) !== 'STORE_FULL') throw error;
+      await this.#reserve.release();
+      return await change(next);
+    });
+    await this.#file.writeHeader({ generation: next });
+    this.#generation = next;
+    await this.#punch(ranges);
+    await this.#reserve.fill();
+    return result;
+  }
+
   /** Address space that the layer takes if none of its chunks is known. */
   #mostBytes(index: LayerIndex): number {
     let bytes = 0;
@@ -256,19 +316,11 @@ export class NodeStore {
     return this.#serially(async () => {
       const drop = (await this.layers()).map((layer) => layer.id).filter((id) => !keeps(id));
       if (drop.length === 0) return [];
-      const next = this.#generation + 1;
-      await this.#file.writeHeader({ pendingGeneration: next });
-      const request = { layerIds: drop, generation: next };
-      const { dropped, pinned, ranges } = await this.#db.call('dropLayers', request).catch(async (error: unknown) => {
-        if (errorCode(error) !== 'STORE_FULL') throw error;
-        await this.#reserve.release();
-        return await this.#db.call('dropLayers', request);
+      const { dropped, pinned } = await this.#free(async (generation) => {
+        const result = await this.#db.call('dropLayers', { layerIds: drop, generation });
+        return { ranges: result.ranges, result };
       });
-      await this.#file.writeHeader({ generation: next });
-      this.#generation = next;
       if (pinned.length > 0) this.#log.debug({ layers: pinned }, 'layers in use are kept');
-      await this.#punch(ranges);
-      await this.#reserve.fill();
       return [...dropped];
     });
   }
