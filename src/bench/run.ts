@@ -40,6 +40,8 @@ export interface BenchPlan {
   readonly meter: Meter;
   readonly timeoutMs: number;
   readonly signal: AbortSignal;
+  /** StartSetup.writeBack of every start. */
+  readonly writeBack?: boolean;
   /** Makes the link what the cell says. */
   readonly enterLink: (link: BenchLink) => Promise<void>;
   /** Absent: no floors. */
@@ -88,8 +90,8 @@ class Runner {
   }
 
   #setup(contender: Contender, target: BenchTarget): StartSetup {
-    const { node, meter, timeoutMs, signal } = this.#plan;
-    return { node, contender, target, meter, timeoutMs, signal };
+    const { node, meter, timeoutMs, signal, writeBack = false } = this.#plan;
+    return { node, contender, target, meter, timeoutMs, signal, writeBack };
   }
 
   async pairs({ target, link, pairs }: BenchCell): Promise<void> {

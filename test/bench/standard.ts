@@ -251,7 +251,7 @@ try {
             sampler: {
               intervalMs: 100,
               networkBytes: () => world.receivedBytes,
-              foreign: () => [world.link.pid, ...(world.registry.pid === undefined ? [] : [world.registry.pid])],
+              foreign: () => [world.link?.pid, world.registry.pid].filter((pid) => pid !== undefined),
             },
           }),
       say,
