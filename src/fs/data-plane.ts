@@ -23,6 +23,8 @@ import type {
 } from './control-server.ts';
 import { buildImage, prepareBuilder } from './image/build-image.ts';
 import { IndexCatalog } from './index/discovery.ts';
+import { IndexPublisher } from './index/index-publisher.ts';
+import { KeptIndexes } from './index/kept-indexes.ts';
 import type { LayerIndex } from './index/layer-index.ts';
 import { RestartReader, WindowCache } from './index/restart-reader.ts';
 import { LayerBook } from './layer-book.ts';
@@ -68,6 +70,8 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
   readonly #transport: Transport;
   readonly #mounts: MountTable;
   readonly #intake: LayerIntake;
+  readonly #kept: KeptIndexes;
+  readonly #publisher: IndexPublisher;
   readonly #references: ReferenceMounts;
   readonly #credentials: Map<string, Credentials>;
   /** Mount ids that keys of the snapshotter were given, as told last. */
@@ -84,6 +88,7 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
       catalog: IndexCatalog;
       store: NodeStore;
       book: LayerBook;
+      kept: KeptIndexes;
       loader: LazyLoader;
       transport: Transport;
       credentials: Map<string, Credentials>;
@@ -96,6 +101,7 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
     this.#repository = parts.repository;
     this.#store = parts.store;
     this.#book = parts.book;
+    this.#kept = parts.kept;
     this.#loader = parts.loader;
     this.#transport = parts.transport;
     this.#credentials = parts.credentials;
@@ -123,9 +129,18 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
       store,
       book: parts.book,
       repository: parts.repository,
+      kept: parts.kept,
+      paths: options.paths,
       contiguousFiles: parts.choice.layout === 'flat',
       expectBuild: prepareBuilder,
       prebuild: (layers, config) => this.#prebuild(layers, config),
+      indexed: (manifest, source) => this.#indexed(manifest, source),
+      stop: this.#stop.signal,
+      log: options.log,
+    });
+    this.#publisher = new IndexPublisher({
+      paths: options.paths,
+      find: (digest) => parts.book.all().find((row) => row.digest === digest && row.trust === 'local'),
       stop: this.#stop.signal,
       log: options.log,
     });
@@ -169,6 +184,7 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
       const windows = (index: LayerIndex): RestartReader =>
         new RestartReader(index, paths.layerRestart(index.restart.digest), windowCache);
       const book = await LayerBook.open({ paths, store, repository, windows });
+      const kept = await KeptIndexes.open(paths.keptIndexes, log);
       const limits = {
         requestsPerHost: config.dedupd.workers,
         aheadPerHost: config.prefetch.workers,
@@ -209,6 +225,7 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
         catalog,
         store,
         book,
+        kept,
         loader,
         transport,
         credentials,
@@ -293,8 +310,10 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
     config: Promise<Buffer>,
     source: RepositoryName,
     onRead: ReadProgress,
+    ours: Promise<boolean>,
   ): ImageAhead {
-    return this.#intake.imageAhead(manifest, layers, config, { host: source.host, repository: source.path }, onRead);
+    const from = { host: source.host, repository: source.path };
+    return this.#intake.imageAhead(manifest, layers, config, from, onRead, ours);
   }
 
   /** Builds an image's file system ahead of its mount, and has the files of its start fetched. Errors: those of the layers. */
@@ -308,6 +327,12 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
     const { log } = this.#options;
     const signal = this.#stop.signal;
     await fetchImageStart({ metadata, layerIds, config: await config, loader: this.#loader, signal, log });
+  }
+
+  /** Has the indexes of an image pushed beside it, where that is wished for. */
+  #indexed(manifest: Digest, source: LayerSourceName): void {
+    if (this.#options.config.publish_index !== 'registry') return;
+    void this.#publisher.publish(manifest, this.#repository(source));
   }
 
   async mountReference(
@@ -412,17 +437,16 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
     }
   }
 
-  /** Files of index and restart blobs that rows name. */
+  /** Files of index and restart blobs that rows name, or that are kept. */
   #namedIndexFiles(): Set<string> {
     const { paths } = this.#options;
-    return new Set(
-      this.#book
-        .all()
-        .flatMap((row) => [
-          paths.layerIndex(row.indexDigest as Digest),
-          paths.layerRestart(row.restartDigest as Digest),
-        ]),
-    );
+    const named = new Set<string>();
+    for (const row of this.#book.all()) {
+      named.add(paths.layerIndex(row.indexDigest as Digest)).add(paths.layerRestart(row.restartDigest as Digest));
+    }
+    for (const { index, restart } of this.#kept.all())
+      named.add(paths.layerIndex(index)).add(paths.layerRestart(restart));
+    return named;
   }
 
   async layerUsage(key: LayerKeyMessage): Promise<{ bytes: number; inodes: number }> {
