@@ -40,8 +40,8 @@ export interface BenchPlan {
   readonly meter: Meter;
   readonly timeoutMs: number;
   readonly signal: AbortSignal;
-  /** StartSetup.writeBack of every start. */
-  readonly writeBack?: boolean;
+  /** StartSetup.diskWrites of every start. */
+  readonly diskWrites?: () => number;
   /** Makes the link what the cell says. */
   readonly enterLink: (link: BenchLink) => Promise<void>;
   /** Absent: no floors. */
@@ -90,8 +90,9 @@ class Runner {
   }
 
   #setup(contender: Contender, target: BenchTarget): StartSetup {
-    const { node, meter, timeoutMs, signal, writeBack = false } = this.#plan;
-    return { node, contender, target, meter, timeoutMs, signal, writeBack };
+    const { node, meter, timeoutMs, signal, diskWrites } = this.#plan;
+    const disk = diskWrites === undefined ? {} : { diskWrites };
+    return { node, contender, target, meter, timeoutMs, signal, ...disk };
   }
 
   async pairs({ target, link, pairs }: BenchCell): Promise<void> {

@@ -9,7 +9,7 @@ import { epochMs, type Meter, requestTimes } from './meter.ts';
 import { type BenchNode, ctr, execute, launch } from './node-commands.ts';
 import { ProcessMeter } from './process-use.ts';
 import { waitReady } from './ready.ts';
-import { type ResourceSampler, writtenToDisks } from './resources.ts';
+import type { ResourceSampler } from './resources.ts';
 import type { ColdStartResult, ResourceTrace } from './result.ts';
 
 export interface StartSetup {
@@ -20,8 +20,8 @@ export interface StartSetup {
   /** Most that pull and start may take each, milliseconds. */
   readonly timeoutMs: number;
   readonly signal?: AbortSignal;
-  /** After the clock has stopped everything is written back, and what reached the machine's disks is counted, whoever wrote it. */
-  readonly writeBack?: boolean;
+  /** What has reached the disk so far, bytes. Given: after the clock has stopped everything is written back, and counted. */
+  readonly diskWrites?: () => number;
   /** Records the resources of this start: its own cost is then part of what is measured. */
   readonly sampler?: ResourceSampler;
 }
@@ -53,7 +53,7 @@ export async function coldStart(
   await dropCaches();
   await target.prepare?.();
   const use = new ProcessMeter(daemons);
-  const writtenBefore = writtenToDisks();
+  const writtenBefore = setup.diskWrites?.() ?? 0;
   sampler?.start(daemons);
   const startedMs = performance.now();
   const fromAt = epochMs(startedMs);
@@ -66,8 +66,8 @@ export async function coldStart(
     const toAt = epochMs(readyMs);
     const samples = sampler?.stop();
     const processes = use.use();
-    if (setup.writeBack === true) await execute(['sync']);
-    const deviceBytes = writtenToDisks() - writtenBefore;
+    if (setup.diskWrites !== undefined) await execute(['sync']);
+    const deviceBytes = setup.diskWrites && setup.diskWrites() - writtenBefore;
     await container.remove();
     const requests = requestTimes(await meter.requests(fromAt, toAt), fromAt, target.blobs);
     const firstLayerMs = requests.find(({ kind }) => kind === 'layer')?.startMs;
@@ -86,7 +86,7 @@ export async function coldStart(
       wireBytes: requests.reduce((sum, { bytes }) => sum + bytes, 0),
       processes,
       diskBytes: Math.max(0, (await diskBytes(directories)) - diskBefore),
-      ...(setup.writeBack === true ? { deviceBytes } : {}),
+      ...(deviceBytes === undefined ? {} : { deviceBytes }),
       requestTimes: requests,
     };
     if (samples === undefined) return { result };

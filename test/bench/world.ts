@@ -41,6 +41,8 @@ export interface WorldOptions {
   readonly profile?: LinkProfile;
   readonly tls: boolean;
   readonly peers: readonly WorldPeer[];
+  /** More of the product's configuration. */
+  readonly config?: Readonly<Record<string, unknown>>;
 }
 
 /** An image in an OCI layout, with what is run in it. */
@@ -122,7 +124,7 @@ export class World implements Meter {
     );
     const trust =
       certificates === undefined ? { insecure_registries: [registry.host] } : { ca_files: [certificates.caFile] };
-    const product = await Product.create({ log_level: 'info', ...trust }, { inside: near });
+    const product = await Product.create({ log_level: 'info', ...trust, ...options.config }, { inside: near });
     parts.defer(async () => await product.stop());
     await product.start();
     const proxies = { dedup: product.address };

@@ -53,7 +53,10 @@ function ratioOf(row: Row, pick: Pick, seed: number): string {
 }
 
 /** `cold`: no start found a part of its image on the node. */
-export function eagerReport(result: BenchResult): { readonly text: string; readonly cold: boolean } {
+export function eagerReport(
+  result: BenchResult,
+  { ownDisk }: { readonly ownDisk: boolean },
+): { readonly text: string; readonly cold: boolean } {
   const { seed } = result;
   const rows = rowsOf(result);
   const both = (row: Row, pick: Pick, write: (value: number | undefined) => string): string[] => [
@@ -130,13 +133,13 @@ export function eagerReport(result: BenchResult): { readonly text: string; reado
   });
   const pairs = Math.max(0, ...rows.map((row) => row.ours.length));
   const images = result.images.map(({ name, compressedBytes }) => `${name} ${bytes(compressedBytes)}`).join(', ');
-  const text = `\`node test/bench/eager.ts --pairs ${pairs} --write\` (seed ${seed}): images as they are in the registry, without an index (compressed: ${images});
+  const text = `\`node test/bench/eager.ts --pairs ${pairs}${ownDisk ? ' --own-disk' : ''} --write\` (seed ${seed}): images as they are in the registry, without an index (compressed: ${images});
 \`ctr image pull --snapshotter overlayfs\` against \`rpull\`, then create and start until ready, nothing of the image on the node, caches dropped,
-interleaved pairs in random order. Medians with quartiles; ratios of medians with 95 % intervals.
+interleaved pairs in random order, \`publish_index\` off, so that no pull leaves an index to the next. Medians with quartiles; ratios of medians with 95 % intervals.
 
 ${times}
-"To the disk": what reached the machine's disks from the beginning of the pull to the end of a \`sync\` after the container was ready: file
-systems' own writes included, on an idle machine the images' only. "By processes": \`write_bytes\` of containerd and of ours (proc(5), io).
+"To the disk": what reached ${ownDisk ? 'a disk with nothing else on it' : "the machine's disks, whoever wrote it,"} from the beginning of the pull to the end of
+a \`sync\` after the container was ready, the file system's own writes included. "By processes": \`write_bytes\` of containerd and of ours (proc(5), io).
 Container's own files count for both.
 
 ${costs}

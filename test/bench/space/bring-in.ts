@@ -3,6 +3,7 @@
 import { run, type TestContainerd, waitFor } from '../../support/containerd.ts';
 import { openView } from '../../support/lazy-view.ts';
 import type { Product } from '../../support/product.ts';
+import { allConverted } from './conversions.ts';
 import { storeTotals } from './store-space.ts';
 
 export type How = 'lazy' | 'eager' | 'converted';
@@ -22,7 +23,6 @@ export interface ImageToBring {
 }
 
 const PULL_TIMEOUT_MS = 900_000;
-const CONVERT_TIMEOUT_MS = 1_800_000;
 
 export async function bringIn(setup: Setup, how: How, image: ImageToBring): Promise<void> {
   const { containerd, product } = setup;
@@ -39,7 +39,7 @@ export async function bringIn(setup: Setup, how: How, image: ImageToBring): Prom
       await containerd.ctr(['image', 'pull', '--plain-http', '--snapshotter', 'dedup', image.plain], {
         timeoutMs: PULL_TIMEOUT_MS,
       });
-      await converted(product);
+      await allConverted(product);
       break;
   }
   await recorded(product);
@@ -55,19 +55,6 @@ async function readEverything(setup: Setup, chainId: string): Promise<void> {
   } finally {
     await view.close();
   }
-}
-
-/** Waits until every ordinary layer was converted and its directory is gone. */
-async function converted(product: Product): Promise<void> {
-  await waitFor(
-    'all layers to be converted',
-    async () => {
-      const { stdout } = await product.cli(['dedup', 'status', '--json']);
-      const status = JSON.parse(stdout) as { readonly waiting: number; readonly converting: number };
-      return status.waiting === 0 && status.converting === 0;
-    },
-    CONVERT_TIMEOUT_MS,
-  );
 }
 
 /** Waits until index.db says of all that is present that it is on the disk. */
