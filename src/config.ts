@@ -83,6 +83,12 @@ const schema = z.strictObject({
     .enum(['auto', 'fuse', 'fuse-native'])
     .default('auto')
     .describe('how the kernel asks for missing bytes; auto takes the best this kernel has'),
+  direct_mounts: z
+    .boolean()
+    .default(true)
+    .describe(
+      'images that are here completely are read by the kernel without dedupd; false: every read passes through it, and is compared with what was written',
+    ),
   dedup_scope: z
     .enum(['node', 'registry', 'repository'])
     .default('node')

@@ -64,12 +64,17 @@ Napi::Value test_blocks(const Napi::CallbackInfo& info) {
   return Napi::Boolean::New(info.Env(), presence::all_set(range.bitmap, range.first, range.count));
 }
 
+Napi::Value clear_epoch(const Napi::CallbackInfo& info) {
+  return Napi::Number::New(info.Env(), static_cast<double>(presence::clear_epoch()));
+}
+
 }  // namespace
 
 void register_presence(Napi::Env env, Napi::Object exports) {
   export_function<create>(env, exports, "presenceCreate");
   export_function<set_blocks>(env, exports, "presenceSet");
   export_function<test_blocks>(env, exports, "presenceTest");
+  export_function<clear_epoch>(env, exports, "presenceClearEpoch");
 }
 
 }  // namespace dedup

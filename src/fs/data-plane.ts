@@ -10,7 +10,7 @@ import type { RootPaths, RunPaths } from '../paths.ts';
 import { fetchImageStart } from '../prefetch/image-start.ts';
 import { registryOptions } from '../registry-settings.ts';
 import { MiB } from '../units.ts';
-import type { LayerSourceName } from './chunks/index-protocol.ts';
+import type { LayerRecord, LayerSourceName } from './chunks/index-protocol.ts';
 import { NodeStore } from './chunks/node-store.ts';
 import type {
   BelowMessage,
@@ -21,6 +21,8 @@ import type {
   PrepareLayerMessage,
   StatsMessage,
 } from './control-server.ts';
+import { buildDirectoryIndex } from './directory/build-index.ts';
+import { IdleGate } from './idle-gate.ts';
 import { buildImage, prepareBuilder } from './image/build-image.ts';
 import { IndexCatalog } from './index/discovery.ts';
 import { IndexPublisher } from './index/index-publisher.ts';
@@ -32,12 +34,14 @@ import { type ImageAhead, LayerIntake, type ManifestLayer, type ReadProgress } f
 import { LazyLoader } from './lazy-loader.ts';
 import { type MountableBelow, type MountableLayer, MountTable } from './mount-table.ts';
 import { native } from './native.ts';
+import { type OrdinaryLayer, OrdinaryLayers } from './ordinary-layers.ts';
 import { detachDeadSessions, removeHalfWritten } from './orphans.ts';
 import { ReferenceMounts } from './reference-mounts.ts';
 import type { Repository } from './registry/blob-reader.ts';
 import { type Credentials, parseUserPassword } from './registry/credentials.ts';
+import type { LocalBlobs } from './registry/local-blobs.ts';
 import { RegistryPool, type RepositoryName } from './registry/pool.ts';
-import { detachOrphans } from './transport/erofs-mount.ts';
+import { dataDeviceName, detachOrphans, storeReaders } from './transport/erofs-mount.ts';
 import { inspectMachine } from './transport/machine.ts';
 import { chooseTransport, openTransport, type TransportChoice } from './transport/select.ts';
 import type { ErofsLayoutKind, Transport } from './transport/transport.ts';
@@ -53,6 +57,8 @@ export interface DataPlaneOptions {
   readonly paths: RootPaths;
   readonly run: RunPaths;
   readonly log: Logger;
+  /** Layers in containerd's own content store; absent: those are not looked at. */
+  readonly localBlobs?: LocalBlobs | undefined;
   /** Layout of EROFS metadata; what the kernel calls for when absent. Newer kernels mount the older layout too. */
   readonly layout?: ErofsLayoutKind;
 }
@@ -72,6 +78,7 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
   readonly #intake: LayerIntake;
   readonly #kept: KeptIndexes;
   readonly #publisher: IndexPublisher;
+  readonly #ordinary: OrdinaryLayers;
   readonly #references: ReferenceMounts;
   readonly #credentials: Map<string, Credentials>;
   /** Mount ids that keys of the snapshotter were given, as told last. */
@@ -106,10 +113,15 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
     this.#transport = parts.transport;
     this.#credentials = parts.credentials;
     const store = parts.store;
+    const idle = new IdleGate(
+      () => parts.loader.stats().misses,
+      () => parts.loader.stats().waiting > 0 || this.#intake.isReading,
+    );
     this.#mounts = new MountTable({
       paths: options.paths,
       transport: parts.transport,
       layout: parts.choice.layout,
+      direct: options.config.direct_mounts && parts.transport.capabilities.direct,
       images: {
         storeBytes: store.storeBytes,
         imageFor: async (key, layerIds) => (await store.createImage(key, layerIds)).id,
@@ -118,6 +130,12 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
         placeMetadata: (address, file) => store.placeMetadata(address, file),
         pin: (imageId, layerIds) => store.pin(imageId, layerIds),
         unpin: (imageId) => store.unpin(imageId),
+        admitDirect: ({ imageId, layers, metadataInStore }, attach) => {
+          const loop = dataDeviceName(imageId, store.id);
+          const metadata = options.paths.imageMetadata(imageId);
+          return store.direct.admit({ imageId, layers, metadataInStore, loop, metadata }, attach);
+        },
+        lookAtDirect: (mounted) => store.direct.look(mounted),
         known: () => this.#knownImages(),
       },
       build: buildImage,
@@ -136,6 +154,16 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
       prebuild: (layers, config) => this.#prebuild(layers, config),
       indexed: (manifest, source) => this.#indexed(manifest, source),
       stop: this.#stop.signal,
+      log: options.log,
+    });
+    this.#ordinary = new OrdinaryLayers({
+      store,
+      intake: this.#intake,
+      readDirectory: buildDirectoryIndex,
+      blobs: options.localBlobs,
+      leaveIndex: options.config.publish_index !== 'off',
+      indexed: (manifest, source) => this.#indexed(manifest, source),
+      gate: (signal) => idle.pass(signal),
       log: options.log,
     });
     this.#publisher = new IndexPublisher({
@@ -172,7 +200,7 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
     log.info({ transport: choice.name, layout: choice.layout, because: choice.because }, 'transport chosen');
     const credentials = new Map<string, Credentials>();
     const registry = new RegistryPool({ ...registryOptions(config), log });
-    const store = await NodeStore.open({ paths, native: native(), log });
+    const store = await NodeStore.open({ paths, native: native(), log, readers: storeReaders });
     const opened: AsyncDisposable[] = [registry, { [Symbol.asyncDispose]: () => store.close() }];
     try {
       await removeHalfWritten(paths, run, log);
@@ -230,12 +258,13 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
         transport,
         credentials,
       });
-      plane.#collectWhenIdle();
+      plane.#watchForIdleTimes();
       await store.unpinAll();
       // First: what has no metadata any more is not taken over.
       await plane.#removeOrphanFiles();
       await plane.#references.resume(await plane.#mounts.resume());
       await detachOrphans(store.id, log);
+      await store.direct.look();
       return plane;
     } catch (error) {
       for (const resource of opened.reverse()) await resource[Symbol.asyncDispose]();
@@ -244,21 +273,23 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
   }
 
   /**
-   * Collects garbage once after every burst of reads. Buffers of fetched spans are outside the JavaScript heap, which
-   * alone is too small to make the engine look for them; a node has better use for that memory.
+   * After every burst of reads: images that are complete now are read without us from then on, and garbage is collected
+   * once. Buffers of fetched spans are outside the JavaScript heap, which alone is too small to make the engine look for
+   * them; a node has better use for that memory.
    */
-  #collectWhenIdle(): void {
-    const { gc } = globalThis;
-    if (gc === undefined) return; // Only the launcher starts us with it.
+  #watchForIdleTimes(): void {
+    const { gc } = globalThis; // Only the launcher starts us with it.
     let collected = -1; // What starting left behind counts as the first burst.
     let seen = 0;
     this.#idleTimer = setInterval(() => {
       const { reads, waiting } = this.#loader.stats();
-      if (reads === seen && reads !== collected && waiting === 0) {
-        gc();
-        collected = reads;
-      }
+      const idle = reads === seen && waiting === 0;
       seen = reads;
+      if (!idle) return;
+      void this.#mounts.completeImages(); // Never rejects.
+      if (gc === undefined || reads === collected) return;
+      gc();
+      collected = reads;
     }, IDLE_CHECK_MS).unref();
   }
 
@@ -327,6 +358,15 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
     const { log } = this.#options;
     const signal = this.#stop.signal;
     await fetchImageStart({ metadata, layerIds, config: await config, loader: this.#loader, signal, log });
+  }
+
+  /** Stores a layer that containerd unpacked; see OrdinaryLayers.convert. It is kept for the caller, who is about to name it. */
+  convertOrdinary(
+    layer: OrdinaryLayer,
+    progress: (bytes: number, entries: number) => void,
+    signal: AbortSignal,
+  ): Promise<LayerRecord> {
+    return this.#ordinary.convert(layer, progress, AbortSignal.any([signal, this.#stop.signal]));
   }
 
   /** Has the indexes of an image pushed beside it, where that is wished for. */
@@ -481,7 +521,7 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
         layers: image.layers.map((layer) => layer.digest),
         total_bytes: total,
         present_bytes: present,
-        transport: this.#choice.name,
+        transport: image.direct ? 'direct' : this.#choice.name,
         reference: [...image.holders.values()][0] ?? '',
       });
     }

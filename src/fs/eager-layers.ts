@@ -41,6 +41,10 @@ export class EagerLayers {
     this.#options = options;
   }
 
+  get isReading(): boolean {
+    return this.#readings.size > 0;
+  }
+
   /**
    * The layer, stored whole. Large layers come first: they decide when the last one is here. It is given up when everybody
    * who asked for it has. Errors: those of LayerIntake.takeIn; CANCELLED through `signal`.

@@ -467,6 +467,11 @@ export class LayerIntake {
     });
   }
 
+  /** True while layers are read whole for a pull. */
+  get isReading(): boolean {
+    return this.#eager.isReading;
+  }
+
   /** Keeps a layer of a standalone mount under way, which no snapshot names. */
   expect(row: LayerRecord): void {
     this.#expected.set(row.id, { untilMs: performance.now() + EXPECTED_MS, image: [], ...NO_PULL });

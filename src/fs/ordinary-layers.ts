@@ -9,15 +9,7 @@ import type { NodeStore } from './chunks/node-store.ts';
 import type { BuiltIndex } from './index/builder.ts';
 import type { OnPiece } from './index/chunker.ts';
 import type { LayerIntake, WantedLayer } from './layer-intake.ts';
-
-/** A blob that containerd has. */
-export interface LocalBlob extends AsyncDisposable {
-  readonly size: number;
-  readonly stream: AsyncIterable<Buffer>;
-}
-
-/** Opens a blob of containerd's content store; undefined when it is not there. */
-export type LocalBlobs = (namespace: string, digest: Digest, signal: AbortSignal) => Promise<LocalBlob | undefined>;
+import type { LocalBlobs } from './registry/local-blobs.ts';
 
 /** An unpacked layer, with what its client said of it; "" where it said nothing. */
 export interface OrdinaryLayer {

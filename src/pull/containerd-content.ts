@@ -1,18 +1,8 @@
 // Layers in containerd's own content store, for dedupd to read instead of asking a registry again. Wired by the
 // composition root (dedupd.ts); only reads.
-import type { Digest } from '../digest.ts';
 import { errorCode } from '../errors.ts';
+import type { LocalBlobs } from '../fs/registry/local-blobs.ts';
 import { ContainerdClient } from './containerd-client.ts';
-
-/** A blob that containerd has. */
-export interface LocalBlob extends AsyncDisposable {
-  readonly size: number;
-  /** Its bytes, once. Errors: UNAVAILABLE, CANCELLED, NOT_FOUND when it was collected meanwhile. */
-  readonly stream: AsyncIterable<Buffer>;
-}
-
-/** Opens a blob; undefined when containerd does not answer or does not have it. */
-export type LocalBlobs = (namespace: string, digest: Digest, signal: AbortSignal) => Promise<LocalBlob | undefined>;
 
 /** `address`: containerd's socket. */
 export function containerdContent(address: string): LocalBlobs {

@@ -34,6 +34,7 @@ describe('MountTable', () => {
         unmount: async (target: string) => void unmounted.push(target),
       } as unknown as MountTableOptions['transport'],
       layout: 'flat',
+      direct: false,
       images: {
         storeBytes: TiB,
         imageFor: async (key) => {
@@ -45,6 +46,8 @@ describe('MountTable', () => {
         placeMetadata: async (address) => void placed.push(address),
         pin: async () => {},
         unpin: async () => {},
+        admitDirect: async () => false,
+        lookAtDirect: async () => {},
         known: async () => [],
       },
       build: async ({ output }) => {

@@ -238,15 +238,15 @@ describe('an image without an index', () => {
   });
 
   test('that is given up while it is read leaves nothing', async () => {
-    // Not the layers of before, whose indexes are kept.
-    const fresh = await node.publish('team/given-up', await smallLayers('given up'));
+    const bytes = 12 << 20;
+    const fresh = await node.publish('team/given-up', [{ entries: [{ name: 'big', content: noise(bytes, 'big') }] }]);
     node.proxy.setRules({
-      path: new RegExp(fresh.image.layers[1]?.digest ?? ''),
-      fault: { kind: 'stall', ms: 20_000, afterBytes: FILE_BYTES },
+      path: new RegExp(fresh.image.layers[0]?.digest ?? ''),
+      fault: { kind: 'stall', ms: 20_000, afterBytes: bytes - (1 << 20) },
     });
     const { address, namespace } = node.containerd;
-    const args = [PROGRAM, '--config', node.product.configFile, 'rpull', '-a', address, '-n', namespace, fresh.plain];
-    const child = spawn(process.execPath, args, { stdio: 'ignore' });
+    const args = ['--config', node.product.configFile, 'rpull', '-a', address, '-n', namespace, fresh.plain];
+    const child = spawn(PROGRAM, args, { stdio: 'ignore' });
     await waitFor('chunks of it to be stored', () => node.indexCount('SELECT COUNT(*) FROM chunks') > 0);
     child.kill('SIGINT');
     assert.deepEqual(await once(child, 'close'), [1, null]);

@@ -182,6 +182,7 @@ export function nativeWith(replaced: Partial<StoreNative>): StoreNative {
     presenceCreate: addon.presenceCreate,
     presenceSet: addon.presenceSet,
     presenceTest: addon.presenceTest,
+    presenceClearEpoch: addon.presenceClearEpoch,
     punchHole: addon.punchHole,
     storePieces: addon.storePieces,
     readStore: addon.readStore,

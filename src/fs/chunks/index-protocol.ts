@@ -122,6 +122,24 @@ export interface ChunksToHold {
   readonly pieceBytes: number;
 }
 
+/** A mount whose data device reads the store itself. */
+export interface DirectMount {
+  readonly imageId: number;
+  /** What its device is called. */
+  readonly loop: string;
+  /** Path of the image's metadata file. */
+  readonly metadata: string;
+  readonly layers: readonly number[];
+}
+
+/** What of some layers is durable: first block and number of blocks, alternating. */
+export interface LayerPresence {
+  /** Chunks that are not wholly durable, but not more than tell; empty when all are. */
+  readonly missing: readonly number[];
+  /** If all are: the blocks they take, ascending and joined. */
+  readonly ranges: Float64Array;
+}
+
 export interface ImageRecord {
   readonly id: number;
   readonly key: string;
@@ -166,7 +184,14 @@ export interface IndexCalls {
   dropImage: { args: { id: number }; result: null };
   pin: { args: { mountId: number; layers: readonly number[] }; result: null };
   unpin: { args: { mountId: number }; result: null };
+  /** Pins of mounts that read the store themselves stay, here and above. */
   unpinAll: { args: Record<string, never>; result: null };
+  layerPresence: { args: { layerIds: readonly number[] }; result: LayerPresence };
+  /** Committed with synchronous=FULL, pins included. */
+  addDirect: { args: DirectMount; result: null };
+  /** `pinned`: the image is mounted otherwise, and stays pinned. */
+  dropDirect: { args: { imageId: number; pinned: boolean }; result: null };
+  directMounts: { args: Record<string, never>; result: readonly number[] };
   totals: { args: Record<string, never>; result: ChunkTotals };
   checkpoint: { args: Record<string, never>; result: null };
   close: { args: Record<string, never>; result: null };

@@ -6,6 +6,7 @@ import { DedupError } from '../../errors.ts';
 import { BLOCK_BYTES } from '../../units.ts';
 import { addLayer } from './add-layer.ts';
 import { AddressSpace } from './address-space.ts';
+import * as direct from './direct-rows.ts';
 import { deleteImage, dropLayers } from './drop-layers.ts';
 import { ChunkHolds, countUnreferenced, dropUnreferenced, holdChunks } from './hold-chunks.ts';
 import { openSound } from './index-open.ts';
@@ -13,9 +14,11 @@ import type {
   AddedLayer,
   ChunksToHold,
   ChunkTotals,
+  DirectMount,
   DroppedLayers,
   DurablePieces,
   ImageRecord,
+  LayerPresence,
   LayerRecord,
   LayerSourceName,
   LayerTrust,
@@ -126,7 +129,10 @@ export class IndexWriter {
         );
       }
       // Numbers and files of images are another history's; who dies before the files are gone finds no row for them.
-      if (replaced) this.#db.exec('DELETE FROM image_layers; DELETE FROM images');
+      if (replaced) {
+        this.#db.exec('DELETE FROM image_layers; DELETE FROM images');
+        direct.forgetDirect(this.#db);
+      }
       const next = fresh ? FIRST_CHUNK_ADDRESS : this.#getNumber('next_address');
       this.#set('store_id', request.storeId);
       this.#set('store_bytes', request.storeBytes);
@@ -408,18 +414,31 @@ export class IndexWriter {
   }
 
   pin(mountId: number, layers: readonly number[]): void {
-    const insert = this.#db.prepare('INSERT INTO pins (mount_id, layer_id) VALUES (?, ?) ON CONFLICT DO NOTHING');
-    this.#db.transaction(() => {
-      for (const layerId of layers) insert.run(mountId, layerId);
-    })();
+    this.#db.transaction(() => direct.pin(this.#db, mountId, layers))();
   }
 
   unpin(mountId: number): void {
-    this.#db.prepare('DELETE FROM pins WHERE mount_id = ?').run(mountId);
+    direct.unpin(this.#db, mountId);
   }
 
   unpinAll(): void {
-    this.#db.prepare('DELETE FROM pins').run();
+    direct.unpin(this.#db);
+  }
+
+  layerPresence(layerIds: readonly number[]): LayerPresence {
+    return direct.layerPresence(this.#db, layerIds);
+  }
+
+  addDirect(mount: DirectMount): void {
+    this.#full(() => direct.addDirect(this.#db, mount, now()));
+  }
+
+  dropDirect(imageId: number, pinned: boolean): void {
+    this.#db.transaction(() => direct.dropDirect(this.#db, imageId, pinned))();
+  }
+
+  directMounts(): number[] {
+    return direct.directMounts(this.#db);
   }
 
   totals(): ChunkTotals {

@@ -2,6 +2,7 @@
 import type { Logger } from '../../log.ts';
 import type { RootPaths } from '../../paths.ts';
 import type { ReadStoreJob, StorePiecesJob, StoreRead } from '../native.ts';
+import type { StoreReader } from './direct-mounts.ts';
 import type { ChunkTotals, LayerSourceName, LayerTrust } from './index-protocol.ts';
 
 /** What the store needs of the native addon. */
@@ -9,6 +10,7 @@ export interface StoreNative {
   presenceCreate(storeBytes: number): Uint8Array;
   presenceSet(presence: Uint8Array, firstBlock: number, count: number, value: boolean): void;
   presenceTest(presence: Uint8Array, firstBlock: number, count: number): boolean;
+  presenceClearEpoch(): number;
   punchHole(fd: number, offset: number, length: number): Promise<void>;
   storePieces(job: StorePiecesJob): Promise<Uint8Array>;
   readStore(job: ReadStoreJob): Promise<StoreRead>;
@@ -23,6 +25,8 @@ export interface NodeStoreOptions {
   /** Presence is flushed after this time or this many bytes. */
   readonly flushDelayMs?: number;
   readonly flushBytes?: number;
+  /** Devices whose backing file is the store called so. Absent: nothing reads the store but this process. */
+  readonly readers?: (storeId: string) => Promise<readonly StoreReader[]>;
   /** Disk space kept back so that a full disk can still be cleaned, bytes. Default 16 MiB. */
   readonly reserveBytes?: number;
 }
