@@ -6,7 +6,7 @@ import { randomInt } from 'node:crypto';
 import { parseArgs } from 'node:util';
 import type { BenchTarget, Contender } from '../../src/bench/contenders.ts';
 import { ctr, execute } from '../../src/bench/node-commands.ts';
-import { cpuSeconds, pssBytes } from '../../src/bench/process-use.ts';
+import { ProcessMeter } from '../../src/bench/process-use.ts';
 import { around, bytes, count, cpu, duration, ratio } from '../../src/bench/report/quantities.ts';
 import { pairedRatio, spreadOf } from '../../src/bench/report/statistics.ts';
 import { table } from '../../src/bench/report/tables.ts';
@@ -66,11 +66,11 @@ class Bench {
     if (way !== 'start') await this.#unpack();
     try {
       await dropCaches();
-      const before = await this.#cpuSeconds();
+      const taken = await this.#processorTime();
       if (way === 'conversion') {
         await conversions(product, 'resume');
         await allConverted(product);
-        return { way, pair, cpuSeconds: (await this.#cpuSeconds()) - before };
+        return { way, pair, cpuSeconds: taken() };
       }
       const prepare = async (): Promise<void> => {
         await this.#target.prepare?.();
@@ -88,7 +88,7 @@ class Bench {
       return {
         way,
         pair,
-        cpuSeconds: (await this.#cpuSeconds()) - before,
+        cpuSeconds: taken(),
         start,
         ...(way === 'both' ? { outlasted } : {}),
       };
@@ -107,11 +107,15 @@ class Bench {
     if (pending === 0) throw new Error(`${this.#ordinary} was unpacked, and nothing waits for its conversion`);
   }
 
-  async #cpuSeconds(): Promise<number> {
-    const daemons = await this.#ours.daemons();
-    // One that has gone would make the difference negative.
-    if (daemons.some(({ pid }) => pssBytes(pid) === 0)) throw new Error('a daemon has ended');
-    return daemons.reduce((sum, { pid }) => sum + cpuSeconds(pid), 0);
+  /** Answers with what the daemons took since this call, their children included, seconds. */
+  async #processorTime(): Promise<() => number> {
+    const meter = new ProcessMeter(await this.#ours.daemons());
+    return () => {
+      // The commands are those of the start and, many more, those that look how far the conversion is.
+      const daemons = meter.use().filter(({ name }) => name !== 'commands');
+      if (daemons.some((daemon) => daemon.pssBytes === 0)) throw new Error('a daemon has ended');
+      return daemons.reduce((sum, daemon) => sum + daemon.cpuSeconds, 0);
+    };
   }
 }
 

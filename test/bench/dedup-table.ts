@@ -196,7 +196,7 @@ ${sqlTable(product.root, our)}
 Second versions: ${updates.join('; ')}.
 `;
   process.stdout.write(`${text}\n`);
-  if (values.write) await writeSection('Disk space of real images', text);
+  if (values.write) await writeSection(`Disk space of real images, ${how}`, text);
 } finally {
   await product.stop();
 }
