@@ -1,5 +1,5 @@
 // The conversion of ordinary layers in the background, as an operator sees and steers it: `dedup-snapshotter dedup …`.
-import { waitFor } from '../../support/containerd.ts';
+import { setTimeout as sleep } from 'node:timers/promises';
 import type { Product } from '../../support/product.ts';
 
 /** proto/service.proto, ConversionStatus: what benchmarks look at. */
@@ -25,20 +25,24 @@ export function underWay({ pending, current }: Conversions): boolean {
   return pending > 0 || current !== null;
 }
 
+/** Each look is a process of its own, and not to be felt beside what is measured. */
+const LOOK_MS = 1000;
+
 /**
  * Waits until every ordinary layer is converted and its directory is gone. Errors: a layer that cannot be converted, and a
  * deadline that has passed.
  */
-export async function allConverted(product: Product, timeoutMs = 1_800_000): Promise<void> {
-  await waitFor(
-    'all layers to be converted',
-    async () => {
-      const status = await conversions(product, 'status');
-      const failed = [...status.left, ...status.failed.filter(({ given_up }) => given_up)];
-      if (failed.length > 0)
-        throw new Error(`layers cannot be converted: ${failed.map(({ reason }) => reason).join('; ')}`);
-      return !underWay(status) && status.directories.length === 0;
-    },
-    timeoutMs,
-  );
+export async function allConverted(product: Product, timeoutMs = 900_000): Promise<void> {
+  const deadline = performance.now() + timeoutMs;
+  for (;;) {
+    const status = await conversions(product, 'status');
+    const failed = [...status.left, ...status.failed.filter(({ given_up }) => given_up)];
+    if (failed.length > 0)
+      throw new Error(`layers cannot be converted: ${failed.map(({ reason }) => reason).join('; ')}`);
+    // Nobody is going to mend what it waits for.
+    if (status.waiting !== '') throw new Error(`layers are not converted: ${status.waiting}`);
+    if (!underWay(status) && status.directories.length === 0) return;
+    if (performance.now() > deadline) throw new Error(`layers are still not converted: ${JSON.stringify(status)}`);
+    await sleep(LOOK_MS);
+  }
 }
