@@ -31,8 +31,8 @@ export interface DirectoryBuildOptions {
   readonly chunkBytes: number;
   readonly pieceBytes: number;
   /**
-   * Called with every whole piece, in order; a promise holds the build up: at most 12 MiB, or three pieces if they are
-   * larger, are read ahead. Pieces of a chunk that turns out to be all zeros come too.
+   * Called with every whole piece, in order; a promise holds the build up: at most 8 MiB, or two pieces if they are
+   * larger, have been read and not been done with. Pieces of a chunk that turns out to be all zeros come too.
    */
   readonly onPiece?: OnPiece | undefined;
   /** Called after every batch with the bytes of content and the entries so far. */
