@@ -90,14 +90,30 @@ const schema = z.strictObject({
     .enum(['auto', 'fuse', 'fuse-native'])
     .default('auto')
     .describe('how the kernel asks for missing bytes; auto takes the best this kernel has'),
+  direct_mounts: z
+    .boolean()
+    .default(true)
+    .describe(
+      'images that are here completely are read by the kernel without dedupd; false: every read passes through it, and is compared with what was written',
+    ),
   dedup_scope: z
     .enum(['node', 'registry', 'repository'])
     .default('node')
     .describe('who shares chunks: all images of the node, of one registry, or of one repository'),
+  convert_ordinary: z
+    .boolean()
+    .default(true)
+    .describe('cut ordinary layers into chunks in the background and serve them as EROFS; not together with remap_ids'),
   index_trust: z
     .array(z.enum(['annotation', 'local', 'referrer']))
     .default(['annotation', 'local'])
     .describe('where a layer index may come from'),
+  publish_index: z
+    .enum(['off', 'local', 'registry'])
+    .default('local')
+    .describe(
+      'what becomes of the index of a layer that this node had to read whole: kept for the next pull here, or pushed beside the image for all nodes, too',
+    ),
   credentials_file: absolute.optional().describe('Docker config.json with registry credentials'),
   ca_files: z.array(absolute).default([]).describe('PEM files with additional certificate authorities'),
   insecure_registries: z
@@ -210,6 +226,14 @@ export function lazyDisabledReason(config: Config): string | undefined {
   if (!config.enable_lazy) return '"enable_lazy" is false';
   if (!config.enable_erofs) return '"enable_erofs" is false';
   return undefined;
+}
+
+/** Why no ordinary layer is converted under this configuration, or undefined. */
+export function conversionDisabledReason(config: Config): string | undefined {
+  if (!config.convert_ordinary) return '"convert_ordinary" is false';
+  // A chain of which a part is converted could not be used in a user namespace (snapshotter/id-mapping.ts).
+  if (config.remap_ids) return '"remap_ids" is true';
+  return lazyDisabledReason(config);
 }
 
 interface DocumentedType {

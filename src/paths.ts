@@ -33,6 +33,10 @@ export class RootPaths {
   snapshotFs(id: number): string {
     return join(this.snapshots, String(id), 'fs');
   }
+  /** The directory of a converted snapshot that is being deleted. */
+  snapshotGoing(id: number): string {
+    return join(this.snapshots, String(id), 'fs.going');
+  }
   snapshotWork(id: number): string {
     return join(this.snapshots, String(id), 'work');
   }
@@ -66,6 +70,10 @@ export class RootPaths {
   /** Restart blob of a layer (framing and windows), by its digest. */
   layerRestart(restart: Digest): string {
     return join(this.images, 'layers', `${digestHex(restart)}.restart`);
+  }
+  /** Which indexes are kept of layers that have gone. */
+  get keptIndexes(): string {
+    return join(this.images, 'kept');
   }
   get layers(): string {
     return join(this.images, 'layers');

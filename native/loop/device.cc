@@ -174,7 +174,10 @@ void detach(const std::string& path, const std::string& name) {
   if (failed) throw sys_error(err, "LOOP_CLR_FD " + path, path);
 }
 
-std::string name_of(const std::string& path) { return text_of(status_of(open_device(path, O_RDONLY), path)); }
+Status status(const std::string& path) {
+  const loop_info64 info = status_of(open_device(path, O_RDONLY), path);
+  return {text_of(info), info.lo_device, info.lo_inode};
+}
 
 void change_fd(const std::string& path, int fd, const std::string& name) {
   // As long as it is open here it stays what it is.

@@ -37,8 +37,14 @@ Device attach(const AttachArgs& args);
  */
 void detach(const std::string& path, const std::string& name);
 
-/** Name that a device was attached with; ENXIO when it has no backing file. */
-std::string name_of(const std::string& path);
+struct Status {
+  std::string name;          // that the device was attached with
+  std::uint64_t device = 0;  // st_dev of the backing file
+  std::uint64_t inode = 0;   // st_ino of the backing file
+};
+
+/** What a device is; ENXIO when it has no backing file. */
+Status status(const std::string& path);
 
 /** Switches the backing file of a read-only device; waits for every request in flight. `name` as for detach. */
 void change_fd(const std::string& path, int fd, const std::string& name);

@@ -45,10 +45,13 @@ Napi::Value detach(const Napi::CallbackInfo& info) {
 Napi::Value status(const Napi::CallbackInfo& info) {
   const std::string path = to_text(info[0], "path");
   return run_on_thread(
-      info.Env(), [path] { return loop::name_of(path); },
-      [](Napi::Env env, const std::string& name) -> Napi::Value {
+      info.Env(), [path] { return loop::status(path); },
+      [](Napi::Env env, const loop::Status& status) -> Napi::Value {
         Napi::Object result = Napi::Object::New(env);
-        result.Set("name", name);
+        result.Set("name", status.name);
+        // As fs.Stats has them, and as imprecise beyond 2^53.
+        result.Set("device", static_cast<double>(status.device));
+        result.Set("inode", static_cast<double>(status.inode));
         return result;
       });
 }

@@ -81,6 +81,10 @@ Napi::Value test_blocks(const Napi::CallbackInfo& info) {
   return Napi::Boolean::New(info.Env(), presence::all_set(range.bitmap, range.first, range.count));
 }
 
+Napi::Value clear_epoch(const Napi::CallbackInfo& info) {
+  return Napi::Number::New(info.Env(), static_cast<double>(presence::clear_epoch()));
+}
+
 }  // namespace
 
 void register_presence(Napi::Env env, Napi::Object exports) {
@@ -88,6 +92,7 @@ void register_presence(Napi::Env env, Napi::Object exports) {
   export_function<create_touched>(env, exports, "touchedCreate");
   export_function<set_blocks>(env, exports, "presenceSet");
   export_function<test_blocks>(env, exports, "presenceTest");
+  export_function<clear_epoch>(env, exports, "presenceClearEpoch");
 }
 
 }  // namespace dedup

@@ -66,6 +66,8 @@ const VERBS: Readonly<Record<string, (program: Command, context: SharedContext) 
   gc: async (program, context) => (await import('./gc-command.ts')).registerGcCommand(program, await context()),
   stats: async (program, context) =>
     (await import('./stats-command.ts')).registerStatsCommand(program, await context()),
+  dedup: async (program, context) =>
+    (await import('./dedup-command.ts')).registerDedupCommand(program, await context()),
   repair: async (program, context) =>
     (await import('./repair-command.ts')).registerRepairCommand(program, await context()),
   bench: async (program, context) =>

@@ -15,6 +15,8 @@ import { NodeStore } from './chunks/node-store.ts';
 import type {
   BelowMessage,
   ControlledPlane,
+  ConvertLayerMessage,
+  ConvertProgressMessage,
   GcProgressMessage,
   ImageInfoMessage,
   LayerKeyMessage,
@@ -23,8 +25,12 @@ import type {
   SpaceMessage,
   StatsMessage,
 } from './control-server.ts';
+import { buildDirectoryIndex } from './directory/build-index.ts';
+import { IdleGate } from './idle-gate.ts';
 import { buildImage, prepareBuilder } from './image/build-image.ts';
 import { IndexCatalog } from './index/discovery.ts';
+import { IndexPublisher } from './index/index-publisher.ts';
+import { KeptIndexes } from './index/kept-indexes.ts';
 import type { LayerIndex } from './index/layer-index.ts';
 import { RestartReader, WindowCache } from './index/restart-reader.ts';
 import { LayerBook } from './layer-book.ts';
@@ -32,13 +38,15 @@ import { type ImageAhead, LayerIntake, type ManifestLayer, type ReadProgress } f
 import { LazyLoader } from './lazy-loader.ts';
 import { type MountableBelow, type MountableLayer, MountTable } from './mount-table.ts';
 import { native } from './native.ts';
+import { OrdinaryLayers } from './ordinary-layers.ts';
 import { detachDeadSessions, removeHalfWritten } from './orphans.ts';
 import { ReferenceMounts } from './reference-mounts.ts';
 import type { Repository } from './registry/blob-reader.ts';
 import { type Credentials, parseUserPassword } from './registry/credentials.ts';
+import type { LocalBlobs } from './registry/local-blobs.ts';
 import { RegistryPool, type RepositoryName } from './registry/pool.ts';
 import { collectGarbage, reportSpace } from './space-report.ts';
-import { detachOrphans, imagesInUse } from './transport/erofs-mount.ts';
+import { dataDeviceName, detachOrphans, imagesInUse, storeReaders } from './transport/erofs-mount.ts';
 import { inspectMachine } from './transport/machine.ts';
 import { chooseTransport, openTransport, type TransportChoice } from './transport/select.ts';
 import type { ErofsLayoutKind, Transport } from './transport/transport.ts';
@@ -60,6 +68,8 @@ export interface DataPlaneOptions {
   readonly paths: RootPaths;
   readonly run: RunPaths;
   readonly log: Logger;
+  /** Layers in containerd's own content store; absent: those are not looked at. */
+  readonly localBlobs?: LocalBlobs | undefined;
   /** Layout of EROFS metadata; what the kernel calls for when absent. Newer kernels mount the older layout too. */
   readonly layout?: ErofsLayoutKind;
 }
@@ -77,6 +87,9 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
   readonly #transport: Transport;
   readonly #mounts: MountTable;
   readonly #intake: LayerIntake;
+  readonly #kept: KeptIndexes;
+  readonly #publisher: IndexPublisher;
+  readonly #ordinary: OrdinaryLayers;
   readonly #references: ReferenceMounts;
   readonly #credentials: Map<string, Credentials>;
   /** Mount ids that keys of the snapshotter were given, as told last. */
@@ -95,6 +108,7 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
       catalog: IndexCatalog;
       store: NodeStore;
       book: LayerBook;
+      kept: KeptIndexes;
       loader: LazyLoader;
       transport: Transport;
       credentials: Map<string, Credentials>;
@@ -107,14 +121,20 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
     this.#repository = parts.repository;
     this.#store = parts.store;
     this.#book = parts.book;
+    this.#kept = parts.kept;
     this.#loader = parts.loader;
     this.#transport = parts.transport;
     this.#credentials = parts.credentials;
     const store = parts.store;
+    const idle = new IdleGate(
+      () => parts.loader.stats().misses,
+      () => parts.loader.stats().waiting > 0 || this.#intake.isReading,
+    );
     this.#mounts = new MountTable({
       paths: options.paths,
       transport: parts.transport,
       layout: parts.choice.layout,
+      direct: options.config.direct_mounts && parts.transport.capabilities.direct,
       images: {
         storeBytes: store.storeBytes,
         imageFor: async (key, layerIds) => (await store.createImage(key, layerIds)).id,
@@ -124,6 +144,12 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
         pin: (imageId, layerIds) => store.pin(imageId, layerIds),
         unpin: (imageId) => store.unpin(imageId),
         isForeign: (imageId) => store.isForeign(imageId),
+        admitDirect: ({ imageId, layers, metadataInStore }, attach) => {
+          const loop = dataDeviceName(imageId, store.id);
+          const metadata = options.paths.imageMetadata(imageId);
+          return store.direct.admit({ imageId, layers, metadataInStore, loop, metadata }, attach);
+        },
+        lookAtDirect: (mounted) => store.direct.look(mounted),
         known: () => this.#knownImages(),
       },
       build: buildImage,
@@ -135,9 +161,28 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
       store,
       book: parts.book,
       repository: parts.repository,
+      kept: parts.kept,
+      paths: options.paths,
       contiguousFiles: parts.choice.layout === 'flat',
       expectBuild: prepareBuilder,
       prebuild: (layers, config) => this.#prebuild(layers, config),
+      indexed: (manifest, source) => this.#indexed(manifest, source),
+      stop: this.#stop.signal,
+      log: options.log,
+    });
+    this.#ordinary = new OrdinaryLayers({
+      store,
+      intake: this.#intake,
+      readDirectory: buildDirectoryIndex,
+      blobs: options.localBlobs,
+      leaveIndex: options.config.publish_index !== 'off',
+      indexed: (manifest, source) => this.#indexed(manifest, source),
+      gate: (signal) => idle.pass(signal),
+      log: options.log,
+    });
+    this.#publisher = new IndexPublisher({
+      paths: options.paths,
+      find: (digest) => parts.book.all().find((row) => row.digest === digest && row.trust === 'local'),
       stop: this.#stop.signal,
       log: options.log,
     });
@@ -174,6 +219,7 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
       native: native(),
       quotaBytes: config.quota_bytes,
       livingImages: imagesInUse,
+      readers: storeReaders,
       log,
     });
     const opened: AsyncDisposable[] = [registry, { [Symbol.asyncDispose]: () => store.close() }];
@@ -187,6 +233,7 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
       const windows = (index: LayerIndex): RestartReader =>
         new RestartReader(index, paths.layerRestart(index.restart.digest), windowCache);
       const book = await LayerBook.open({ paths, store, repository, windows });
+      const kept = await KeptIndexes.open(paths.keptIndexes, log);
       const limits = {
         requestsPerHost: config.dedupd.workers,
         aheadPerHost: config.prefetch.workers,
@@ -232,16 +279,18 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
         catalog,
         store,
         book,
+        kept,
         loader,
         transport,
         credentials,
       });
-      plane.#collectWhenIdle();
+      plane.#watchForIdleTimes();
       await store.unpinAll();
       // First: what has no metadata any more is not taken over.
       await plane.#removeOrphanFiles();
       await plane.#references.resume(await plane.#mounts.resume());
       await detachOrphans(store.id, log);
+      await store.direct.look();
       return plane;
     } catch (error) {
       for (const resource of opened.reverse()) await resource[Symbol.asyncDispose]();
@@ -250,21 +299,23 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
   }
 
   /**
-   * Collects garbage once after every burst of reads. Buffers of fetched spans are outside the JavaScript heap, which
-   * alone is too small to make the engine look for them; a node has better use for that memory.
+   * After every burst of reads: images that are complete now are read without us from then on, and garbage is collected
+   * once. Buffers of fetched spans are outside the JavaScript heap, which alone is too small to make the engine look for
+   * them; a node has better use for that memory.
    */
-  #collectWhenIdle(): void {
-    const { gc } = globalThis;
-    if (gc === undefined) return; // Only the launcher starts us with it.
+  #watchForIdleTimes(): void {
+    const { gc } = globalThis; // Only the launcher starts us with it.
     let collected = -1; // What starting left behind counts as the first burst.
     let seen = 0;
     this.#idleTimer = setInterval(() => {
       const { reads, waiting } = this.#loader.stats();
-      if (reads === seen && reads !== collected && waiting === 0) {
-        gc();
-        collected = reads;
-      }
+      const idle = reads === seen && waiting === 0;
       seen = reads;
+      if (!idle) return;
+      void this.#mounts.completeImages(); // Never rejects.
+      if (gc === undefined || reads === collected) return;
+      gc();
+      collected = reads;
     }, IDLE_CHECK_MS).unref();
   }
 
@@ -316,8 +367,10 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
     config: Promise<Buffer>,
     source: RepositoryName,
     onRead: ReadProgress,
+    ours: Promise<boolean>,
   ): ImageAhead {
-    return this.#intake.imageAhead(manifest, layers, config, { host: source.host, repository: source.path }, onRead);
+    const from = { host: source.host, repository: source.path };
+    return this.#intake.imageAhead(manifest, layers, config, from, onRead, ours);
   }
 
   /** Builds an image's file system ahead of its mount, and has the files of its start fetched. Errors: those of the layers. */
@@ -331,6 +384,12 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
     const { log } = this.#options;
     const signal = this.#stop.signal;
     await fetchImageStart({ metadata, layerIds, config: await config, loader: this.#loader, signal, log });
+  }
+
+  /** Has the indexes of an image pushed beside it, where that is wished for. */
+  #indexed(manifest: Digest, source: LayerSourceName): void {
+    if (this.#options.config.publish_index !== 'registry') return;
+    void this.#publisher.publish(manifest, this.#repository(source));
   }
 
   async mountReference(
@@ -366,6 +425,29 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
     const image = await this.#mounts.mount(await this.#intake.mountableLayers(layers), bottom, lowers);
     image.used = true;
     return { path: image.path, mountId: image.id, rootUid: image.rootUid, rootGid: image.rootGid };
+  }
+
+  /** Builds the file system of layers that lie on nothing, before it is mounted. Errors: NOT_FOUND, IMAGE_INVALID. */
+  async prebuildImage(layers: readonly LayerKeyMessage[]): Promise<void> {
+    await this.#mounts.prebuild(await this.#intake.mountableLayers(layers));
+  }
+
+  /**
+   * Stores a layer that containerd unpacked (OrdinaryLayers.convert). It is kept for the caller, who is about to name it.
+   * Errors: LAYER_NOT_LAZY when it must stay as it is, NOT_FOUND, STORE_IO, STORE_FULL, CANCELLED.
+   */
+  async convertLayer(
+    request: ConvertLayerMessage,
+    progress: (message: ConvertProgressMessage) => void,
+    signal: AbortSignal,
+  ): Promise<LayerKeyMessage> {
+    const { snapshot, directory, layer, manifest, sources, namespace, chain_id } = request;
+    const row = await this.#ordinary.convert(
+      { directory, name: `${snapshot} ${chain_id}`, digest: layer, sources, manifest, namespace },
+      (bytes, entries) => progress({ bytes, entries }),
+      AbortSignal.any([signal, this.#stop.signal]),
+    );
+    return { digest: row.digest, index: row.indexDigest, scope: row.scope };
   }
 
   async releaseImages(inUse: readonly number[]): Promise<number> {
@@ -470,17 +552,16 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
     }
   }
 
-  /** Files of index and restart blobs that rows name. */
+  /** Files of index and restart blobs that rows name, or that are kept. */
   #namedIndexFiles(): Set<string> {
     const { paths } = this.#options;
-    return new Set(
-      this.#book
-        .all()
-        .flatMap((row) => [
-          paths.layerIndex(row.indexDigest as Digest),
-          paths.layerRestart(row.restartDigest as Digest),
-        ]),
-    );
+    const named = new Set<string>();
+    for (const row of this.#book.all()) {
+      named.add(paths.layerIndex(row.indexDigest as Digest)).add(paths.layerRestart(row.restartDigest as Digest));
+    }
+    for (const { index, restart } of this.#kept.all())
+      named.add(paths.layerIndex(index)).add(paths.layerRestart(restart));
+    return named;
   }
 
   async layerUsage(key: LayerKeyMessage): Promise<{ bytes: number; inodes: number }> {
@@ -515,7 +596,7 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
         layers: image.layers.map((layer) => layer.digest),
         total_bytes: total,
         present_bytes: present,
-        transport: this.#choice.name,
+        transport: image.direct ? 'direct' : this.#choice.name,
         reference: [...image.holders.values()][0] ?? '',
       });
     }

@@ -3,7 +3,7 @@
 import PQueue from 'p-queue';
 import { DedupError } from '../errors.ts';
 import type { LayerRecord } from './chunks/index-protocol.ts';
-import type { WantedLayer } from './layer-intake.ts';
+import type { LayerStream, WantedLayer } from './layer-intake.ts';
 import type { BlobId, Repository } from './registry/blob-reader.ts';
 
 /**
@@ -16,7 +16,7 @@ export interface EagerLayersOptions {
   readonly takeIn: (
     wanted: WantedLayer,
     blob: BlobId,
-    source: { readonly stream: AsyncIterable<Buffer>; readonly verifiedStream: boolean },
+    source: LayerStream,
     progress: (bytesDone: number) => void,
     signal: AbortSignal,
   ) => Promise<LayerRecord>;
@@ -39,6 +39,10 @@ export class EagerLayers {
 
   constructor(options: EagerLayersOptions) {
     this.#options = options;
+  }
+
+  get isReading(): boolean {
+    return this.#readings.size > 0;
   }
 
   /**

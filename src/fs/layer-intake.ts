@@ -6,13 +6,16 @@ import type { Config } from '../config.ts';
 import { type Digest, isDigest, parseDigest } from '../digest.ts';
 import { DedupError, errorCode } from '../errors.ts';
 import type { Logger } from '../log.ts';
+import type { RootPaths } from '../paths.ts';
 import { MiB } from '../units.ts';
 import type { LayerRecord, LayerSourceName, LayerTrust } from './chunks/index-protocol.ts';
 import type { NodeStore } from './chunks/node-store.ts';
 import type { LayerKeyMessage, PrepareLayerMessage } from './control-server.ts';
 import { EagerLayers } from './eager-layers.ts';
-import { buildLayerIndex } from './index/builder.ts';
+import { type BuiltIndex, buildLayerIndex } from './index/builder.ts';
+import type { OnPiece } from './index/chunker.ts';
 import type { IndexCatalog } from './index/discovery.ts';
+import type { KeptIndexes } from './index/kept-indexes.ts';
 import { INDEX_ANNOTATION, type LayerIndex } from './index/layer-index.ts';
 import { classifyLayer } from './index/media-types.ts';
 import type { LayerBook } from './layer-book.ts';
@@ -23,6 +26,9 @@ import { MAX_JSON_BYTES, parseManifest } from './registry/image-manifest.ts';
 /** How long a layer that was fetched ahead waits for its Prepare. */
 const EXPECTED_MS = 600_000;
 
+/** How long a converted layer waits for its snapshot to name it. One that is late finds its directory still there. */
+const SWITCH_MS = 10_000;
+
 /** Why a layer that no snapshot names is kept. */
 interface Expectation {
   /** When it ends at the latest, by performance.now(). */
@@ -31,9 +37,11 @@ interface Expectation {
   readonly image: readonly number[];
   /** True while the pull is one of our own and goes on. */
   readonly underWay: () => boolean;
+  /** It is kept for a snapshot that exists: once that names it, it has arrived. */
+  readonly forSnapshot: boolean;
 }
 
-const NO_PULL: Pick<Expectation, 'underWay'> = { underWay: () => false };
+const NO_PULL: Pick<Expectation, 'underWay' | 'forSnapshot'> = { underWay: () => false, forSnapshot: false };
 
 /** What became of a layer that was made ready. */
 export type Readiness =
@@ -69,6 +77,18 @@ export interface WantedLayer {
   readonly reference: string;
 }
 
+/** The bytes of a layer; `verifiedStream`: it ends with DIGEST_MISMATCH by itself when they are wrong. */
+export interface LayerStream {
+  readonly stream: AsyncIterable<Buffer>;
+  readonly verifiedStream: boolean;
+}
+
+/** Reads a layer once, cut into chunks and pieces of these sizes; `onPiece` absent: only its index is wanted. */
+export type BuildLayer = (
+  sizes: { readonly chunkBytes: number; readonly pieceBytes: number },
+  onPiece: OnPiece | undefined,
+) => Promise<BuiltIndex>;
+
 /** A layer on its way into the store. */
 interface Adding {
   readonly work: Promise<LayerRecord>;
@@ -83,6 +103,8 @@ export interface LayerIntakeOptions {
   readonly catalog: IndexCatalog;
   readonly store: NodeStore;
   readonly book: LayerBook;
+  readonly kept: KeptIndexes;
+  readonly paths: RootPaths;
   readonly repository: (source: LayerSourceName) => Repository;
   /** True for the layout of kernels before 5.16: every file in one run of the store. */
   readonly contiguousFiles: boolean;
@@ -93,6 +115,8 @@ export interface LayerIntakeOptions {
    * start will read; `config` are the bytes of its configuration.
    */
   readonly prebuild: (layers: readonly MountableLayer[], config: Promise<Buffer>) => Promise<void>;
+  /** Told of an image of which layers were indexed here. */
+  readonly indexed: (manifest: Digest, source: LayerSourceName) => void;
   /** Aborted when the daemon stops. */
   readonly stop: AbortSignal;
   readonly log: Logger;
@@ -196,6 +220,7 @@ export class LayerIntake {
     config: Promise<Buffer>,
     source: LayerSourceName,
     onRead: ReadProgress,
+    ours: Promise<boolean>,
   ): ImageAhead {
     const end = new AbortController();
     const underWay = (): boolean => !end.signal.aborted;
@@ -206,18 +231,24 @@ export class LayerIntake {
       if (!classifyLayer({ mediaType }).lazy) return undefined;
       const progress = (bytesDone: number): void => onRead(position, bytesDone);
       const signal = AbortSignal.any([end.signal, this.#options.stop]);
-      const readWhole = (): Promise<LayerRecord> => {
+      const readWhole = async (): Promise<LayerRecord> => {
+        if (!(await ours)) throw new DedupError('LAYER_NOT_LAZY', 'it is for another snapshotter');
         stored.add(position);
         return this.#eager.read(wanted, { digest, size }, this.#repository(source), progress, signal);
       };
-      if (!this.#options.config.index_trust.includes('referrer')) return readWhole();
-      return this.layer(wanted, signal).catch((error: unknown) => {
+      // An index may be kept here of an earlier pull, or be found as a referrer.
+      return this.layer(wanted, signal).catch(async (error: unknown) => {
         if (errorCode(error) !== 'LAYER_NOT_LAZY') throw error;
-        return readWhole();
+        return await readWhole();
       });
     });
     this.#prepared.set(imageKey(manifest, source), true);
-    this.#build(rows, config).catch((error: unknown) => this.#aheadFailed(manifest, source, error));
+    const building = this.#build(rows, config);
+    building.catch((error: unknown) => this.#aheadFailed(manifest, source, error));
+    Promise.all(rows).then(
+      () => stored.size > 0 && this.#options.indexed(manifest, source),
+      () => undefined, // Told by its layer.
+    );
     return {
       layers: rows.map((row, position) =>
         row?.then(
@@ -258,7 +289,8 @@ export class LayerIntake {
       if (index === '' && !known) row = readWhole?.(wanted, position);
       return row?.then((row) => {
         image.push(row.id);
-        if (!known) this.#expected.set(row.id, { untilMs: performance.now() + EXPECTED_MS, image, underWay });
+        if (!known)
+          this.#expected.set(row.id, { untilMs: performance.now() + EXPECTED_MS, image, underWay, forSnapshot: false });
         return row;
       });
     });
@@ -313,6 +345,11 @@ export class LayerIntake {
     if (annotated && !isDigest(key.index)) {
       throw new DedupError('LAYER_NOT_LAZY', 'its index annotation is not a SHA-256 digest');
     }
+    const kept = annotated || !index_trust.includes('local') ? undefined : await this.#kept(digest);
+    if (kept !== undefined) {
+      storing();
+      return await this.#add(kept, kept.indexDigest, wanted, 'local');
+    }
     if (!annotated && !(index_trust.includes('referrer') && isDigest(wanted.manifest))) {
       const reason = key.index === '' ? 'it has no index annotation' : '"index_trust" does not include "annotation"';
       throw new DedupError('LAYER_NOT_LAZY', reason);
@@ -334,6 +371,21 @@ export class LayerIntake {
       }
     }
     throw failure;
+  }
+
+  /** The index that this node once made of a layer, if it is still here and right. */
+  async #kept(digest: Digest): Promise<(LayerIndex & { readonly indexDigest: Digest }) | undefined> {
+    const known = this.#options.kept.find(digest);
+    if (known === undefined) return undefined;
+    try {
+      const index = await this.#catalog.loadLocal({ layerDigest: digest, indexDigest: known.index });
+      if (index !== undefined && existsSync(this.#options.paths.layerRestart(known.restart)))
+        return { ...index, indexDigest: known.index };
+    } catch (error) {
+      this.#options.log.warn({ err: error, layer: digest }, 'an index that was kept is not usable any more');
+    }
+    await this.#options.kept.forget(digest);
+    return undefined;
   }
 
   /** Reads a whole layer once to index it on this node. Errors: LAYER_NOT_LAZY, LAYER_INVALID, and of the registry. */
@@ -358,34 +410,39 @@ export class LayerIntake {
   }
 
   /**
-   * Reads a whole layer that no registry need be asked for again: indexes it, keeps its chunks where the layout allows,
-   * and adds it. It is kept for whoever is about to use it. Errors: LAYER_NOT_LAZY, LAYER_INVALID, STORE_IO, STORE_FULL, and those of
-   * the stream.
+   * Reads a whole layer from `source`: indexes it, keeps its chunks where the layout allows, and adds it. It is kept for
+   * whoever is about to use it. Errors: LAYER_NOT_LAZY, LAYER_INVALID, STORE_IO, STORE_FULL, and those of the stream.
    */
-  async takeIn(
+  takeIn(
     wanted: WantedLayer,
     blob: BlobId,
-    source: { readonly stream: AsyncIterable<Buffer>; readonly verifiedStream: boolean },
+    source: LayerStream,
     progress: (bytesDone: number) => void,
     signal: AbortSignal,
   ): Promise<LayerRecord> {
+    return this.takeInBuilt(wanted, (sizes, onPiece) =>
+      buildLayerIndex({
+        ...source,
+        ...sizes,
+        layerDigest: blob.digest,
+        layerBytes: blob.size,
+        onProgress: progress,
+        onPiece,
+        signal,
+      }),
+    );
+  }
+
+  /** The same for what `build` reads, in whatever form. */
+  async takeInBuilt(wanted: WantedLayer, build: BuildLayer): Promise<LayerRecord> {
     const chunkBytes = this.#options.config.chunk_size;
-    const pieceBytes = Math.min(MiB, chunkBytes);
+    const sizes = { chunkBytes, pieceBytes: Math.min(MiB, chunkBytes) };
     // Files in one run each have no place before their size in the store is known.
     const keeper = this.#options.contiguousFiles
       ? undefined
-      : this.#store.keepChunks({ scope: wanted.key.scope, chunkBytes, pieceBytes });
+      : this.#store.keepChunks({ scope: wanted.key.scope, ...sizes });
     try {
-      const { index, indexBlob, restartBlob } = await buildLayerIndex({
-        ...source,
-        layerDigest: blob.digest,
-        layerBytes: blob.size,
-        chunkBytes,
-        pieceBytes,
-        onProgress: progress,
-        onPiece: keeper?.onPiece,
-        signal,
-      });
+      const { index, indexBlob, restartBlob } = await build(sizes, keeper?.onPiece);
       await keeper?.settled();
       const keeping = this.#catalog
         .keep(indexBlob, restartBlob)
@@ -394,6 +451,7 @@ export class LayerIntake {
       try {
         const row = await keeping;
         this.expect(row);
+        if (wanted.sources.length > 0) await this.#keepIndex(row, indexBlob.length + restartBlob.length);
         return row;
       } finally {
         this.#keeping.delete(keeping);
@@ -403,9 +461,27 @@ export class LayerIntake {
     }
   }
 
-  /** Keeps a layer of a standalone mount under way, which no snapshot names. */
-  expect(row: LayerRecord): void {
-    this.#expected.set(row.id, { untilMs: performance.now() + EXPECTED_MS, image: [], ...NO_PULL });
+  /** What was learned of a registry's layer serves the next pull of it, too. */
+  async #keepIndex(row: LayerRecord, bytes: number): Promise<void> {
+    if (this.#options.config.publish_index === 'off') return;
+    const { digest, indexDigest, restartDigest } = row;
+    await this.#options.kept.keep({
+      layer: parseDigest(digest),
+      index: parseDigest(indexDigest),
+      restart: parseDigest(restartDigest),
+      bytes,
+    });
+  }
+
+  /** True while layers are read whole for a pull. */
+  get isReading(): boolean {
+    return this.#eager.isReading;
+  }
+
+  /** Keeps a layer that no snapshot names: of a standalone mount under way, or of a snapshot that is about to name it. */
+  expect(row: LayerRecord, forSnapshot = false): void {
+    const untilMs = performance.now() + (forSnapshot ? SWITCH_MS : EXPECTED_MS);
+    this.#expected.set(row.id, { untilMs, image: [], ...NO_PULL, forSnapshot });
   }
 
   async #add(index: LayerIndex, indexDigest: Digest, wanted: WantedLayer, trust: LayerTrust): Promise<LayerRecord> {
@@ -500,10 +576,11 @@ export class LayerIntake {
 
   /** Layers kept for a pull or a mount that goes on; `named` are those that snapshots name. Forgets the others. */
   stillExpected(named: ReadonlySet<number>): number[] {
-    for (const [layerId, { untilMs, image, underWay }] of this.#expected) {
+    for (const [layerId, { untilMs, image, underWay, forSnapshot }] of this.#expected) {
       // No Prepare is under way now: somebody else's pull that goes on has left a snapshot of one of its layers.
       const goesOn = image.length === 0 || underWay() || image.some((id) => named.has(id));
-      if (!goesOn || performance.now() >= untilMs) this.#expected.delete(layerId);
+      const arrived = forSnapshot && named.has(layerId);
+      if (!goesOn || arrived || performance.now() >= untilMs) this.#expected.delete(layerId);
     }
     return [...this.#expected.keys()];
   }

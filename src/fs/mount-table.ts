@@ -11,7 +11,7 @@ import { BLOCK_BYTES, MiB } from '../units.ts';
 import type { ImageBuildRequest, ImageBuildResult } from './image/build-image.ts';
 import { mountPoints } from './orphans.ts';
 import { unmountErofs } from './transport/erofs-mount.ts';
-import type { ErofsLayoutKind, MountSpec, Transport } from './transport/transport.ts';
+import type { ErofsLayoutKind, MountSpec, Resumed, Transport } from './transport/transport.ts';
 
 /** A layer ready to be mounted: its row in the store and its verified index on disk. */
 export interface MountableLayer {
@@ -41,6 +41,16 @@ export interface ImageRegistry {
   unpin(imageId: number): Promise<void>;
   /** True for an image without a row to which an address may mean another chunk than it means to the store now. */
   isForeign(imageId: number): boolean;
+  /**
+   * Runs `attach`, which has the kernel read the store without us, if all of the image is here for good. False: it is not,
+   * and nothing was run. Errors: STORE_IO, STORE_FULL, and those of `attach`.
+   */
+  admitDirect(
+    image: { readonly imageId: number; readonly layers: readonly number[]; readonly metadataInStore: boolean },
+    attach: () => Promise<void>,
+  ): Promise<boolean>;
+  /** Looks whether the devices of images that read the store without us are gone; those of `mounted` ones are not. */
+  lookAtDirect(mounted: (imageId: number) => boolean): Promise<void>;
   /** Images made before, with their layers; only those whose layers are all known and not condemned. */
   known(): Promise<readonly { readonly id: number; readonly layers: readonly MountableLayer[] }[]>;
 }
@@ -50,6 +60,9 @@ const FLAT_FIRST = MiB;
 const FLAT_REGION_BYTES = 256 * MiB;
 const FLAT_REGIONS = 255;
 
+/** After this time it is tried again to have an image read without us where that failed, milliseconds. */
+const RETRY_DIRECT_MS = 30_000;
+
 /** How long an image that nobody uses stays mounted while it is still pulled. */
 const IDLE_MS = 600_000;
 
@@ -57,6 +70,8 @@ export interface MountTableOptions {
   readonly paths: RootPaths;
   readonly transport: Transport;
   readonly layout: ErofsLayoutKind;
+  /** Images that are here completely are read by the kernel without us. */
+  readonly direct: boolean;
   readonly images: ImageRegistry;
   readonly build: (request: ImageBuildRequest) => Promise<ImageBuildResult>;
   readonly log: Logger;
@@ -75,6 +90,8 @@ export interface MountedImage {
   readonly holders: Map<string, string>;
   /** True once a snapshot was given this mount: release() decides then. */
   used: boolean;
+  /** True when the kernel reads it from the store without us. */
+  direct: boolean;
   /** When nobody was seen to use it, by performance.now(). */
   idleSinceMs: number | undefined;
 }
@@ -90,6 +107,9 @@ export class MountTable {
   readonly #leaving = new Map<number, Promise<void>>();
   /** Regions of the store that hold metadata of flat images, by image. */
   readonly #regions = new Map<number, number>();
+  /** Images that could not be switched to the store, until when. */
+  readonly #retryDirectAt = new Map<number, number>();
+  #completing: Promise<void> | undefined;
   /** Where the search for a free region begins. */
   #nextRegion = 0;
   #closed = false;
@@ -145,6 +165,7 @@ export class MountTable {
     const layerIds = layers.map((layer) => layer.layerId);
     await images.pin(id, layerIds);
     this.#layers.set(id, layerIds);
+    let direct = false;
     try {
       // Metadata is renamed into place complete and synced; a key stands for addresses that stay as long as its layers. That of the
       // flat layout counts from where it lies, which may be elsewhere each time.
@@ -161,9 +182,10 @@ export class MountTable {
       const path = paths.mountPoint(id);
       await mkdir(path, { recursive: true, mode: 0o700 });
       const spec: MountSpec = { imageId: id, metadata, layout, flatOffset, target: path };
-      await transport.mount(spec);
+      direct = await this.#mountDirect(spec, layerIds);
+      if (!direct) await transport.mount(spec);
       const mountMs = performance.now() - builtMs;
-      log.debug({ image: id, layers: layers.length, buildMs: builtMs - startedMs, mountMs }, 'image mounted');
+      log.debug({ image: id, layers: layers.length, direct, buildMs: builtMs - startedMs, mountMs }, 'image mounted');
     } catch (error) {
       this.#regions.delete(id);
       this.#layers.delete(id);
@@ -178,10 +200,61 @@ export class MountTable {
       ...(await rootOwner(metadata)),
       holders: new Map(),
       used: false,
+      direct,
       idleSinceMs: undefined,
     };
     this.#mounted.set(id, image);
     return image;
+  }
+
+  /** Mounts an image that is here completely on the store itself; false when it must be mounted otherwise. */
+  async #mountDirect(spec: MountSpec, layers: readonly number[]): Promise<boolean> {
+    const { transport, images, direct, log } = this.#options;
+    if (!direct) return false;
+    const image = { imageId: spec.imageId, layers, metadataInStore: spec.layout === 'flat' };
+    try {
+      return await images.admitDirect(image, () => transport.mount({ ...spec, direct: true }));
+    } catch (error) {
+      // It is no less right with us in between, where what is wrong with it is told.
+      log.warn(
+        { err: error, image: spec.imageId },
+        'an image that is here completely is not mounted on the store itself',
+      );
+      return false;
+    }
+  }
+
+  /** Has images that have become complete since they were mounted read the store without us. Errors: none. */
+  completeImages(): Promise<void> {
+    this.#completing ??= this.#completeAll().finally(() => {
+      this.#completing = undefined;
+    });
+    return this.#completing;
+  }
+
+  async #completeAll(): Promise<void> {
+    for (const image of this.list()) {
+      const wait = (this.#retryDirectAt.get(image.id) ?? 0) > performance.now();
+      if (!image.direct && !wait && !this.#closed) await this.#complete(image);
+    }
+  }
+
+  async #complete(image: MountedImage): Promise<void> {
+    const { transport, images, layout, direct, log } = this.#options;
+    if (!direct || this.#mounted.get(image.id) !== image) return;
+    const wanted = { imageId: image.id, layers: image.layers.map(idOf), metadataInStore: layout === 'flat' };
+    try {
+      image.direct = await images.admitDirect(wanted, () => transport.complete(image.id));
+      this.#retryDirectAt.delete(image.id);
+    } catch (error) {
+      this.#retryDirectAt.set(image.id, performance.now() + RETRY_DIRECT_MS);
+      log.warn({ err: error, image: image.id }, 'an image that is here completely goes on being read through dedupd');
+    }
+  }
+
+  /** Forgets images read without us that are mounted no more, and whose devices are gone. Errors: none. */
+  #lookAtDirect(): Promise<void> {
+    return this.#options.images.lookAtDirect((id) => this.#mounted.get(id)?.direct === true);
   }
 
   /**
@@ -291,6 +364,7 @@ export class MountTable {
       await this.#unmount(image);
       unmounted++;
     }
+    await this.#lookAtDirect();
     return unmounted;
   }
 
@@ -302,6 +376,7 @@ export class MountTable {
       await this.#unmount(image);
       unmounted++;
     }
+    await this.#lookAtDirect();
     return unmounted;
   }
 
@@ -321,6 +396,7 @@ export class MountTable {
     }
     this.#regions.delete(image.id);
     this.#layers.delete(image.id);
+    this.#retryDirectAt.delete(image.id);
     await rmdir(image.path).catch((error: NodeJS.ErrnoException) => {
       if (error.code !== 'ENOENT') throw error; // Whoever emptied the root has removed it.
     });
@@ -331,7 +407,9 @@ export class MountTable {
   /** Unmounts one image that nobody holds. */
   async drop(id: number): Promise<void> {
     const image = this.#mounted.get(id);
-    if (image !== undefined && image.holders.size === 0) await this.#unmount(image);
+    if (image === undefined || image.holders.size > 0) return;
+    await this.#unmount(image);
+    await this.#lookAtDirect();
   }
 
   /** Layers of an image that is mounted or being mounted (mount(2) itself reads through us). */
@@ -347,7 +425,7 @@ export class MountTable {
   async resume(): Promise<ReadonlyMap<number, readonly string[]>> {
     const { transport, layout, images, log } = this.#options;
     const known = new Map((await images.known()).map((image) => [image.id, image.layers]));
-    const moved = await transport.resume((id) => {
+    const resumed = await transport.resume((id) => {
       const layers = known.get(id);
       // Flat metadata counts from the region it was built for, and its file may have been built for another one since.
       if (layout === 'flat') return false;
@@ -361,14 +439,15 @@ export class MountTable {
       if (layers !== undefined) this.#layers.set(id, layers.map(idOf));
       return true;
     });
-    const elsewhere = await this.#takeMounts(moved, known);
+    const elsewhere = await this.#takeMounts(resumed, known);
     // Moved, but mounted nowhere we can see: a container holds it. It reads on; nothing is kept for it.
-    log.debug({ moved: moved.size, mounted: this.#mounted.size }, 'images of an earlier dedupd taken over');
+    const counts = { images: resumed.images.size, direct: resumed.direct.size, mounted: this.#mounted.size };
+    log.debug(counts, 'images of an earlier dedupd taken over');
     return elsewhere;
   }
 
   async #takeMounts(
-    moved: ReadonlySet<number>,
+    resumed: Resumed,
     known: ReadonlyMap<number, readonly MountableLayer[]>,
   ): Promise<Map<number, string[]>> {
     const { paths, images, log } = this.#options;
@@ -382,14 +461,15 @@ export class MountTable {
     for (const { device, path } of all.filter(({ device }) => devices.has(device)).reverse()) {
       const id = devices.get(device)!;
       const layers = known.get(id);
-      if (!moved.has(id) || layers === undefined || !existsSync(paths.imageMetadata(id))) {
+      if (!resumed.images.has(id) || layers === undefined || !existsSync(paths.imageMetadata(id))) {
         log.info({ path }, 'detaching an image of an earlier dedupd');
         await unmountErofs(path);
       } else if (path === paths.mountPoint(id)) {
         await images.pin(id, layers.map(idOf));
         const owner = await rootOwner(paths.imageMetadata(id));
         // Whoever uses it is told to release() before anything is unmounted.
-        const rest = { holders: new Map<string, string>(), used: true, idleSinceMs: undefined };
+        const direct = resumed.direct.has(id);
+        const rest = { holders: new Map<string, string>(), used: true, direct, idleSinceMs: undefined };
         this.#mounted.set(id, { id, path, layers, ...owner, ...rest });
       } else {
         elsewhere.set(id, [...(elsewhere.get(id) ?? []), path]);
@@ -408,9 +488,11 @@ export class MountTable {
   /** Unmounts everything. Idempotent. */
   async close(): Promise<void> {
     this.#closed = true;
-    await Promise.allSettled(this.#mounting.values());
+    await Promise.allSettled([...this.#mounting.values(), this.#completing]);
     const failures: unknown[] = [];
     for (const image of this.list()) await this.#unmount(image).catch((error: unknown) => failures.push(error));
+    // What a container still reads keeps its row: the next start looks again.
+    await this.#lookAtDirect();
     if (failures.length > 0) throw failures[0];
   }
 

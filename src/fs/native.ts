@@ -215,15 +215,18 @@ interface Addon {
    * called `name` (any name when absent).
    */
   loopDetach(path: string, name?: string): Promise<void>;
-  /** Name that a device was attached with. Errors: KERNEL (ENXIO) when it has no backing file. */
-  loopStatus(path: string): Promise<{ name: string }>;
+  /**
+   * Name that a device was attached with, and the backing file's device and inode number as in fs.Stats. Errors: KERNEL
+   * (ENXIO) when it has no backing file.
+   */
+  loopStatus(path: string): Promise<{ name: string; device: number; inode: number }>;
   /** Errors: KERNEL; ENXIO also when the device is not called `name` (any name when absent). */
   loopChangeFd(path: string, fd: number, name?: string): Promise<void>;
   /** Takes an exclusive flock(2) without waiting; false when another holds it. */
   flock(fd: number): boolean;
   /** A buffer whose memory starts at a multiple of 4096. */
   alignedBuffer(bytes: number): Buffer;
-  /** Extended attributes of `path` (bytes) itself, a symlink not followed; blocks: never below a lazy mount. */
+  /** Extended attributes of `path` (bytes) itself, names as latin1, a symlink not followed; blocks: never below a lazy mount. */
   readXattrs(path: Uint8Array): { name: string; value: Buffer }[];
   /** fallocate(2) PUNCH_HOLE | KEEP_SIZE. */
   punchHole(fd: number, offset: number, length: number): Promise<void>;
@@ -237,6 +240,8 @@ interface Addon {
   presenceSet(presence: Uint8Array, firstBlock: number, count: number, value: boolean): void;
   /** True when all `count` bits from `firstBlock` are set, with acquire order. */
   presenceTest(presence: Uint8Array, firstBlock: number, count: number): boolean;
+  /** How often blocks were made absent in this process: unchanged, none was in between. */
+  presenceClearEpoch(): number;
   fuseStart(args: FuseSessionArgs): Promise<FuseSession>;
   gzipIndexer(options: { spanBytes: number }): GzipIndexer;
   streamHasher(): StreamHasher;
@@ -253,6 +258,8 @@ interface Addon {
   readStore(job: ReadStoreJob): Promise<StoreRead>;
   /** SHA-256 of `bytes` on a native thread. */
   sha256(bytes: Uint8Array): Promise<Buffer>;
+  /** Gives the calling thread, and no other, what CPU (SCHED_IDLE) and disk nobody else wants. Errors: KERNEL. */
+  idleThread(): void;
 }
 
 function locate(): string {

@@ -73,14 +73,24 @@ export interface PullOptions {
   /**
    * Asked to make the layers that the manifest lists ready to be offered, as early as possible; not for an image that
    * containerd has. `config`: the bytes of its configuration, once they are here. `onRead` is told of layers that are read
-   * whole. Answers for each layer with a promise, which never rejects, of what became of it; or nothing.
+   * whole; they may be where `ours` resolves to true. Answers for each layer with a promise, which never rejects, of what became of it; or nothing.
    */
   readonly makeReady?: (
     manifest: Digest,
     layers: readonly ManifestLayer[],
     config: Promise<Buffer>,
     onRead: (position: number, bytesDone: number) => void,
+    ours: Promise<boolean>,
   ) => readonly (Promise<Readiness> | undefined)[];
+  /**
+   * Where the snapshotter that goes with this process has its directories, and whether `snapshotter` is that one, if that
+   * is known; `learned` is told otherwise. Absent: it is not.
+   */
+  readonly own?: {
+    readonly snapshots: string;
+    readonly known: boolean | undefined;
+    readonly learned: (ours: boolean) => void;
+  };
   /** How long things outlive a killed pull at most. Default 30 s. */
   readonly leaseLifetimeMs?: number;
 }
@@ -193,7 +203,7 @@ class Pull {
       this.#emit({ kind: 'fetching', layer, bytes, totalBytes: parsed.layers[layer]?.size ?? 0 });
     };
     const makeReady = () =>
-      this.#options.makeReady?.(manifest.digest, parsed.layers, this.#config.promise, onRead) ?? [];
+      this.#options.makeReady?.(manifest.digest, parsed.layers, this.#config.promise, onRead, this.#isOurs()) ?? [];
     const ready = isKnown ? undefined : makeReady();
     // Of an image that containerd has it has the configuration, too.
     const config = isKnown ? undefined : this.#fetchConfig(parsed.config);
@@ -214,6 +224,25 @@ class Pull {
       manifest: manifest.digest,
       layers: layers.map(({ digest, size }, position) => ({ digest, size, outcome: outcomes[position] ?? 'present' })),
     };
+  }
+
+  /** Whether the snapshotter is the one of this product: its mounts tell. Never rejects. */
+  async #isOurs(): Promise<boolean> {
+    const { own, snapshotter } = this.#options;
+    if (own === undefined || own.known !== undefined) return own?.known ?? false;
+    const key = `dedup-probe-${randomBytes(6).toString('hex')}`;
+    try {
+      await this.#lease.expect(this.#snapshot(key));
+      const mounts = await this.#client.prepareSnapshot(snapshotter, key, '', {}, this.#scope());
+      await this.#client.removeSnapshot(snapshotter, key);
+      const ours = mounts.some(({ source }) => source.startsWith(`${own.snapshots}/`));
+      own.learned(ours);
+      return ours;
+    } catch {
+      return false; // The first layer's own Prepare says what is wrong.
+    } finally {
+      this.#lease.forget(this.#snapshot(key));
+    }
   }
 
   /** Lets a step go on beside the others. Its failure is told before the image gets its name. */

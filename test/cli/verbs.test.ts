@@ -14,7 +14,9 @@ const REPOSITORY = join(import.meta.dirname, '..', '..');
 const SOURCE = join(REPOSITORY, 'src', 'dedup-snapshotter.ts');
 const DAEMON_SOURCE = join(REPOSITORY, 'src', 'dedupd.ts');
 const NOBODY = ['--reuid=65534', '--regid=65534', '--clear-groups'];
-const VERBS = ['bench', 'index', 'rpull', 'mount', 'umount', 'images', 'gc', 'stats', 'repair', 'config', 'doctor'];
+const VERBS = [
+  ...['bench', 'index', 'rpull', 'mount', 'umount', 'images', 'gc', 'stats', 'dedup', 'repair', 'config', 'doctor'],
+];
 
 interface Outcome {
   readonly code: number | null;

@@ -34,6 +34,7 @@ describe('MountTable', () => {
         unmount: async (target: string) => void unmounted.push(target),
       } as unknown as MountTableOptions['transport'],
       layout: 'flat',
+      direct: false,
       images: {
         storeBytes: TiB,
         imageFor: async (key) => {
@@ -46,6 +47,8 @@ describe('MountTable', () => {
         pin: async () => {},
         unpin: async () => {},
         isForeign: () => false,
+        admitDirect: async () => false,
+        lookAtDirect: async () => {},
         known: async () => [],
       },
       build: async ({ output }) => {

@@ -183,6 +183,7 @@ export function nativeWith(replaced: Partial<StoreNative>): StoreNative {
     touchedCreate: addon.touchedCreate,
     presenceSet: addon.presenceSet,
     presenceTest: addon.presenceTest,
+    presenceClearEpoch: addon.presenceClearEpoch,
     punchHole: addon.punchHole,
     storePieces: addon.storePieces,
     readStore: addon.readStore,

@@ -72,12 +72,15 @@ export class Durability {
     this.flush().catch(() => undefined);
   }
 
-  /** Makes everything that is present now durable. Errors: STORE_IO, STORE_FULL; then the pieces are absent again. */
-  async flush(): Promise<void> {
+  /**
+   * Makes everything that is present now durable; `always` syncs even if no piece is new, for what else was written.
+   * Errors: STORE_IO, STORE_FULL; then the pieces are absent again.
+   */
+  async flush(always = false): Promise<void> {
     while (this.#running !== undefined) await this.#running.catch(() => undefined);
     clearTimeout(this.#timer);
     this.#timer = undefined;
-    if (this.#fresh.length === 0) return;
+    if (this.#fresh.length === 0 && !always) return;
     this.#running = this.#flushGroup();
     try {
       await this.#running;

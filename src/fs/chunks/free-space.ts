@@ -122,6 +122,21 @@ export function forgetFreed(db: Database.Database): void {
   db.exec('DELETE FROM freed; DELETE FROM evicted');
 }
 
+/**
+ * For an older copy of the database whose addresses may mean other chunks to a mount that reads the store without us: all
+ * that it knows of is learned again, at addresses from `end` on. What lies between `first` and `end` is to be punched, once
+ * nobody unknown reads it.
+ */
+export function forgetChunks(db: Database.Database, first: number, end: number, nowSeconds: number): void {
+  db.exec(`DELETE FROM layer_chunks; DELETE FROM placements; DELETE FROM chunks; DELETE FROM sources;
+    DELETE FROM pins; DELETE FROM layers`);
+  db.prepare("INSERT INTO freed (block, blocks, state, since) VALUES (?, ?, 'to-punch', ?)").run(
+    first / BLOCK_BYTES,
+    (end - first) / BLOCK_BYTES,
+    nowSeconds,
+  );
+}
+
 export function addressSpaceUse(db: Database.Database): AddressSpaceUse {
   const rows = db.prepare('SELECT state, sum(blocks) FROM freed GROUP BY state').raw().all() as [string, number][];
   const bytes = new Map(rows.map(([state, blocks]) => [state, blocks * BLOCK_BYTES]));

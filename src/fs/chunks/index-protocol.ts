@@ -92,6 +92,8 @@ export interface OpenRequest {
   readonly reuseGeneration: number;
   /** Numbers of images that are in use on this machine: none of them is given again. Undefined: not known. */
   readonly livingImages: readonly number[] | undefined;
+  /** True when a device of this machine reads the store file itself, or that is not known. */
+  readonly directReaders: boolean;
   /** False when the sums of the store's blocks are new: recorded presence cannot be checked. */
   readonly summed: boolean;
 }
@@ -179,6 +181,24 @@ export interface ChunksToHold {
   readonly pieceBytes: number;
 }
 
+/** A mount whose data device reads the store itself. */
+export interface DirectMount {
+  readonly imageId: number;
+  /** What its device is called. */
+  readonly loop: string;
+  /** Path of the image's metadata file. */
+  readonly metadata: string;
+  readonly layers: readonly number[];
+}
+
+/** What of some layers is durable: first block and number of blocks, alternating. */
+export interface LayerPresence {
+  /** Chunks that are not wholly durable, but not more than tell; empty when all are. */
+  readonly missing: readonly number[];
+  /** If all are: the blocks they take, ascending and joined. */
+  readonly ranges: Float64Array;
+}
+
 export interface ImageRecord {
   readonly id: number;
   readonly key: string;
@@ -210,6 +230,8 @@ export interface IndexCalls {
   /** Drops the rows of chunks that no layer counts and nobody holds. Committed with synchronous=FULL. */
   dropUnreferenced: { args: { generation: number }; result: readonly StoreRange[] };
   layers: { args: Record<string, never>; result: LayerRecord[] };
+  /** Whether every chunk of the layer is durable; if so, what is committed is on the disk (synchronous=FULL). */
+  confirmLayer: { args: { layerId: number }; result: boolean };
   layerAddresses: { args: { layerId: number }; result: Float64Array };
   addSources: { args: { layerId: number; sources: readonly LayerSourceName[] }; result: null };
   setLayerState: { args: { layerId: number; verified?: boolean; condemned?: boolean }; result: null };
@@ -231,7 +253,14 @@ export interface IndexCalls {
   dropImage: { args: { id: number }; result: null };
   pin: { args: { mountId: number; layers: readonly number[] }; result: null };
   unpin: { args: { mountId: number }; result: null };
+  /** Pins of mounts that read the store themselves stay, here and above. */
   unpinAll: { args: Record<string, never>; result: null };
+  layerPresence: { args: { layerIds: readonly number[] }; result: LayerPresence };
+  /** Committed with synchronous=FULL, pins included. */
+  addDirect: { args: DirectMount; result: null };
+  /** `pinned`: the image is mounted otherwise, and stays pinned. */
+  dropDirect: { args: { imageId: number; pinned: boolean }; result: null };
+  directMounts: { args: Record<string, never>; result: readonly number[] };
   totals: { args: Record<string, never>; result: ChunkTotals };
   checkpoint: { args: Record<string, never>; result: null };
   close: { args: Record<string, never>; result: null };

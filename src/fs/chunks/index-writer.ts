@@ -6,12 +6,14 @@ import { DedupError } from '../../errors.ts';
 import { BLOCK_BYTES } from '../../units.ts';
 import { addLayer } from './add-layer.ts';
 import { AddressSpace } from './address-space.ts';
+import * as direct from './direct-rows.ts';
 import { deleteImage, dropLayers } from './drop-layers.ts';
 import { coldChunks, evict, evictedPunched } from './evictable.ts';
 import {
   addressSpaceUse,
   beginQuarantine,
   endQuarantine,
+  forgetChunks,
   forgetFreed,
   quarantineAnew,
   quarantined,
@@ -26,11 +28,13 @@ import type {
   ChunkTotals,
   ColdChunks,
   ColdChunksRequest,
+  DirectMount,
   DroppedLayers,
   DurablePieces,
   EvictRequest,
   ImageRecord,
   ImageUse,
+  LayerPresence,
   LayerRecord,
   LayerSourceName,
   LayerTrust,
@@ -143,7 +147,10 @@ export class IndexWriter {
         );
       }
       // Numbers and files of images are another history's; who dies before the files are gone finds no row for them.
-      if (replaced) this.#db.exec('DELETE FROM image_layers; DELETE FROM images');
+      if (replaced) {
+        this.#db.exec('DELETE FROM image_layers; DELETE FROM images');
+        direct.forgetDirect(this.#db);
+      }
       const next = fresh ? FIRST_CHUNK_ADDRESS : this.#getNumber('next_address');
       this.#set('store_id', request.storeId);
       this.#set('store_bytes', request.storeBytes);
@@ -155,6 +162,8 @@ export class IndexWriter {
       this.#set('clean', 0);
       if (replaced) forgetFreed(this.#db);
       else if (!fresh && inUse) quarantineAnew(this.#db, next, end, now());
+      // What is read without us there is another history's, and must be written by nobody.
+      if (!addressesKept && request.directReaders) forgetChunks(this.#db, FIRST_CHUNK_ADDRESS, end, now());
       const last = this.#neverNumber(request.livingImages ?? []);
       if (!addressesKept) this.#set('foreign_images', last);
       // Of layers that were being read when the last process ended.
@@ -305,6 +314,20 @@ export class IndexWriter {
     }));
   }
 
+  confirmLayer(layerId: number): boolean {
+    const missing = this.#db.prepare(
+      `SELECT 1 FROM layer_chunks l JOIN chunks c ON c.id = l.chunk_id
+       WHERE l.layer_id = ? AND c.durable <> -1 AND c.durable <> (1 << ((c.size + c.piece_bytes - 1) / c.piece_bytes)) - 1
+       LIMIT 1`,
+    );
+    return this.#full(() => {
+      if (missing.get(layerId) !== undefined) return false;
+      // Something must be written for the log to be synced, with all that was committed before.
+      this.#set('clean', 0);
+      return true;
+    });
+  }
+
   layerAddresses(layerId: number): Float64Array {
     const count = this.#db.prepare('SELECT chunk_count FROM layers WHERE id = ?').pluck().get(layerId) as
       | number
@@ -446,23 +469,31 @@ export class IndexWriter {
   }
 
   pin(mountId: number, layers: readonly number[]): void {
-    const insert = this.#db.prepare('INSERT INTO pins (mount_id, layer_id) VALUES (?, ?) ON CONFLICT DO NOTHING');
-    const known = this.#db.prepare('SELECT 1 FROM layers WHERE id = ?').pluck();
-    this.#db.transaction(() => {
-      for (const layerId of layers) {
-        // Dropped a moment ago: its addresses may be given to others.
-        if (known.get(layerId) === undefined) throw new DedupError('NOT_FOUND', `layer ${layerId} is not in the store`);
-        insert.run(mountId, layerId);
-      }
-    })();
+    this.#db.transaction(() => direct.pin(this.#db, mountId, layers))();
   }
 
   unpin(mountId: number): void {
-    this.#db.prepare('DELETE FROM pins WHERE mount_id = ?').run(mountId);
+    direct.unpin(this.#db, mountId);
   }
 
   unpinAll(): void {
-    this.#db.prepare('DELETE FROM pins').run();
+    direct.unpin(this.#db);
+  }
+
+  layerPresence(layerIds: readonly number[]): LayerPresence {
+    return direct.layerPresence(this.#db, layerIds);
+  }
+
+  addDirect(mount: DirectMount): void {
+    this.#full(() => direct.addDirect(this.#db, mount, now()));
+  }
+
+  dropDirect(imageId: number, pinned: boolean): void {
+    this.#db.transaction(() => direct.dropDirect(this.#db, imageId, pinned))();
+  }
+
+  directMounts(): number[] {
+    return direct.directMounts(this.#db);
   }
 
   totals(): ChunkTotals {

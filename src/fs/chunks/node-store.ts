@@ -7,6 +7,7 @@ import type { Logger } from '../../log.ts';
 import { BLOCK_BYTES, MiB, roundUp } from '../../units.ts';
 import type { LayerIndex } from '../index/layer-index.ts';
 import { ChunkKeeper } from './chunk-keeper.ts';
+import { DirectMounts, type DirectTarget } from './direct-mounts.ts';
 import { Durability, type FreshPiece } from './durability.ts';
 import { IndexDb, type LayerChunk, type PlacedChunk } from './index-db.ts';
 import type { ImageRecord, ImageUse, LayerRecord, LayerSourceName, StoreRange } from './index-protocol.ts';
@@ -70,6 +71,9 @@ export class NodeStore {
   #exclusive: Promise<unknown> = Promise.resolve();
   #closed = false;
   #lastHold = 0;
+  #direct: DirectMounts | undefined;
+  /** Mounts that are pinned as such, whether they read the store themselves or not. */
+  readonly #pinned = new Set<number>();
   /** Native calls that use the store's descriptors, which must not be closed, and perhaps reused, under them. */
   readonly #using = new Set<Promise<unknown>>();
 
@@ -114,6 +118,7 @@ export class NodeStore {
         serially: (work) => this.#serially(work),
         underGeneration: (change, how) => this.#underGeneration(change, how),
         reserve: this.#reserve,
+        hasStrangers: () => this.hasForeignReaders(),
       },
       options,
     );
@@ -137,7 +142,16 @@ export class NodeStore {
       await file.writeHeader({ pendingGeneration: nextGeneration });
       const living = await options.livingImages?.(file.name);
       const livingImages = living === undefined ? undefined : [...living];
-      const opened = await IndexDb.open({ file: paths.indexDb, ...header, nextGeneration, livingImages, summed });
+      const readers = options.readers === undefined ? [] : await options.readers(file.name).catch(() => undefined);
+      const directReaders = readers === undefined || readers.length > 0;
+      const opened = await IndexDb.open({
+        file: paths.indexDb,
+        ...header,
+        nextGeneration,
+        livingImages,
+        directReaders,
+        summed,
+      });
       db = opened.db;
       const { answer } = opened;
       if (answer.movedTo !== '') log.error({ movedTo: answer.movedTo }, 'index.db was damaged and is made anew');
@@ -152,6 +166,8 @@ export class NodeStore {
         native.presenceSet(presence, answer.durable[i]!, answer.durable[i + 1]!, true);
       }
       const store = new NodeStore(options, file, db, presence, answer);
+      // Before anything is punched: what an earlier process let the kernel read without it may still be read.
+      store.#direct = await DirectMounts.open(store.#directTarget(options.readers), log);
       await store.#space.punchFreed(answer.toPunch);
       await store.#space.punchEvicted(answer.evicted);
       if (!(await store.#reserve.fill())) log.warn('the disk has no room for the space that cleaning a full one takes');
@@ -162,6 +178,36 @@ export class NodeStore {
       await file.close();
       throw error;
     }
+  }
+
+  #directTarget(readers: NodeStoreOptions['readers']): DirectTarget {
+    const db = this.#db;
+    return {
+      readers: async () => (await readers?.(this.id)) ?? [],
+      rows: () => db.call('directMounts', {}),
+      layerPresence: (layerIds) => db.call('layerPresence', { layerIds }),
+      add: async (mount) => void (await db.call('addDirect', mount)),
+      drop: async (imageId) => void (await db.call('dropDirect', { imageId, pinned: this.#pinned.has(imageId) })),
+      isPresent: (address, length) => this.isPresent(address, length),
+      clearEpoch: () => this.#native.presenceClearEpoch(),
+      flush: (metadata) => this.flush(metadata),
+      serially: (work) => this.#serially(work),
+      strangersGone: () => this.#serially(() => this.#space.punchPostponed()),
+    };
+  }
+
+  /** The mounts that read the store file without this process. */
+  get direct(): DirectMounts {
+    if (this.#direct === undefined) throw new DedupError('INTERNAL', 'the node store is not open yet');
+    return this.#direct;
+  }
+
+  /**
+   * True while devices read the store of which index.db does not know what they may read: nothing may be punched, evicted
+   * or given another address's place. (Those it knows are in its table `direct_mounts`, their layers in `pins`.)
+   */
+  hasForeignReaders(): boolean {
+    return this.direct.hasStrangers;
   }
 
   /** Name of the store file, of at most 42 characters, that no other file has, not even a copy of it. */
@@ -336,6 +382,14 @@ export class NodeStore {
     const highWater = Math.ceil(needed / HIGH_WATER_STEP) * HIGH_WATER_STEP;
     await this.#file.writeHeader({ highWater });
     this.#highWater = highWater;
+  }
+
+  /**
+   * True when the layer needs nobody any more: its row and all of its chunks are on the disk. What is present must have
+   * been flushed before. For layouts that need no contiguous files.
+   */
+  confirmLayer(layerId: number): Promise<boolean> {
+    return this.#db.call('confirmLayer', { layerId });
   }
 
   /** Addresses of a stored layer's chunks. Errors: NOT_FOUND. */
@@ -582,10 +636,12 @@ export class NodeStore {
     if (!stored.every((good) => good === 1)) throw new DedupError('STORE_IO', `metadata ${file} could not be stored`);
   }
 
-  /** Makes everything that is present now durable. Errors: STORE_IO, STORE_FULL. */
-  flush(): Promise<void> {
+  /** Makes everything that is present now durable; `metadata`: that of flat images too. Errors: STORE_IO, STORE_FULL. */
+  async flush(metadata = false): Promise<void> {
     this.#mustBeOpen();
-    return this.#durability.flush();
+    // What a call has written is present before the call has returned and handed it on to be flushed.
+    await Promise.allSettled(this.#using);
+    await this.#durability.flush(metadata);
   }
 
   /** The image with this key (a digest over its layers and layout), made when it is new: then its state is `building`. */
@@ -608,14 +664,18 @@ export class NodeStore {
 
   /** Keeps the chunks of these layers as long as the mount is not unpinned. */
   async pin(mountId: number, layers: readonly number[]): Promise<void> {
+    this.#pinned.add(mountId);
     await this.#db.call('pin', { mountId, layers });
   }
 
+  /** Those of a mount that reads the store itself are kept until its device is seen gone. */
   async unpin(mountId: number): Promise<void> {
+    this.#pinned.delete(mountId);
+    this.direct.forget(mountId);
     await this.#db.call('unpin', { mountId });
   }
 
-  /** For a start at which no mount of an earlier process is left. */
+  /** For a start: mounts of an earlier process are pinned anew as they are taken over. */
   async unpinAll(): Promise<void> {
     await this.#db.call('unpinAll', {});
   }

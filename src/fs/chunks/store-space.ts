@@ -28,6 +28,8 @@ export interface SpaceParts {
   serially<T>(work: () => Promise<T>): Promise<T>;
   /** Runs a change of the database under a generation of its own; to be called serially. */
   underGeneration<T>(change: (generation: number) => Promise<T>, options?: { reuse: boolean }): Promise<T>;
+  /** True while somebody reads the store of whom it is not known what: nothing may be punched, evicted or given again. */
+  hasStrangers(): boolean;
   /** Room that is given up when the disk is full, for the database to record what is to be freed. */
   readonly reserve: SpaceReserve;
 }
@@ -64,6 +66,8 @@ export class StoreSpace {
   readonly #writing = new Map<number, number>();
   /** Evicted pieces that are not punched yet, by address. */
   readonly #punching = new Map<number, Promise<void>>();
+  /** Ranges that are punched once no stranger reads the store. */
+  #postponed: StoreRange[] = [];
   /** Ends of readers and writers of chunks that were dropped. */
   readonly #leaving = new Set<Promise<void>>();
   #evicting: Promise<unknown> = Promise.resolve();
@@ -132,8 +136,12 @@ export class StoreSpace {
   async punchFreed(ranges: readonly StoreRange[]): Promise<void> {
     if (ranges.length === 0) return;
     const done: StoreRange[] = [];
+    for (const range of ranges) this.#takeAway(range);
+    if (this.#parts.hasStrangers()) {
+      this.#postponed.push(...ranges);
+      return;
+    }
     for (const range of ranges) {
-      this.#takeAway(range);
       // What cannot be punched stays recorded and is punched at the next start; it is not given again meanwhile.
       if (await this.#punch(range)) done.push(range);
     }
@@ -143,10 +151,17 @@ export class StoreSpace {
     this.#retryLater(this.#quarantineMs + TIMER_MS);
   }
 
+  /** Punches what could not be while strangers read the store. */
+  punchPostponed(): Promise<void> {
+    return this.punchFreed(this.#postponed.splice(0));
+  }
+
   /** Frees what an earlier process evicted and did not come to punch. */
   async punchEvicted(ranges: readonly StoreRange[]): Promise<void> {
     const { presence, db } = this.#parts;
     const done: number[] = [];
+    // The next start tries again.
+    if (this.#parts.hasStrangers()) return;
     for (const range of ranges) {
       const firstBlock = range.address / BLOCK_BYTES;
       // Stored again since, and it could not be recorded that it had been punched.
@@ -197,7 +212,7 @@ export class StoreSpace {
     return this.#parts.serially(async () => {
       this.#mustBeOpen();
       const { db, presence } = this.#parts;
-      if (this.#leaving.size > 0 || this.#livingImages === undefined) return 0;
+      if (this.#leaving.size > 0 || this.#livingImages === undefined || this.#parts.hasStrangers()) return 0;
       if (performance.now() - this.#freedAtMs < this.#quarantineMs) return 0;
       const ranges = await db.call('quarantined', {});
       if (ranges.length === 0) return 0;
@@ -298,7 +313,7 @@ export class StoreSpace {
     while (freed < wantedBytes) {
       this.#mustBeOpen();
       const batch = await cold.take(Math.min(wantedBytes - freed, BATCH_BYTES));
-      if (batch.length === 0) break;
+      if (batch.length === 0 || this.#parts.hasStrangers()) break;
       freed += await this.#evictBatch(batch);
     }
     await cold.finish();
@@ -310,6 +325,7 @@ export class StoreSpace {
     const { db, durability } = this.#parts;
     return this.#parts.serially(async () => {
       this.#mustBeOpen();
+      if (this.#parts.hasStrangers()) return 0;
       const first = new Set(batch.map(({ firstBlock }) => firstBlock));
       const wholes = new Set(batch.filter(({ mask }) => mask === WHOLE).map(({ placementBlock }) => placementBlock));
       // Before the commit: what is recorded afterwards would be durable again.

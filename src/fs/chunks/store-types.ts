@@ -2,6 +2,7 @@
 import type { Logger } from '../../log.ts';
 import type { RootPaths } from '../../paths.ts';
 import type { ReadStoreJob, StorePiecesJob, StoreRead } from '../native.ts';
+import type { StoreReader } from './direct-mounts.ts';
 import type { ChunkTotals, LayerSourceName, LayerTrust } from './index-protocol.ts';
 
 /** What the store needs of the native addon. */
@@ -10,6 +11,7 @@ export interface StoreNative {
   touchedCreate(storeBytes: number): Uint32Array;
   presenceSet(presence: Uint8Array, firstBlock: number, count: number, value: boolean): void;
   presenceTest(presence: Uint8Array, firstBlock: number, count: number): boolean;
+  presenceClearEpoch(): number;
   punchHole(fd: number, offset: number, length: number): Promise<void>;
   storePieces(job: StorePiecesJob): Promise<Uint8Array>;
   readStore(job: ReadStoreJob): Promise<StoreRead>;
@@ -35,6 +37,8 @@ export interface NodeStoreOptions {
    * a row or not. Absent: not known, and no address is ever given again. Errors: whatever keeps it from being known.
    */
   readonly livingImages?: (storeId: string) => Promise<ReadonlySet<number>>;
+  /** Devices whose backing file is the store called so. Absent: nothing reads the store but this process. */
+  readonly readers?: (storeId: string) => Promise<readonly StoreReader[]>;
   /** Disk space kept back so that a full disk can still be cleaned, bytes. Default 16 MiB. */
   readonly reserveBytes?: number;
 }

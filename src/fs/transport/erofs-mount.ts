@@ -1,12 +1,12 @@
 // Puts loop devices under an EROFS mount and takes them away again: shared by the transports that serve the store
 // through a file of a FUSE filesystem. Every device is released together with the mount that uses it.
-import { closeSync, existsSync, openSync, readdirSync, writeFileSync } from 'node:fs';
+import { closeSync, openSync, readdirSync, readFileSync, writeFileSync } from 'node:fs';
 import { basename } from 'node:path';
 import { DedupError, wrapError } from '../../errors.ts';
 import type { Logger } from '../../log.ts';
 import { BLOCK_BYTES } from '../../units.ts';
 import { MNT_DETACH, MS_RDONLY, native } from '../native.ts';
-import type { MountSpec } from './transport.ts';
+import type { MountSpec, Resumed } from './transport.ts';
 
 /**
  * Readahead of a mounted image, KiB. EROFS takes it from the device that holds its metadata; each READ that reaches the
@@ -118,22 +118,30 @@ interface StoreDevice {
   readonly name: string;
   readonly imageId: number;
   readonly kind: DeviceKind;
+  /** It reads the store file itself. */
+  readonly direct: boolean;
 }
 
 /** The devices of a store's images on this machine, whoever attached them; when `all`, an error if one cannot be asked. */
 async function devicesOf(storeId: string, all = false): Promise<StoreDevice[]> {
   const found: StoreDevice[] = [];
   for (const device of readdirSync('/sys/block')) {
-    if (!isAttached(device)) continue;
+    const backingFile = backingFileOf(device);
+    if (backingFile === undefined) continue;
     const path = `/dev/${device}`;
     try {
-      const { name } = await native().loopStatus(path);
+      const { name, device: dev, inode } = await native().loopStatus(path);
       const [, imageId, store, metadata] = /^dedup:(\d+):([0-9a-f.]+)(:m)?$/.exec(name) ?? [];
       if (store !== storeId) continue;
-      found.push({ path, name, imageId: Number(imageId), kind: metadata === undefined ? 'data' : 'metadata' });
+      // A store's id ends with device and inode number of its file (chunks/store-file.ts).
+      const direct = storeId.endsWith(`.${dev.toString(16)}.${inode.toString(16)}`);
+      found.push({ path, name, imageId: Number(imageId), kind: metadata === undefined ? 'data' : 'metadata', direct });
     } catch (error) {
-      if (all && isAttached(device)) throw error;
-      // Gone meanwhile: nobody's.
+      // Gone meanwhile, without a node, or over a file that cannot be looked at: nobody's. But whether the store is read
+      // must never be guessed.
+      const errno = error instanceof DedupError ? error.details.syscallError : undefined;
+      const gone = errno === 'ENXIO' || errno === 'ENOENT' || errno === 'ENODEV';
+      if (!gone && (all || /\/store( \(deleted\))?$/.test(backingFile))) throw error;
     }
   }
   return found;
@@ -147,9 +155,28 @@ export async function imagesInUse(storeId: string): Promise<ReadonlySet<number>>
   return new Set((await devicesOf(storeId, true)).map(({ imageId }) => imageId));
 }
 
-/** True when a loop device, by its name below /sys/block, has a backing file. */
+/** The backing file of a loop device, by its name below /sys/block; undefined when it has none. */
+function backingFileOf(device: string): string | undefined {
+  try {
+    return readFileSync(`/sys/block/${device}/loop/backing_file`, 'utf8').trim();
+  } catch {
+    return undefined; // Not a loop device, or not attached.
+  }
+}
+
 function isAttached(device: string): boolean {
-  return existsSync(`/sys/block/${device}/loop/backing_file`);
+  return backingFileOf(device) !== undefined;
+}
+
+/** The devices that read the store file itself, whoever attached them. Errors: KERNEL when that cannot be told. */
+export async function storeReaders(storeId: string): Promise<{ imageId: number; device: string }[]> {
+  const devices = await devicesOf(storeId);
+  return devices.filter(({ direct }) => direct).map(({ imageId, path }) => ({ imageId, device: path }));
+}
+
+/** What the data device of an image is called. */
+export function dataDeviceName(imageId: number, storeId: string): string {
+  return deviceName(imageId, storeId);
 }
 
 /**
@@ -169,27 +196,43 @@ export async function detachOrphans(storeId: string, log: Logger): Promise<void>
   }
 }
 
+/** Runs `work` for every device, some at once. It does not reject. */
+async function forEachDevice(
+  devices: readonly StoreDevice[],
+  work: (device: StoreDevice) => Promise<void>,
+): Promise<void> {
+  const left = devices.values();
+  await Promise.all(
+    Array.from({ length: MOVES_AT_ONCE }, async () => {
+      for (const device of left) await work(device);
+    }),
+  );
+}
+
 /**
- * Gives the data devices of an earlier session to the files of this one. An address means the same chunk as long as an
- * image that was built with it is in use, so a device of the same store reads the same bytes through whatever session
- * serves it; who knows of an image to which that does not apply does not want it. As Transport.resume.
+ * Gives the data devices of an earlier session to the files of this one; those that read the store file itself need no
+ * session. An address means the same chunk as long as an image that was built with it is in use, so a device of the same
+ * store reads the same bytes through whatever session serves it; who knows of an image to which that does not apply does
+ * not want it. As Transport.resume.
  */
 export async function moveDevices(
   storeId: string,
   openFile: (imageId: number) => Promise<number>,
   wanted: (imageId: number) => boolean,
   log: Logger,
-): Promise<ReadonlySet<number>> {
+): Promise<Resumed> {
+  const images = new Set<number>();
   const moved = new Set<number>();
   const failed = new Set<number>();
-  const move = async ({ path, name, imageId }: StoreDevice): Promise<void> => {
+  const move = async ({ path, name, imageId, direct }: StoreDevice): Promise<void> => {
+    if (direct) return;
+    moved.add(imageId);
     let fd: number | undefined;
     try {
       fd = await openFile(imageId);
       await native().loopChangeFd(path, fd, name);
       // One that an earlier daemon attached and never mounted goes now; one in use goes with its last user.
       await native().loopDetach(path, name);
-      moved.add(imageId);
       log.info({ image: imageId, device: path }, 'an image in use goes on in this session');
     } catch (error) {
       // Its readers go on getting EIO, as they did.
@@ -199,14 +242,57 @@ export async function moveDevices(
       if (fd !== undefined) closeSync(fd);
     }
   };
-  const left = (await devicesOf(storeId)).filter(({ kind, imageId }) => kind === 'data' && wanted(imageId)).values();
-  await Promise.all(
-    Array.from({ length: MOVES_AT_ONCE }, async () => {
-      for (const device of left) await move(device);
-    }),
+  const left = (await devicesOf(storeId)).filter(({ kind, imageId }) => kind === 'data' && wanted(imageId));
+  for (const { imageId } of left) images.add(imageId);
+  await forEachDevice(left, move);
+  for (const imageId of failed) images.delete(imageId);
+  return { images, direct: new Set([...images].filter((imageId) => !moved.has(imageId))) };
+}
+
+/**
+ * Has the data devices of an image read the store file (`fd`) itself. Waits for reads in flight, for `deadlineMs` at most;
+ * a switch that waits longer may still come about. As Transport.complete.
+ */
+export async function switchToStore(
+  storeId: string,
+  imageId: number,
+  fd: number,
+  deadlineMs: number,
+  log: Logger,
+): Promise<void> {
+  const failures: unknown[] = [];
+  const change = async ({ path, name }: StoreDevice): Promise<void> => {
+    // Of its own: the switch may outlast whoever owns `fd`.
+    const own = openSync(`/proc/self/fd/${fd}`, 'r');
+    const changed = native().loopChangeFd(path, own, name);
+    const settled = (): void => closeSync(own);
+    changed.then(settled, settled);
+    try {
+      await withDeadline(changed, deadlineMs, `${path} did not take another file within ${deadlineMs} ms`);
+      log.info({ image: imageId, device: path }, 'an image that is here completely is read without dedupd from now on');
+    } catch (error) {
+      // Its last user has gone meanwhile.
+      if (error instanceof DedupError && error.details.syscallError === 'ENXIO') return;
+      failures.push(error);
+    }
+  };
+  const devices = await devicesOf(storeId);
+  await forEachDevice(
+    devices.filter((device) => device.kind === 'data' && device.imageId === imageId && !device.direct),
+    change,
   );
-  for (const imageId of failed) moved.delete(imageId);
-  return moved;
+  if (failures.length > 0) throw failures[0];
+}
+
+/** Errors: DEADLINE; the work goes on. */
+async function withDeadline(work: Promise<void>, deadlineMs: number, message: string): Promise<void> {
+  const { promise, reject } = Promise.withResolvers<never>();
+  const timer = setTimeout(() => reject(new DedupError('DEADLINE', message)), deadlineMs);
+  try {
+    await Promise.race([work, promise]);
+  } finally {
+    clearTimeout(timer);
+  }
 }
 
 /** Detaches a mount; not an error when nothing is mounted there. Errors: KERNEL. */

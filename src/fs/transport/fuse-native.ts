@@ -10,7 +10,7 @@ import type { Logger } from '../../log.ts';
 import { MNT_DETACH, native } from '../native.ts';
 import { mountErofs, unmountErofs } from './erofs-mount.ts';
 import type { FuseTransportOptions } from './fuse.ts';
-import type { MountSpec, Transport, TransportCapabilities, TransportStats } from './transport.ts';
+import type { MountSpec, Resumed, Transport, TransportCapabilities, TransportStats } from './transport.ts';
 
 type Reply = (status: number, value?: unknown) => void;
 
@@ -30,6 +30,7 @@ const CAPABILITIES: TransportCapabilities = Object.freeze({
   failsClosed: true,
   survivesDaemon: false,
   seesHits: true,
+  direct: false,
 });
 
 const S_IFDIR = 0o040000;
@@ -134,9 +135,14 @@ export class FuseNativeTransport implements Transport {
     }
   }
 
-  async resume(): Promise<ReadonlySet<number>> {
+  async resume(): Promise<Resumed> {
     // Its session takes one request at a time: moving a device waits for reads that the session would have to answer.
-    return new Set();
+    return { images: new Set(), direct: new Set() };
+  }
+
+  async complete(): Promise<void> {
+    // For the same reason.
+    throw new DedupError('KERNEL_UNSUPPORTED', 'fuse-native does not let go of its devices');
   }
 
   async unmount(target: string): Promise<void> {

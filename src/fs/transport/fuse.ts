@@ -1,20 +1,24 @@
 // The transport that must always work: a FUSE session of our own (native/fuse) whose files are the store, and one
 // direct-I/O loop device per mounted image over its file. Hits are answered natively; misses come here and go to the
 // LazyLoader. Owns the session; must not touch any path below a lazy mount.
-import { closeSync } from 'node:fs';
+import { closeSync, openSync } from 'node:fs';
 import { mkdir } from 'node:fs/promises';
 import { constants as osConstants } from 'node:os';
+import { setTimeout as sleep } from 'node:timers/promises';
 import { DedupError, ERROR_CODES, errorCode } from '../../errors.ts';
 import type { Logger } from '../../log.ts';
 import { type FuseMiss, type FuseSession, native } from '../native.ts';
-import { mountErofs, moveDevices, unmountErofs } from './erofs-mount.ts';
-import type { ByteSource, MountSpec, Transport, TransportCapabilities, TransportStats } from './transport.ts';
+import { mountErofs, moveDevices, switchToStore, unmountErofs } from './erofs-mount.ts';
+import type { ByteSource, MountSpec, Resumed, Transport, TransportCapabilities, TransportStats } from './transport.ts';
 
 /** Threads that read requests. Two keep up with both cores of a small node; more only queue behind them. */
 const READER_THREADS = 2;
 
 /** With the kernel's default of 12, stalled misses of one image held the hits of another (docs/architecture.md). */
 const MAX_BACKGROUND = 512;
+
+/** Longest wait for reads in flight when an image becomes direct, milliseconds: twice, and those who read anew wait too. */
+const SWITCH_MS = 20_000;
 
 export interface StoreView {
   /** Name of the store file, which no other has: devices of another store are never moved to it. */
@@ -46,19 +50,24 @@ const CAPABILITIES: TransportCapabilities = Object.freeze({
   failsClosed: true,
   survivesDaemon: false,
   seesHits: true,
+  direct: true,
 });
 
 export class FuseTransport implements Transport {
   readonly capabilities = CAPABILITIES;
   readonly #source: ByteSource;
   readonly #storeId: string;
+  readonly #storeFd: number;
   readonly #damaged: (address: number, length: number) => void;
   readonly #log: Logger;
   #session: FuseSession | undefined;
+  /** Misses that are not answered yet, by image. */
+  readonly #outstanding = new Map<number, number>();
 
   private constructor(options: FuseTransportOptions) {
     this.#source = options.source;
     this.#storeId = options.store.id;
+    this.#storeFd = options.store.fd;
     this.#damaged = options.store.damaged;
     this.#log = options.log;
   }
@@ -79,13 +88,22 @@ export class FuseTransport implements Transport {
       threads: READER_THREADS,
       maxBackground: MAX_BACKGROUND,
       onMiss: (misses) => {
-        for (const miss of misses) void transport.#answer(miss);
+        for (const miss of misses) void transport.#take(miss);
       },
       onEnd: (errno) => {
         options.log.error({ errno }, 'the FUSE connection was ended from outside; lazy images answer EIO');
       },
     });
     return transport;
+  }
+
+  async #take(miss: FuseMiss): Promise<void> {
+    const { file } = miss;
+    this.#outstanding.set(file, (this.#outstanding.get(file) ?? 0) + 1);
+    await this.#answer(miss);
+    const left = this.#outstanding.get(file)! - 1;
+    if (left > 0) this.#outstanding.set(file, left);
+    else this.#outstanding.delete(file);
   }
 
   /** Answers one miss exactly once: with all its bytes or with an errno. Never rejects. */
@@ -131,7 +149,8 @@ export class FuseTransport implements Transport {
   }
 
   async mount(spec: MountSpec): Promise<void> {
-    const fd = await this.openFile(spec.imageId);
+    const fd =
+      spec.direct === true ? openSync(`/proc/self/fd/${this.#storeFd}`, 'r') : await this.openFile(spec.imageId);
     try {
       await mountErofs(spec, { fd, directIo: true, storeId: this.#storeId }, this.#log);
     } finally {
@@ -139,9 +158,19 @@ export class FuseTransport implements Transport {
     }
   }
 
-  resume(wanted: (imageId: number) => boolean): Promise<ReadonlySet<number>> {
+  resume(wanted: (imageId: number) => boolean): Promise<Resumed> {
     const session = this.#open();
     return moveDevices(this.#storeId, (imageId) => session.openFile(imageId), wanted, this.#log);
+  }
+
+  async complete(imageId: number): Promise<void> {
+    // A device waits for its requests in flight: those that wait for a registry are not to hold the others.
+    const deadline = performance.now() + SWITCH_MS;
+    while (this.#outstanding.has(imageId)) {
+      if (performance.now() > deadline) throw new DedupError('DEADLINE', `image ${imageId} goes on waiting for bytes`);
+      await sleep(20);
+    }
+    await switchToStore(this.#storeId, imageId, this.#storeFd, SWITCH_MS, this.#log);
   }
 
   async unmount(target: string): Promise<void> {

@@ -17,6 +17,8 @@ export interface TransportCapabilities {
   readonly survivesDaemon: boolean;
   /** The daemon sees reads of bytes that are present. */
   readonly seesHits: boolean;
+  /** An image that is here completely can be read from the store file itself, without the daemon: mount and complete. */
+  readonly direct: boolean;
 }
 
 /** What a transport needs to mount one merged image. */
@@ -30,6 +32,16 @@ export interface MountSpec {
   readonly flatOffset: number | undefined;
   /** Existing directory to mount on. */
   readonly target: string;
+  /** Every byte of it is in the store for good: the kernel reads the store file itself. Only with that capability. */
+  readonly direct?: boolean;
+}
+
+/** Images of an earlier daemon that go on, by number. */
+export interface Resumed {
+  /** Those all of whose devices give right bytes now. */
+  readonly images: ReadonlySet<number>;
+  /** Those of them all of whose devices read the store file itself, as they did. */
+  readonly direct: ReadonlySet<number>;
 }
 
 /** The LazyLoader as a transport sees it. */
@@ -52,10 +64,15 @@ export interface Transport extends AsyncDisposable {
   mount(spec: MountSpec): Promise<void>;
   /**
    * Gives images that an earlier daemon mounted, and that are still in use, to this session: later reads are right again.
-   * `wanted` is asked for each image before its device is moved; false leaves it alone. Returns the numbers of the images
-   * all of whose devices were moved.
+   * `wanted` is asked for each image before its device is moved; false leaves it alone.
    */
-  resume(wanted: (imageId: number) => boolean): Promise<ReadonlySet<number>>;
+  resume(wanted: (imageId: number) => boolean): Promise<Resumed>;
+  /**
+   * Has every device of an image, mounted or only held by somebody, read the store file itself; the caller knows that
+   * every byte of it is there for good. Errors: KERNEL, DEADLINE when reads in flight do not end: then some devices may
+   * have been switched or be so later, and it can be asked again; KERNEL_UNSUPPORTED without the capability.
+   */
+  complete(imageId: number): Promise<void>;
   /** Detaches the mount; its devices go with the last user. Idempotent. Errors: KERNEL. */
   unmount(target: string): Promise<void>;
   stats(): TransportStats;

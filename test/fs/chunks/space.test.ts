@@ -313,6 +313,42 @@ describe('addresses whose chunks are gone', () => {
     assert.equal(await test.node.store.endQuarantine(), 0);
   });
 
+  it('are given to nobody while a stranger reads the store itself, of which an older copy knows nothing', async () => {
+    const test = await rig();
+    await addRead(test, await oneFile('old', 64 * KiB));
+    const stays = await addRead(test, await oneFile('stays', 64 * KiB));
+    await test.node.store.flush();
+    const before = backup(test);
+    await drop(test, stays);
+    await rest(test);
+    const newer = await addRead(test, await oneFile('newer', 64 * KiB));
+    const { nextAddress } = await test.node.store.stats();
+    const { id } = await test.node.store.createImage('newer', [newer.layerId]);
+    living.add(id);
+    let reading = [{ imageId: id, device: '/dev/none' }];
+    await putBack(test, before, { readers: async () => reading });
+    // What the copy says lies there would be written over what the stranger reads.
+    assert.deepEqual(await test.node.store.layers(), []);
+    const again = await addRead(test, stays.layer);
+    assert.ok(again.addresses[0]! >= nextAddress);
+    await test.node.store.flush();
+    assert.equal(await test.node.store.evict(GiB), 0);
+    await drop(test);
+    const bytes = Buffer.alloc(64 * KiB);
+    const handle = await open(test.node.paths.store, 'r');
+    undo.push(() => handle.close());
+    const there = async () => (await handle.read(bytes, 0, bytes.length, newer.addresses[0]!)).buffer;
+    assert.ok((await there()).equals(newer.layer.files[0]!.content), 'nothing was punched');
+    assert.equal(await test.node.store.endQuarantine(), 0);
+    reading = [];
+    living.clear();
+    await test.node.store.direct.look();
+    assert.ok((await there()).equals(Buffer.alloc(64 * KiB)), 'all of it is');
+    await rest(test);
+    const next = await addRead(test, await oneFile('next', 64 * KiB));
+    assert.equal(next.addresses[0], FIRST_CHUNK_ADDRESS);
+  });
+
   it('do not make an image foreign when none was given since the copy was taken', async () => {
     const test = await rig();
     const stored = await addRead(test, await oneFile('a', 64 * KiB));
@@ -425,12 +461,8 @@ describe('eviction', () => {
     const { pieceDigest } = pieces.index.chunks;
     for (let at = 0, i = 0; at < 200 * KiB; at += 64 * KiB, i++) {
       const bytes = noise('lazy', 200 * KiB).subarray(at, at + 64 * KiB);
-      await keeper.onPiece({
-        chunk: 0,
-        piece: i,
-        bytes,
-        digest: Buffer.from(pieceDigest.subarray(i * 32, i * 32 + 32)),
-      } as never);
+      const digest = Buffer.from(pieceDigest.subarray(i * 32, i * 32 + 32));
+      await keeper.onPiece({ chunk: 0, piece: i, digest, length: bytes.length, parts: [bytes] });
     }
     await keeper.settled();
     assert.equal(await evictAll(test), 0, 'one is being read in, the others must stay');

@@ -1,0 +1,179 @@
+// Mounts that read the store file without dedupd: who they are is a committed row before the kernel gets the file, and
+// stays one until its device was seen gone, across any crash. Used by NodeStore; knows devices by what it is told of them.
+import type { Logger } from '../../log.ts';
+import { BLOCK_BYTES } from '../../units.ts';
+import type { DirectMount, LayerPresence } from './index-protocol.ts';
+
+/** A device of this machine whose backing file is the store itself. */
+export interface StoreReader {
+  readonly imageId: number;
+  /** Path of the device. */
+  readonly device: string;
+}
+
+/** What is needed of the store and its database. */
+export interface DirectTarget {
+  /** Every device that reads the store itself. Errors: when that cannot be told. */
+  readers(): Promise<readonly StoreReader[]>;
+  rows(): Promise<readonly number[]>;
+  layerPresence(layerIds: readonly number[]): Promise<LayerPresence>;
+  /** On the disk when it resolves. */
+  add(mount: DirectMount): Promise<void>;
+  drop(imageId: number): Promise<void>;
+  isPresent(address: number, length: number): boolean;
+  /** How often blocks were made absent so far. */
+  clearEpoch(): number;
+  /** Everything that is present is durable; `metadata`: what lies below the chunks as well. */
+  flush(metadata: boolean): Promise<void>;
+  /** Runs work while nothing is removed from the store. */
+  serially<T>(work: () => Promise<T>): Promise<T>;
+  /** Called once no device is left that was unknown. */
+  strangersGone(): Promise<void>;
+}
+
+/** An image that is to be read without dedupd. */
+export interface WantedDirect extends DirectMount {
+  /** True when its metadata lies in the store too (flat layout). */
+  readonly metadataInStore: boolean;
+}
+
+/** Blocks that are taken away while it is looked whether all are here make that begin anew, this often at most. */
+const ATTEMPTS = 4;
+
+export class DirectMounts {
+  readonly #target: DirectTarget;
+  readonly #log: Logger;
+  /** Images with a row; another token for each time it was made. */
+  readonly #rows = new Map<number, object>();
+  /** Images whose row may be older than their device, and how often that is so. */
+  readonly #underWay = new Map<number, number>();
+  /** Blocks that an image was found to lack. */
+  readonly #lacks = new Map<number, { readonly address: number; readonly length: number }>();
+  /** Devices of images that no row names; undefined when that could not be told. */
+  #strangers: ReadonlySet<string> | undefined;
+
+  private constructor(target: DirectTarget, log: Logger) {
+    this.#target = target;
+    this.#log = log;
+  }
+
+  /** Every row counts as alive until its device is seen to be gone. Errors: STORE_IO. */
+  static async open(target: DirectTarget, log: Logger): Promise<DirectMounts> {
+    const direct = new DirectMounts(target, log);
+    for (const imageId of await target.rows()) direct.#rows.set(imageId, {});
+    try {
+      const readers = await target.readers();
+      direct.#strangers = new Set(readers.filter(({ imageId }) => !direct.#rows.has(imageId)).map(nameOf));
+      await direct.#dropGone(new Map(direct.#rows), readers);
+    } catch (error) {
+      log.error({ err: error }, 'it cannot be told which devices read the store: nothing of it is freed');
+    }
+    if (direct.#strangers !== undefined && direct.#strangers.size > 0) {
+      log.warn(
+        { devices: [...direct.#strangers] },
+        'index.db does not know images that are read from the store: nothing of it is freed until they are gone',
+      );
+    }
+    return direct;
+  }
+
+  /**
+   * True while a device reads the store of which no row says what it may read (index.db was lost or is an older copy):
+   * then no address may be punched, evicted or given again.
+   */
+  get hasStrangers(): boolean {
+    return this.#strangers === undefined || this.#strangers.size > 0;
+  }
+
+  /**
+   * Lets the kernel read an image without us, if all of it is here and on the disk: commits its row, then runs `attach`.
+   * False, and nothing is run, when something is missing. Errors: STORE_IO, STORE_FULL, and those of `attach`; after
+   * those of `attach` the row stays until the device is seen gone.
+   */
+  async admit(wanted: WantedDirect, attach: () => Promise<void>): Promise<boolean> {
+    const { imageId } = wanted;
+    const lack = this.#lacks.get(imageId);
+    if (lack !== undefined && !this.#target.isPresent(lack.address, lack.length)) return false;
+    this.#underWay.set(imageId, (this.#underWay.get(imageId) ?? 0) + 1);
+    try {
+      if (!(await this.#claim(wanted))) return false;
+      await attach();
+      return true;
+    } finally {
+      const left = this.#underWay.get(imageId)! - 1;
+      if (left === 0) this.#underWay.delete(imageId);
+      else this.#underWay.set(imageId, left);
+    }
+  }
+
+  async #claim(wanted: WantedDirect): Promise<boolean> {
+    const target = this.#target;
+    for (let attempt = 0; attempt < ATTEMPTS; attempt++) {
+      const epoch = target.clearEpoch();
+      const { missing, ranges } = await target.layerPresence(wanted.layers);
+      if (this.#anyAbsent(wanted.imageId, missing) || this.#anyAbsent(wanted.imageId, ranges)) return false;
+      // Covers every byte that was just seen to be present, whenever it was written.
+      await target.flush(wanted.metadataInStore);
+      if (missing.length > 0) continue; // Recorded now, unless that failed.
+      const claimed = await target.serially(async () => {
+        if (target.clearEpoch() !== epoch) return false;
+        await target.add(wanted);
+        this.#rows.set(wanted.imageId, {});
+        return true;
+      });
+      if (claimed) return true;
+    }
+    return false;
+  }
+
+  #anyAbsent(imageId: number, ranges: ArrayLike<number>): boolean {
+    for (let i = 0; i + 1 < ranges.length; i += 2) {
+      const range = { address: ranges[i]! * BLOCK_BYTES, length: ranges[i + 1]! * BLOCK_BYTES };
+      if (this.#target.isPresent(range.address, range.length)) continue;
+      this.#lacks.set(imageId, range);
+      return true;
+    }
+    this.#lacks.delete(imageId);
+    return false;
+  }
+
+  /** Forgets what was seen of an image that is not mounted any more. */
+  forget(imageId: number): void {
+    this.#lacks.delete(imageId);
+  }
+
+  /**
+   * Drops the rows of images whose devices are gone. Those that `mounted` names are known to be there. Errors: none; what
+   * cannot be told is looked at again.
+   */
+  async look(mounted: (imageId: number) => boolean = () => false): Promise<void> {
+    const asked = new Map([...this.#rows].filter(([id]) => !mounted(id) && !this.#underWay.has(id)));
+    if (asked.size === 0 && !this.hasStrangers) return;
+    try {
+      const readers = await this.#target.readers();
+      const hadStrangers = this.hasStrangers;
+      const unknown = readers.filter(
+        (reader) => !this.#rows.has(reader.imageId) || this.#strangers?.has(nameOf(reader)) === true,
+      );
+      this.#strangers = new Set(unknown.map(nameOf));
+      await this.#dropGone(asked, readers);
+      if (hadStrangers && !this.hasStrangers) await this.#target.strangersGone();
+    } catch (error) {
+      this.#log.error({ err: error }, 'devices that read the store cannot be looked at');
+    }
+  }
+
+  async #dropGone(asked: ReadonlyMap<number, object>, readers: readonly StoreReader[]): Promise<void> {
+    const alive = new Set(readers.map(({ imageId }) => imageId));
+    for (const [imageId, token] of asked) {
+      // A row made meanwhile belongs to a device that was attached after the list was made.
+      if (alive.has(imageId) || this.#underWay.has(imageId) || this.#rows.get(imageId) !== token) continue;
+      await this.#target.drop(imageId);
+      if (this.#rows.get(imageId) === token) this.#rows.delete(imageId);
+    }
+  }
+}
+
+function nameOf({ imageId, device }: StoreReader): string {
+  return `${device} (image ${imageId})`;
+}
