@@ -38,7 +38,7 @@ export type DirectoryReader = (options: {
 
 export interface OrdinaryLayersOptions {
   readonly store: NodeStore;
-  readonly intake: Pick<LayerIntake, 'takeInBuilt' | 'scopeOf'>;
+  readonly intake: Pick<LayerIntake, 'takeInBuilt' | 'expect' | 'scopeOf'>;
   readonly readDirectory: DirectoryReader;
   /** Absent: layers are read from their directories only. */
   readonly blobs: LocalBlobs | undefined;
@@ -74,7 +74,10 @@ export class OrdinaryLayers {
       const row =
         (await this.#fromBlob(layer, progress, signal)) ?? (await this.#fromDirectory(layer, progress, signal));
       await store.flush();
-      if (await store.confirmLayer(row.id)) return row;
+      if (await store.confirmLayer(row.id)) {
+        this.#options.intake.expect(row, true);
+        return row;
+      }
       if (attempt === 3) throw new DedupError('STORE_IO', `pieces of ${layer.name} do not stay in the store`);
     }
   }

@@ -82,6 +82,9 @@ const NOT_ITS_FAULT: ReadonlySet<ErrorCode> = new Set([
   'STORE_FULL',
 ]);
 
+/** Failures of building an image that say that it can never be built. */
+const UNUSABLE: ReadonlySet<ErrorCode> = new Set(['IMAGE_INVALID', 'INDEX_INVALID', 'LAYER_INVALID']);
+
 export class Converter {
   readonly #options: ConverterOptions;
   readonly #failures = new Map<number, Failure>();
@@ -312,8 +315,9 @@ export class Converter {
     if (args.layer === layer.digest)
       for (const source of args.sources) await metastore.addSource(layer.digest, source, true);
     log.info({ id, name, layer: layer.digest }, 'ordinary layer converted, new containers read it from the store');
-    onConverted();
+    // While the directories are there.
     for (const layers of await metastore.lazyChainsWith(id)) await this.#prebuild(layers, signal);
+    onConverted();
   }
 
   /** So that the next Prepare does not pay for it. Nobody waits for it once the signal is aborted. */
@@ -324,8 +328,24 @@ export class Converter {
     try {
       await Promise.race([this.#options.images.prebuildImage(layers), ended]);
     } catch (error) {
+      if (UNUSABLE.has(errorCode(error))) {
+        await this.#leaveAll(layers, error instanceof Error ? error.message : String(error));
+        return;
+      }
       // It is built when it is mounted, and whoever mounts it is told.
       this.#options.log.debug({ err: error }, 'the image of converted layers could not be built ahead');
+    }
+  }
+
+  /** No image can be made of these layers: those that were converted are the ordinary ones again that they were. */
+  async #leaveAll(layers: readonly LayerKey[], reason: string): Promise<void> {
+    const { metastore, paths, describe, log } = this.#options;
+    for (const { id, name } of await metastore.convertedAs(layers)) {
+      const ordinary = existsSync(paths.snapshotFs(id)) ? await metastore.takeBack(id) : undefined;
+      if (ordinary === undefined) continue;
+      await metastore.leave(id, reason);
+      await describe(ordinary);
+      log.error({ id, name, reason }, 'no image can be made of a converted layer, it is left as it was');
     }
   }
 

@@ -179,8 +179,11 @@ describe('ordinary layers are converted', () => {
     images.down = false;
     await converted(b);
     assert.deepEqual(await usages(), wanted);
-    await service.client.cleanup();
-    assert.ok(!existsSync(service.paths.snapshotFs(await idOf(a))));
+    // Mounts of others on this machine may name directories as relative as these.
+    await waitFor('its directory to go', async () => {
+      await service.client.cleanup();
+      return !existsSync(service.paths.snapshotFs(await idOf(a)));
+    });
     assert.deepEqual(await usages(), wanted);
     await service.down();
     for (const suffix of ['', '-wal', '-shm']) await rm(service.paths.metadataDb + suffix, { force: true });
@@ -265,6 +268,20 @@ describe('ordinary layers are converted', () => {
     );
     assert.deepEqual(await below('key', c), ['image', a]);
     assert.deepEqual(images.prebuilt, []);
+  });
+
+  test('layers of which no image can be made are the directories again that they were', async () => {
+    images.unbuildable = new DedupError('IMAGE_INVALID', 'too many directories in its path');
+    const a = await unpack(service.client, 'a');
+    const b = await unpack(service.client, 'b', a);
+    await waitFor('both to be left', async () => (await status()).left.length === 2);
+    const { left, pending, done } = await status();
+    assert.deepEqual(
+      left.map(({ name, reason }) => [name, reason]),
+      [a, b].map((name) => [name, 'too many directories in its path']),
+    );
+    assert.deepEqual([pending, done], [0, 0]);
+    assert.deepEqual(await below('key', b), [b, a]);
   });
 
   test('another failure is tried again a few times, before what lies on it, and then given up until resume', async () => {

@@ -15,14 +15,17 @@ export function conversionOf(directory: string, more: Partial<DirectoryBuildOpti
   return { directory, identity: digestOf(`converted ${directory}`), chunkBytes: 4 * MiB, pieceBytes: MiB, ...more };
 }
 
+/** A piece with a copy of its bytes. */
+export type TakenPiece = IndexedPiece & { readonly bytes: Buffer };
+
 /** The conversion's index, and all pieces it handed out, in order. */
 export async function convert(
   directory: string,
   more: Partial<DirectoryBuildOptions> = {},
-): Promise<BuiltIndex & { readonly pieces: readonly IndexedPiece[] }> {
-  const pieces: IndexedPiece[] = [];
+): Promise<BuiltIndex & { readonly pieces: readonly TakenPiece[] }> {
+  const pieces: TakenPiece[] = [];
   const onPiece = (piece: IndexedPiece): undefined => {
-    pieces.push(piece);
+    pieces.push({ ...piece, bytes: Buffer.concat(piece.parts) });
   };
   const built = await buildDirectoryIndex(conversionOf(directory, { ...more, onPiece }));
   assert.deepEqual(decodeLayerIndex(built.indexBlob), built.index);

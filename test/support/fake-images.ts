@@ -30,6 +30,8 @@ export class FakeImages implements ImageMounter {
   readonly retained: string[][] = [];
   readonly converted: ConvertLayerArgs[] = [];
   readonly prebuilt: string[][] = [];
+  /** Thrown by prebuildImage. */
+  unbuildable: DedupError | undefined;
   /** Digests of layers that it does not know any more. */
   readonly forgotten = new Set<string>();
   /** Awaited inside convertLayer, before the directory is read. */
@@ -119,6 +121,7 @@ export class FakeImages implements ImageMounter {
   async prebuildImage(layers: readonly LayerKey[]): Promise<void> {
     this.#requireUp();
     this.prebuilt.push(layers.map(({ digest }) => digest));
+    if (this.unbuildable !== undefined) throw this.unbuildable;
   }
 
   async layerUsage({ digest }: LayerKey): Promise<{ bytes: number; inodes: number }> {

@@ -142,7 +142,8 @@ class Conversion {
             chunk: pieces[i]!,
             piece: pieces[i + 1]!,
             digest: names.subarray(name, name + 32),
-            bytes: Buffer.from(bytes, pieces[i + 2]!, pieces[i + 3]!),
+            length: pieces[i + 3]!,
+            parts: [Buffer.from(bytes, pieces[i + 2]!, pieces[i + 3]!)],
           });
           if (promise !== undefined) waiting.push(promise);
         }

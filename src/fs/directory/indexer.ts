@@ -51,8 +51,9 @@ export class DirectoryIndexer {
     this.#chunker = new Chunker({
       chunkBytes,
       pieceBytes,
-      onPiece: ({ chunk, piece, bytes }) => {
-        this.#pieces.push(chunk, piece, bytes.byteOffset, bytes.length);
+      onPiece: ({ chunk, piece, parts: [bytes], length }) => {
+        // No piece lies in two batches.
+        this.#pieces.push(chunk, piece, bytes?.byteOffset ?? 0, length);
         return undefined;
       },
     });
