@@ -4,18 +4,21 @@ import type { Logger } from '../../log.ts';
 import { BLOCK_BYTES } from '../../units.ts';
 import type { DirectMount, LayerPresence } from './index-protocol.ts';
 
-/** A device of this machine whose backing file is the store itself. */
-export interface StoreReader {
+/** A device of this machine that an image of this store is read through. */
+export interface ImageDevice {
   readonly imageId: number;
-  /** Path of the device. */
-  readonly device: string;
+  readonly path: string;
+  /** Its backing file is the store itself. */
+  readonly direct: boolean;
 }
 
 /** What is needed of the store and its database. */
 export interface DirectTarget {
-  /** Every device that reads the store itself. Errors: when that cannot be told. */
-  readers(): Promise<readonly StoreReader[]>;
+  /** Errors: when it cannot be told of a device whether it reads the store. */
+  devices(): Promise<readonly ImageDevice[]>;
   rows(): Promise<readonly number[]>;
+  /** Gives images that are made from now on higher numbers. */
+  numberAbove(imageId: number): Promise<void>;
   layerPresence(layerIds: readonly number[]): Promise<LayerPresence>;
   /** On the disk when it resolves. */
   add(mount: DirectMount): Promise<void>;
@@ -49,28 +52,25 @@ export class DirectMounts {
   readonly #underWay = new Map<number, number>();
   /** Blocks that an image was found to lack. */
   readonly #lacks = new Map<number, { readonly address: number; readonly length: number }>();
-  /** Devices of images that no row names; undefined when that could not be told. */
-  #strangers: ReadonlySet<string> | undefined;
+  /** Devices that read the store, of images that no row names. */
+  #strangers: readonly ImageDevice[] = [];
 
   private constructor(target: DirectTarget, log: Logger) {
     this.#target = target;
     this.#log = log;
   }
 
-  /** Every row counts as alive until its device is seen to be gone. Errors: STORE_IO. */
+  /** Every row counts as alive until its device is seen to be gone. Errors: STORE_IO, KERNEL. */
   static async open(target: DirectTarget, log: Logger): Promise<DirectMounts> {
     const direct = new DirectMounts(target, log);
     for (const imageId of await target.rows()) direct.#rows.set(imageId, {});
-    try {
-      const readers = await target.readers();
-      direct.#strangers = new Set(readers.filter(({ imageId }) => !direct.#rows.has(imageId)).map(nameOf));
-      await direct.#dropGone(new Map(direct.#rows), readers);
-    } catch (error) {
-      log.error({ err: error }, 'it cannot be told which devices read the store: nothing of it is freed');
-    }
-    if (direct.#strangers !== undefined && direct.#strangers.size > 0) {
+    const devices = await target.devices();
+    // A device whose image index.db has forgotten must never pass for another image's, now or after the next start.
+    if (devices.length > 0) await target.numberAbove(Math.max(...devices.map(({ imageId }) => imageId)));
+    await direct.#seen(new Map(direct.#rows), devices);
+    if (direct.hasStrangers) {
       log.warn(
-        { devices: [...direct.#strangers] },
+        { devices: direct.#strangers },
         'index.db does not know images that are read from the store: nothing of it is freed until they are gone',
       );
     }
@@ -82,7 +82,7 @@ export class DirectMounts {
    * then no address may be punched, evicted or given again.
    */
   get hasStrangers(): boolean {
-    return this.#strangers === undefined || this.#strangers.size > 0;
+    return this.#strangers.length > 0;
   }
 
   /**
@@ -148,22 +148,20 @@ export class DirectMounts {
    */
   async look(mounted: (imageId: number) => boolean = () => false): Promise<void> {
     const asked = new Map([...this.#rows].filter(([id]) => !mounted(id) && !this.#underWay.has(id)));
-    if (asked.size === 0 && !this.hasStrangers) return;
+    const hadStrangers = this.hasStrangers;
+    if (asked.size === 0 && !hadStrangers) return;
     try {
-      const readers = await this.#target.readers();
-      const hadStrangers = this.hasStrangers;
-      const unknown = readers.filter(
-        (reader) => !this.#rows.has(reader.imageId) || this.#strangers?.has(nameOf(reader)) === true,
-      );
-      this.#strangers = new Set(unknown.map(nameOf));
-      await this.#dropGone(asked, readers);
+      await this.#seen(asked, await this.#target.devices());
       if (hadStrangers && !this.hasStrangers) await this.#target.strangersGone();
     } catch (error) {
       this.#log.error({ err: error }, 'devices that read the store cannot be looked at');
     }
   }
 
-  async #dropGone(asked: ReadonlyMap<number, object>, readers: readonly StoreReader[]): Promise<void> {
+  async #seen(asked: ReadonlyMap<number, object>, devices: readonly ImageDevice[]): Promise<void> {
+    const readers = devices.filter(({ direct }) => direct);
+    // Devices of our own had their rows before they were attached.
+    this.#strangers = readers.filter(({ imageId }) => !this.#rows.has(imageId));
     const alive = new Set(readers.map(({ imageId }) => imageId));
     for (const [imageId, token] of asked) {
       // A row made meanwhile belongs to a device that was attached after the list was made.
@@ -172,8 +170,4 @@ export class DirectMounts {
       if (this.#rows.get(imageId) === token) this.#rows.delete(imageId);
     }
   }
-}
-
-function nameOf({ imageId, device }: StoreReader): string {
-  return `${device} (image ${imageId})`;
 }

@@ -72,6 +72,12 @@ export function directMounts(db: Database.Database): number[] {
   return db.prepare('SELECT mount_id FROM direct_mounts ORDER BY mount_id').pluck().all() as number[];
 }
 
+/** Has AUTOINCREMENT continue after this number, if it has not come so far. */
+export function numberImagesAbove(db: Database.Database, imageId: number): void {
+  const raised = db.prepare("UPDATE sqlite_sequence SET seq = max(seq, ?) WHERE name = 'images'").run(imageId);
+  if (raised.changes === 0) db.prepare("INSERT INTO sqlite_sequence (name, seq) VALUES ('images', ?)").run(imageId);
+}
+
 /** Rows of another history of this store: what their numbers mean is not known here. */
 export function forgetDirect(db: Database.Database): void {
   db.exec('DELETE FROM direct_mounts; DELETE FROM pins');

@@ -45,6 +45,7 @@ const handlers: Handlers = {
   layerPresence: (args) => opened().layerPresence(args.layerIds),
   addDirect: (args) => done(opened().addDirect(args)),
   dropDirect: (args) => done(opened().dropDirect(args.imageId, args.pinned)),
+  numberImagesAbove: (args) => done(opened().numberImagesAbove(args.imageId)),
   directMounts: () => opened().directMounts(),
   totals: () => opened().totals(),
   checkpoint: () => done(opened().checkpoint()),

@@ -189,6 +189,8 @@ export interface IndexCalls {
   addDirect: { args: DirectMount; result: null };
   /** `pinned`: the image is mounted otherwise, and stays pinned. */
   dropDirect: { args: { imageId: number; pinned: boolean }; result: null };
+  /** Images that are made from now on get higher numbers. */
+  numberImagesAbove: { args: { imageId: number }; result: null };
   directMounts: { args: Record<string, never>; result: readonly number[] };
   totals: { args: Record<string, never>; result: ChunkTotals };
   checkpoint: { args: Record<string, never>; result: null };

@@ -423,6 +423,10 @@ export class IndexWriter {
     this.#db.transaction(() => direct.dropDirect(this.#db, imageId, pinned))();
   }
 
+  numberImagesAbove(imageId: number): void {
+    this.#db.transaction(() => direct.numberImagesAbove(this.#db, imageId))();
+  }
+
   directMounts(): number[] {
     return direct.directMounts(this.#db);
   }
