@@ -18,6 +18,7 @@ Napi::Object init(Napi::Env env, Napi::Object exports) {
   register_inflate(env, exports);
   register_store(env, exports);
   register_hash(env, exports);
+  register_thread(env, exports);
   return exports;
 }
 

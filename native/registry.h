@@ -14,5 +14,6 @@ void register_fuse(Napi::Env env, Napi::Object exports);
 void register_inflate(Napi::Env env, Napi::Object exports);
 void register_store(Napi::Env env, Napi::Object exports);
 void register_hash(Napi::Env env, Napi::Object exports);
+void register_thread(Napi::Env env, Napi::Object exports);
 
 }  // namespace dedup

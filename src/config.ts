@@ -97,6 +97,12 @@ const schema = z.strictObject({
     .array(z.enum(['annotation', 'local', 'referrer']))
     .default(['annotation', 'local'])
     .describe('where a layer index may come from'),
+  publish_index: z
+    .enum(['off', 'local', 'registry'])
+    .default('local')
+    .describe(
+      'what becomes of the index of a layer that this node had to read whole: kept for the next pull here, or pushed beside the image for all nodes, too',
+    ),
   credentials_file: absolute.optional().describe('Docker config.json with registry credentials'),
   ca_files: z.array(absolute).default([]).describe('PEM files with additional certificate authorities'),
   insecure_registries: z

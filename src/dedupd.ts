@@ -7,4 +7,5 @@ requireOpenFiles('dedupd');
 await keepCompiledCode();
 const { runDaemon } = await import('./fs/daemon.ts');
 const { imagePuller } = await import('./pull/image-puller.ts');
-await runDaemon(process.argv, imagePuller);
+const { containerdContent } = await import('./pull/containerd-content.ts');
+await runDaemon(process.argv, { imagePuller, localBlobs: containerdContent });

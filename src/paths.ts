@@ -67,6 +67,10 @@ export class RootPaths {
   layerRestart(restart: Digest): string {
     return join(this.images, 'layers', `${digestHex(restart)}.restart`);
   }
+  /** Which indexes are kept of layers that have gone. */
+  get keptIndexes(): string {
+    return join(this.images, 'kept');
+  }
   get layers(): string {
     return join(this.images, 'layers');
   }

@@ -1,4 +1,5 @@
-// Extended attributes, which Node does not offer: read when an image takes those of an unpacked directory below it.
+// Extended attributes, which Node does not offer: read when an image takes those of an unpacked directory below it, and
+// when such a directory is indexed.
 #include <sys/xattr.h>
 
 #include <cerrno>
@@ -32,6 +33,14 @@ ssize_t read_sized(std::vector<char>& out, Read read) {
   return -ERANGE;
 }
 
+/** Names are bytes; as everywhere one character stands for one. */
+Napi::String to_latin1(Napi::Env env, const std::string& bytes) {
+  napi_value value;
+  const napi_status status = napi_create_string_latin1(env, bytes.data(), bytes.size(), &value);
+  NAPI_THROW_IF_FAILED(env, status, Napi::String());
+  return Napi::String(env, value);
+}
+
 /** readXattrs(path: Uint8Array): { name, value }[]; none where the file system knows none. Symlinks are not followed.
  */
 Napi::Value read_xattrs(const Napi::CallbackInfo& info) {
@@ -55,7 +64,7 @@ Napi::Value read_xattrs(const Napi::CallbackInfo& info) {
     if (got == -ENODATA || got == -ENOTSUP) continue;
     if (got < 0) throw sys_error(static_cast<int>(-got), "lgetxattr(2) " + name + " of " + path, path);
     Napi::Object attribute = Napi::Object::New(env);
-    attribute.Set("name", Napi::String::New(env, name));
+    attribute.Set("name", to_latin1(env, name));
     attribute.Set("value", Napi::Buffer<char>::Copy(env, value.data(), value.size()));
     result.Set(result.Length(), attribute);
   }

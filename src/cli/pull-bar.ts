@@ -23,6 +23,7 @@ export class BarProgress implements Progress {
     switch (event.state) {
       case 'present':
       case 'lazy':
+      case 'stored':
       case 'unpacked':
         this.#done = event.layer + 1;
         this.#bar?.update(this.#done, { layer: this.#done, step: '' });

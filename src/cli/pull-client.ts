@@ -33,7 +33,7 @@ export type PullEvent =
   | {
       readonly kind: 'step';
       readonly layer: number;
-      readonly state: 'fetching' | 'unpacking' | 'present' | 'lazy' | 'unpacked';
+      readonly state: 'fetching' | 'unpacking' | 'present' | 'lazy' | 'stored' | 'unpacked';
       readonly bytes: number;
     };
 
@@ -125,6 +125,7 @@ function decodeEvent(bytes: Buffer): PullEvent {
     case 'unpacking':
     case 'present':
     case 'lazy':
+    case 'stored':
     case 'unpacked':
       return { kind: 'step', layer: step.uint(1), state, bytes: step.uint(3) };
     default:

@@ -10,6 +10,7 @@ export interface Progress {
 const WORDS = {
   present: 'already here',
   lazy: 'lazy, nothing fetched',
+  stored: 'read and stored',
   unpacked: 'unpacked',
   unpacking: 'unpacking',
 } as const;

@@ -26,7 +26,8 @@ Examples:
   dedup-snapshotter rpull --platform linux/arm64 nginx                  docker.io/library/nginx:latest for another machine
   dedup-snapshotter rpull --namespace k8s.io registry.example.com/app:1 where Kubernetes looks for images
 
-A layer without a lazy index is fetched and unpacked the ordinary way. "dedup-snapshotter index" makes indexes.
+A layer without a lazy index is read whole, once, and its chunks are kept; one that cannot be indexed is unpacked the
+ordinary way. "dedup-snapshotter index" makes indexes.
 dedupd carries the pull out, so the service must run. A pull that is interrupted or killed leaves nothing behind.
 `;
 
@@ -110,8 +111,8 @@ function leaseMs(text: string | undefined): number {
 class Summary {
   #name = '';
   #sizes: readonly number[] = [];
-  readonly #count = { present: 0, lazy: 0, unpacked: 0 };
-  #fetchedBytes = 0;
+  readonly #count = { present: 0, lazy: 0, stored: 0, unpacked: 0 };
+  readonly #bytes = { stored: 0, unpacked: 0 };
 
   add(event: PullEvent): void {
     if (event.kind === 'resolved') {
@@ -121,13 +122,17 @@ class Summary {
     }
     if (event.state === 'fetching' || event.state === 'unpacking') return;
     this.#count[event.state]++;
-    if (event.state === 'unpacked') this.#fetchedBytes += this.#sizes[event.layer] ?? 0;
+    if (event.state === 'stored' || event.state === 'unpacked')
+      this.#bytes[event.state] += this.#sizes[event.layer] ?? 0;
   }
 
   toString(): string {
-    const { present, lazy, unpacked } = this.#count;
-    const fetched = unpacked === 0 ? '' : ` (${formatBytes(this.#fetchedBytes)})`;
-    const parts = [`${lazy} lazy`, `${unpacked} fetched and unpacked${fetched}`, `${present} already here`];
+    const { present, lazy, stored, unpacked } = this.#count;
+    const bytes = (state: 'stored' | 'unpacked') =>
+      this.#count[state] === 0 ? '' : ` (${formatBytes(this.#bytes[state])})`;
+    const parts = [`${lazy} lazy`];
+    if (stored > 0) parts.push(`${stored} read and stored${bytes('stored')}`);
+    parts.push(`${unpacked} fetched and unpacked${bytes('unpacked')}`, `${present} already here`);
     return `${this.#name}: ${this.#sizes.length} layers: ${parts.join(', ')}`;
   }
 }

@@ -14,6 +14,7 @@ import { VERSION } from '../version.ts';
 import { type ImagePuller, startControlServer } from './control-server.ts';
 import { DataPlane } from './data-plane.ts';
 import { native } from './native.ts';
+import type { LocalBlobs } from './registry/local-blobs.ts';
 
 /**
  * Lets the engine count buffers together with its heap when it decides to collect. By default it collects for every few
@@ -25,11 +26,16 @@ function countBuffersWithTheHeap(): void {
     setFlagsFromString('--external-memory-accounted-in-global-limit');
 }
 
-/** Makes what answers PullImage. */
-export type PullerFactory = (parts: { readonly plane: DataPlane; readonly config: Config }) => ImagePuller;
+/** What dedupd does as containerd's client, of which the data path knows nothing. */
+export interface ContainerdSide {
+  /** Makes what answers PullImage. */
+  readonly imagePuller: (parts: { readonly plane: DataPlane; readonly config: Config }) => ImagePuller;
+  /** Layers in the content store of the containerd at this address. */
+  readonly localBlobs: (address: string) => LocalBlobs;
+}
 
 /** Runs until a signal or Shutdown, then ends the process. */
-export async function runDaemon(argv: readonly string[], pullerFor: PullerFactory): Promise<void> {
+export async function runDaemon(argv: readonly string[], containerd: ContainerdSide): Promise<void> {
   const program = new Command('dedupd')
     .description('Data daemon of dedup-snapshotter: fetches, verifies and stores what containers read.')
     .version(VERSION)
@@ -42,7 +48,7 @@ export async function runDaemon(argv: readonly string[], pullerFor: PullerFactor
     const config = loadConfig(configFile ?? DEFAULT_CONFIG_FILE, configFile !== undefined);
     const log = createLogger('dedupd', { level: config.verbose ? 'debug' : config.log_level });
     try {
-      await serve(config, log, pullerFor);
+      await serve(config, log, containerd);
       // A transport may keep threads that only the end of the process takes away (fuse-native).
       process.exit(0);
     } catch (error) {
@@ -75,7 +81,7 @@ function isStillLocked(paths: RootPaths, lock: number): boolean {
 /** How often it is looked whether the root is still ours. */
 const ROOT_CHECK_MS = 1_000;
 
-async function serve(config: Config, log: Logger, pullerFor: PullerFactory): Promise<void> {
+async function serve(config: Config, log: Logger, containerd: ContainerdSide): Promise<void> {
   if (!isRoot())
     throw new DedupError('NOT_ROOT', 'dedupd mounts file systems, which only root may do', { hint: 'use sudo' });
   const disabled = lazyDisabledReason(config);
@@ -91,11 +97,17 @@ async function serve(config: Config, log: Logger, pullerFor: PullerFactory): Pro
   const servesRoot = () => isStillLocked(paths, lock);
   try {
     await mkdir(run.dir, { recursive: true, mode: 0o700 });
-    await using plane = await DataPlane.open({ config, paths, run, log });
+    await using plane = await DataPlane.open({
+      config,
+      paths,
+      run,
+      localBlobs: containerd.localBlobs(config.containerd_address),
+      log,
+    });
     const server = await startControlServer({
       address: run.dedupdSocket,
       plane,
-      pullImage: pullerFor({ plane, config }),
+      pullImage: containerd.imagePuller({ plane, config }),
       version: VERSION,
       log,
       servesRoot,

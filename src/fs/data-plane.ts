@@ -10,7 +10,7 @@ import type { RootPaths, RunPaths } from '../paths.ts';
 import { fetchImageStart } from '../prefetch/image-start.ts';
 import { registryOptions } from '../registry-settings.ts';
 import { MiB } from '../units.ts';
-import type { LayerSourceName } from './chunks/index-protocol.ts';
+import type { LayerRecord, LayerSourceName } from './chunks/index-protocol.ts';
 import { NodeStore } from './chunks/node-store.ts';
 import type {
   BelowMessage,
@@ -21,19 +21,25 @@ import type {
   PrepareLayerMessage,
   StatsMessage,
 } from './control-server.ts';
+import { buildDirectoryIndex } from './directory/build-index.ts';
+import { IdleGate } from './idle-gate.ts';
 import { buildImage, prepareBuilder } from './image/build-image.ts';
 import { IndexCatalog } from './index/discovery.ts';
+import { IndexPublisher } from './index/index-publisher.ts';
+import { KeptIndexes } from './index/kept-indexes.ts';
 import type { LayerIndex } from './index/layer-index.ts';
 import { RestartReader, WindowCache } from './index/restart-reader.ts';
 import { LayerBook } from './layer-book.ts';
-import { type ImageAhead, LayerIntake } from './layer-intake.ts';
+import { type ImageAhead, LayerIntake, type ManifestLayer, type ReadProgress } from './layer-intake.ts';
 import { LazyLoader } from './lazy-loader.ts';
 import { type MountableBelow, type MountableLayer, MountTable } from './mount-table.ts';
 import { native } from './native.ts';
+import { type OrdinaryLayer, OrdinaryLayers } from './ordinary-layers.ts';
 import { detachDeadSessions, removeHalfWritten } from './orphans.ts';
 import { ReferenceMounts } from './reference-mounts.ts';
 import type { Repository } from './registry/blob-reader.ts';
 import { type Credentials, parseUserPassword } from './registry/credentials.ts';
+import type { LocalBlobs } from './registry/local-blobs.ts';
 import { RegistryPool, type RepositoryName } from './registry/pool.ts';
 import { dataDeviceName, detachOrphans, imageDevices } from './transport/erofs-mount.ts';
 import { inspectMachine } from './transport/machine.ts';
@@ -51,6 +57,8 @@ export interface DataPlaneOptions {
   readonly paths: RootPaths;
   readonly run: RunPaths;
   readonly log: Logger;
+  /** Layers in containerd's own content store; absent: those are not looked at. */
+  readonly localBlobs?: LocalBlobs | undefined;
   /** Layout of EROFS metadata; what the kernel calls for when absent. Newer kernels mount the older layout too. */
   readonly layout?: ErofsLayoutKind;
 }
@@ -68,6 +76,9 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
   readonly #transport: Transport;
   readonly #mounts: MountTable;
   readonly #intake: LayerIntake;
+  readonly #kept: KeptIndexes;
+  readonly #publisher: IndexPublisher;
+  readonly #ordinary: OrdinaryLayers;
   readonly #references: ReferenceMounts;
   readonly #credentials: Map<string, Credentials>;
   /** Mount ids that keys of the snapshotter were given, as told last. */
@@ -84,6 +95,7 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
       catalog: IndexCatalog;
       store: NodeStore;
       book: LayerBook;
+      kept: KeptIndexes;
       loader: LazyLoader;
       transport: Transport;
       credentials: Map<string, Credentials>;
@@ -96,10 +108,15 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
     this.#repository = parts.repository;
     this.#store = parts.store;
     this.#book = parts.book;
+    this.#kept = parts.kept;
     this.#loader = parts.loader;
     this.#transport = parts.transport;
     this.#credentials = parts.credentials;
     const store = parts.store;
+    const idle = new IdleGate(
+      () => parts.loader.stats().misses,
+      () => parts.loader.stats().waiting > 0 || this.#intake.isReading,
+    );
     this.#mounts = new MountTable({
       paths: options.paths,
       transport: parts.transport,
@@ -130,9 +147,28 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
       store,
       book: parts.book,
       repository: parts.repository,
+      kept: parts.kept,
+      paths: options.paths,
       contiguousFiles: parts.choice.layout === 'flat',
       expectBuild: prepareBuilder,
       prebuild: (layers, config) => this.#prebuild(layers, config),
+      indexed: (manifest, source) => this.#indexed(manifest, source),
+      stop: this.#stop.signal,
+      log: options.log,
+    });
+    this.#ordinary = new OrdinaryLayers({
+      store,
+      intake: this.#intake,
+      readDirectory: buildDirectoryIndex,
+      blobs: options.localBlobs,
+      leaveIndex: options.config.publish_index !== 'off',
+      indexed: (manifest, source) => this.#indexed(manifest, source),
+      gate: (signal) => idle.pass(signal),
+      log: options.log,
+    });
+    this.#publisher = new IndexPublisher({
+      paths: options.paths,
+      find: (digest) => parts.book.all().find((row) => row.digest === digest && row.trust === 'local'),
       stop: this.#stop.signal,
       log: options.log,
     });
@@ -176,6 +212,7 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
       const windows = (index: LayerIndex): RestartReader =>
         new RestartReader(index, paths.layerRestart(index.restart.digest), windowCache);
       const book = await LayerBook.open({ paths, store, repository, windows });
+      const kept = await KeptIndexes.open(paths.keptIndexes, log);
       const limits = {
         requestsPerHost: config.dedupd.workers,
         aheadPerHost: config.prefetch.workers,
@@ -216,6 +253,7 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
         catalog,
         store,
         book,
+        kept,
         loader,
         transport,
         credentials,
@@ -299,11 +337,14 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
   /** Makes the layers of an image ready that a pull is about to offer to containerd. */
   imageAhead(
     manifest: Digest,
-    layers: readonly { readonly digest: Digest; readonly annotations: Readonly<Record<string, string>> }[],
+    layers: readonly ManifestLayer[],
     config: Promise<Buffer>,
     source: RepositoryName,
+    onRead: ReadProgress,
+    ours: Promise<boolean>,
   ): ImageAhead {
-    return this.#intake.imageAhead(manifest, layers, config, { host: source.host, repository: source.path });
+    const from = { host: source.host, repository: source.path };
+    return this.#intake.imageAhead(manifest, layers, config, from, onRead, ours);
   }
 
   /** Builds an image's file system ahead of its mount, and has the files of its start fetched. Errors: those of the layers. */
@@ -317,6 +358,21 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
     const { log } = this.#options;
     const signal = this.#stop.signal;
     await fetchImageStart({ metadata, layerIds, config: await config, loader: this.#loader, signal, log });
+  }
+
+  /** Stores a layer that containerd unpacked; see OrdinaryLayers.convert. It is kept for the caller, who is about to name it. */
+  convertOrdinary(
+    layer: OrdinaryLayer,
+    progress: (bytes: number, entries: number) => void,
+    signal: AbortSignal,
+  ): Promise<LayerRecord> {
+    return this.#ordinary.convert(layer, progress, AbortSignal.any([signal, this.#stop.signal]));
+  }
+
+  /** Has the indexes of an image pushed beside it, where that is wished for. */
+  #indexed(manifest: Digest, source: LayerSourceName): void {
+    if (this.#options.config.publish_index !== 'registry') return;
+    void this.#publisher.publish(manifest, this.#repository(source));
   }
 
   async mountReference(
@@ -421,17 +477,16 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
     }
   }
 
-  /** Files of index and restart blobs that rows name. */
+  /** Files of index and restart blobs that rows name, or that are kept. */
   #namedIndexFiles(): Set<string> {
     const { paths } = this.#options;
-    return new Set(
-      this.#book
-        .all()
-        .flatMap((row) => [
-          paths.layerIndex(row.indexDigest as Digest),
-          paths.layerRestart(row.restartDigest as Digest),
-        ]),
-    );
+    const named = new Set<string>();
+    for (const row of this.#book.all()) {
+      named.add(paths.layerIndex(row.indexDigest as Digest)).add(paths.layerRestart(row.restartDigest as Digest));
+    }
+    for (const { index, restart } of this.#kept.all())
+      named.add(paths.layerIndex(index)).add(paths.layerRestart(restart));
+    return named;
   }
 
   async layerUsage(key: LayerKeyMessage): Promise<{ bytes: number; inodes: number }> {

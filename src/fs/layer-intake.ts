@@ -6,13 +6,18 @@ import type { Config } from '../config.ts';
 import { type Digest, isDigest, parseDigest } from '../digest.ts';
 import { DedupError, errorCode } from '../errors.ts';
 import type { Logger } from '../log.ts';
+import type { RootPaths } from '../paths.ts';
 import { MiB } from '../units.ts';
 import type { LayerRecord, LayerSourceName, LayerTrust } from './chunks/index-protocol.ts';
 import type { NodeStore } from './chunks/node-store.ts';
 import type { LayerKeyMessage, PrepareLayerMessage } from './control-server.ts';
-import { buildLayerIndex } from './index/builder.ts';
+import { EagerLayers } from './eager-layers.ts';
+import { type BuiltIndex, buildLayerIndex } from './index/builder.ts';
+import type { OnPiece } from './index/chunker.ts';
 import type { IndexCatalog } from './index/discovery.ts';
+import type { KeptIndexes } from './index/kept-indexes.ts';
 import { INDEX_ANNOTATION, type LayerIndex } from './index/layer-index.ts';
+import { classifyLayer } from './index/media-types.ts';
 import type { LayerBook } from './layer-book.ts';
 import type { MountableLayer } from './mount-table.ts';
 import type { BlobId, Repository } from './registry/blob-reader.ts';
@@ -33,19 +38,31 @@ interface Expectation {
 
 const NO_PULL: Pick<Expectation, 'underWay'> = { underWay: () => false };
 
+/** What became of a layer that was made ready. */
+export type Readiness =
+  | { readonly kind: 'lazy' }
+  /** It was read whole; `diffId` is what its bytes decompress to. */
+  | { readonly kind: 'stored'; readonly diffId: string }
+  | { readonly kind: 'declined'; readonly reason: string };
+
 /** An image whose layers are made ready before anybody asks for them. */
 export interface ImageAhead {
-  /** For each layer of the manifest: settled, with whether it is lazy, once that is known. Absent: nothing names an index. */
-  readonly layers: readonly (Promise<boolean> | undefined)[];
+  /** For each layer of the manifest: what became of it, never rejected. Absent: it is an ordinary one. */
+  readonly layers: readonly (Promise<Readiness> | undefined)[];
   /** Says that the pull has ended: what nobody's snapshot names is not kept for it any more. */
   ended(): void;
 }
 
 /** A layer as a manifest lists it. */
-interface ManifestLayer {
+export interface ManifestLayer {
+  readonly mediaType: string;
   readonly digest: Digest;
+  readonly size: number;
   readonly annotations: Readonly<Record<string, string>>;
 }
+
+/** Told how many compressed bytes of a layer, by its position, have been read; for layers that are read whole. */
+export type ReadProgress = (position: number, bytesDone: number) => void;
 
 /** A layer of an image as a caller names it, with where it can be read. */
 export interface WantedLayer {
@@ -54,6 +71,18 @@ export interface WantedLayer {
   readonly manifest: string;
   readonly reference: string;
 }
+
+/** The bytes of a layer; `verifiedStream`: it ends with DIGEST_MISMATCH by itself when they are wrong. */
+export interface LayerStream {
+  readonly stream: AsyncIterable<Buffer>;
+  readonly verifiedStream: boolean;
+}
+
+/** Reads a layer once, cut into chunks and pieces of these sizes; `onPiece` absent: only its index is wanted. */
+export type BuildLayer = (
+  sizes: { readonly chunkBytes: number; readonly pieceBytes: number },
+  onPiece: OnPiece | undefined,
+) => Promise<BuiltIndex>;
 
 /** A layer on its way into the store. */
 interface Adding {
@@ -69,6 +98,8 @@ export interface LayerIntakeOptions {
   readonly catalog: IndexCatalog;
   readonly store: NodeStore;
   readonly book: LayerBook;
+  readonly kept: KeptIndexes;
+  readonly paths: RootPaths;
   readonly repository: (source: LayerSourceName) => Repository;
   /** True for the layout of kernels before 5.16: every file in one run of the store. */
   readonly contiguousFiles: boolean;
@@ -79,6 +110,8 @@ export interface LayerIntakeOptions {
    * start will read; `config` are the bytes of its configuration.
    */
   readonly prebuild: (layers: readonly MountableLayer[], config: Promise<Buffer>) => Promise<void>;
+  /** Told of an image of which layers were indexed here. */
+  readonly indexed: (manifest: Digest, source: LayerSourceName) => void;
   /** Aborted when the daemon stops. */
   readonly stop: AbortSignal;
   readonly log: Logger;
@@ -100,8 +133,14 @@ export class LayerIntake {
   /** Indexes made here that are on the disk, while their layers get rows. */
   readonly #keeping = new Set<Promise<LayerRecord>>();
 
+  readonly #eager: EagerLayers;
+
   constructor(options: LayerIntakeOptions) {
     this.#options = options;
+    this.#eager = new EagerLayers({
+      takeIn: (wanted, blob, source, progress, signal) => this.takeIn(wanted, blob, source, progress, signal),
+      stop: options.stop,
+    });
     this.#catalog = options.catalog;
     this.#store = options.store;
     this.#book = options.book;
@@ -175,21 +214,48 @@ export class LayerIntake {
     layers: readonly ManifestLayer[],
     config: Promise<Buffer>,
     source: LayerSourceName,
+    onRead: ReadProgress,
+    ours: Promise<boolean>,
   ): ImageAhead {
-    let underWay = true;
-    const rows = this.#addLayers(manifest, layers, [source], () => underWay);
+    const end = new AbortController();
+    const underWay = (): boolean => !end.signal.aborted;
+    const stored = new Set<number>();
+    const rows = this.#addLayers(manifest, layers, [source], underWay, (wanted, position) => {
+      const { mediaType, digest, size } = layers[position]!;
+      if (this.#options.contiguousFiles || !this.#options.config.index_trust.includes('local')) return undefined;
+      if (!classifyLayer({ mediaType }).lazy) return undefined;
+      const progress = (bytesDone: number): void => onRead(position, bytesDone);
+      const signal = AbortSignal.any([end.signal, this.#options.stop]);
+      const readWhole = async (): Promise<LayerRecord> => {
+        if (!(await ours)) throw new DedupError('LAYER_NOT_LAZY', 'it is for another snapshotter');
+        stored.add(position);
+        return this.#eager.read(wanted, { digest, size }, this.#repository(source), progress, signal);
+      };
+      // An index may be kept here of an earlier pull, or be found as a referrer.
+      return this.layer(wanted, signal).catch(async (error: unknown) => {
+        if (errorCode(error) !== 'LAYER_NOT_LAZY') throw error;
+        return await readWhole();
+      });
+    });
     this.#prepared.set(imageKey(manifest, source), true);
-    this.#build(rows, config).catch((error: unknown) => this.#aheadFailed(manifest, source, error));
+    const building = this.#build(rows, config);
+    building.catch((error: unknown) => this.#aheadFailed(manifest, source, error));
+    Promise.all(rows).then(
+      () => stored.size > 0 && this.#options.indexed(manifest, source),
+      () => undefined, // Told by its layer.
+    );
     return {
-      layers: rows.map((row) =>
+      layers: rows.map((row, position) =>
         row?.then(
-          () => true,
-          () => false, // Its Prepare says why.
+          ({ diffId }): Readiness => (stored.has(position) ? { kind: 'stored', diffId } : { kind: 'lazy' }),
+          // Where an index was named, its Prepare says why it is not lazy.
+          (error: unknown): Readiness => ({
+            kind: 'declined',
+            reason: error instanceof Error ? error.message : String(error),
+          }),
         ),
       ),
-      ended: () => {
-        underWay = false;
-      },
+      ended: () => end.abort(new DedupError('CANCELLED', 'the pull has ended')),
     };
   }
 
@@ -199,20 +265,24 @@ export class LayerIntake {
     this.#options.log.debug({ err: error, manifest }, 'preparing an image ahead failed');
   }
 
+  /** `readWhole`: what to do with a layer that nothing names an index of; absent, or without an answer: nothing. */
   #addLayers(
     manifest: Digest,
-    layers: readonly ManifestLayer[],
+    layers: readonly Pick<ManifestLayer, 'digest' | 'annotations'>[],
     sources: readonly LayerSourceName[],
     underWay: () => boolean,
+    readWhole?: (wanted: WantedLayer, position: number) => Promise<LayerRecord> | undefined,
   ): (Promise<LayerRecord> | undefined)[] {
     const scope = sources[0] === undefined ? '' : this.scopeOf(sources[0]);
     const image: number[] = [];
-    return layers.map(({ digest, annotations }) => {
+    return layers.map(({ digest, annotations }, position) => {
       const index = annotations[INDEX_ANNOTATION] ?? '';
-      if (index === '') return undefined;
       const key = { digest, index, scope };
+      const wanted = { key, sources, manifest, reference: '' };
       const known = this.#book.find(key) !== undefined;
-      return this.layer({ key, sources, manifest, reference: '' }, this.#options.stop).then((row) => {
+      let row = index === '' && !known ? undefined : this.layer(wanted, this.#options.stop);
+      if (index === '' && !known) row = readWhole?.(wanted, position);
+      return row?.then((row) => {
         image.push(row.id);
         if (!known) this.#expected.set(row.id, { untilMs: performance.now() + EXPECTED_MS, image, underWay });
         return row;
@@ -269,6 +339,11 @@ export class LayerIntake {
     if (annotated && !isDigest(key.index)) {
       throw new DedupError('LAYER_NOT_LAZY', 'its index annotation is not a SHA-256 digest');
     }
+    const kept = annotated || !index_trust.includes('local') ? undefined : await this.#kept(digest);
+    if (kept !== undefined) {
+      storing();
+      return await this.#add(kept, kept.indexDigest, wanted, 'local');
+    }
     if (!annotated && !(index_trust.includes('referrer') && isDigest(wanted.manifest))) {
       const reason = key.index === '' ? 'it has no index annotation' : '"index_trust" does not include "annotation"';
       throw new DedupError('LAYER_NOT_LAZY', reason);
@@ -290,6 +365,21 @@ export class LayerIntake {
       }
     }
     throw failure;
+  }
+
+  /** The index that this node once made of a layer, if it is still here and right. */
+  async #kept(digest: Digest): Promise<(LayerIndex & { readonly indexDigest: Digest }) | undefined> {
+    const known = this.#options.kept.find(digest);
+    if (known === undefined) return undefined;
+    try {
+      const index = await this.#catalog.loadLocal({ layerDigest: digest, indexDigest: known.index });
+      if (index !== undefined && existsSync(this.#options.paths.layerRestart(known.restart)))
+        return { ...index, indexDigest: known.index };
+    } catch (error) {
+      this.#options.log.warn({ err: error, layer: digest }, 'an index that was kept is not usable any more');
+    }
+    await this.#options.kept.forget(digest);
+    return undefined;
   }
 
   /** Reads a whole layer once to index it on this node. Errors: LAYER_NOT_LAZY, LAYER_INVALID, and of the registry. */
@@ -314,34 +404,39 @@ export class LayerIntake {
   }
 
   /**
-   * Reads a whole layer that no registry need be asked for again: indexes it, keeps its chunks where the layout allows,
-   * and adds it. It is kept for whoever is about to use it. Errors: LAYER_NOT_LAZY, LAYER_INVALID, STORE_IO, STORE_FULL, and those of
-   * the stream.
+   * Reads a whole layer from `source`: indexes it, keeps its chunks where the layout allows, and adds it. It is kept for
+   * whoever is about to use it. Errors: LAYER_NOT_LAZY, LAYER_INVALID, STORE_IO, STORE_FULL, and those of the stream.
    */
-  async takeIn(
+  takeIn(
     wanted: WantedLayer,
     blob: BlobId,
-    source: { readonly stream: AsyncIterable<Buffer>; readonly verifiedStream: boolean },
+    source: LayerStream,
     progress: (bytesDone: number) => void,
     signal: AbortSignal,
   ): Promise<LayerRecord> {
+    return this.takeInBuilt(wanted, (sizes, onPiece) =>
+      buildLayerIndex({
+        ...source,
+        ...sizes,
+        layerDigest: blob.digest,
+        layerBytes: blob.size,
+        onProgress: progress,
+        onPiece,
+        signal,
+      }),
+    );
+  }
+
+  /** The same for what `build` reads, in whatever form. */
+  async takeInBuilt(wanted: WantedLayer, build: BuildLayer): Promise<LayerRecord> {
     const chunkBytes = this.#options.config.chunk_size;
-    const pieceBytes = Math.min(MiB, chunkBytes);
+    const sizes = { chunkBytes, pieceBytes: Math.min(MiB, chunkBytes) };
     // Files in one run each have no place before their size in the store is known.
     const keeper = this.#options.contiguousFiles
       ? undefined
-      : this.#store.keepChunks({ scope: wanted.key.scope, chunkBytes, pieceBytes });
+      : this.#store.keepChunks({ scope: wanted.key.scope, ...sizes });
     try {
-      const { index, indexBlob, restartBlob } = await buildLayerIndex({
-        ...source,
-        layerDigest: blob.digest,
-        layerBytes: blob.size,
-        chunkBytes,
-        pieceBytes,
-        onProgress: progress,
-        onPiece: keeper?.onPiece,
-        signal,
-      });
+      const { index, indexBlob, restartBlob } = await build(sizes, keeper?.onPiece);
       await keeper?.settled();
       const keeping = this.#catalog
         .keep(indexBlob, restartBlob)
@@ -350,6 +445,7 @@ export class LayerIntake {
       try {
         const row = await keeping;
         this.expect(row);
+        if (wanted.sources.length > 0) await this.#keepIndex(row, indexBlob.length + restartBlob.length);
         return row;
       } finally {
         this.#keeping.delete(keeping);
@@ -357,6 +453,23 @@ export class LayerIntake {
     } finally {
       await keeper?.[Symbol.asyncDispose]();
     }
+  }
+
+  /** What was learned of a registry's layer serves the next pull of it, too. */
+  async #keepIndex(row: LayerRecord, bytes: number): Promise<void> {
+    if (this.#options.config.publish_index === 'off') return;
+    const { digest, indexDigest, restartDigest } = row;
+    await this.#options.kept.keep({
+      layer: parseDigest(digest),
+      index: parseDigest(indexDigest),
+      restart: parseDigest(restartDigest),
+      bytes,
+    });
+  }
+
+  /** True while layers are read whole for a pull. */
+  get isReading(): boolean {
+    return this.#eager.isReading;
   }
 
   /** Keeps a layer of a standalone mount under way, which no snapshot names. */

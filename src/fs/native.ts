@@ -224,7 +224,7 @@ interface Addon {
   flock(fd: number): boolean;
   /** A buffer whose memory starts at a multiple of 4096. */
   alignedBuffer(bytes: number): Buffer;
-  /** Extended attributes of `path` (bytes) itself, a symlink not followed; blocks: never below a lazy mount. */
+  /** Extended attributes of `path` (bytes) itself, names as latin1, a symlink not followed; blocks: never below a lazy mount. */
   readXattrs(path: Uint8Array): { name: string; value: Buffer }[];
   /** fallocate(2) PUNCH_HOLE | KEEP_SIZE. */
   punchHole(fd: number, offset: number, length: number): Promise<void>;
@@ -254,6 +254,8 @@ interface Addon {
   readStore(job: ReadStoreJob): Promise<StoreRead>;
   /** SHA-256 of `bytes` on a native thread. */
   sha256(bytes: Uint8Array): Promise<Buffer>;
+  /** Gives the calling thread, and no other, what CPU (SCHED_IDLE) and disk nobody else wants. Errors: KERNEL. */
+  idleThread(): void;
 }
 
 function locate(): string {

@@ -145,6 +145,19 @@ export class ContainerdClient {
     return Buffer.concat(parts);
   }
 
+  /** The bytes of a blob, one message after the other. Errors: NOT_FOUND, UNAVAILABLE, CANCELLED. */
+  async *streamContent(digest: Digest, scope: CallScope = {}): AsyncGenerator<Buffer> {
+    const call = { timeoutMs: 0, ...scope };
+    for await (const { data } of this.#streamed<{ data: Buffer }>(
+      'content',
+      'Read',
+      { digest },
+      `reading ${digest}`,
+      call,
+    ))
+      yield data;
+  }
+
   /** What the namespace has that passes one of the filters (containerd filters/filter.go). */
   async listContent(filters: readonly string[], scope: CallScope = {}): Promise<ContentInfo[]> {
     const found: ContentInfo[] = [];

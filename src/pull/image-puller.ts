@@ -5,11 +5,13 @@ import type { ImagePuller, PullImageEventMessage, PullImageMessage } from '../fs
 import type { Repository } from '../fs/registry/blob-reader.ts';
 import { hostPlatform, parsePlatform } from '../fs/registry/image-manifest.ts';
 import { type ImageReference, parseReference } from '../fs/registry/reference.ts';
+import { RootPaths } from '../paths.ts';
 import { ContainerdClient } from './containerd-client.ts';
-import { DEFAULT_LEASE_LIFETIME_MS, type ManifestLayer, type PullEvent, pullImage } from './pull.ts';
+import { DEFAULT_LEASE_LIFETIME_MS, type ManifestLayer, type PullEvent, pullImage, type Readiness } from './pull.ts';
 
 /** What a pull needs of the data path; implemented by DataPlane. */
 export interface PullPlane {
+  readonly root: string;
   /** A repository read with these credentials (user:password), or with those known when there are none. */
   repository(name: ImageReference, userAndPassword: string): Repository;
   /** Keeps credentials for lazy reads. */
@@ -20,7 +22,9 @@ export interface PullPlane {
     layers: readonly ManifestLayer[],
     config: Promise<Buffer>,
     source: ImageReference,
-  ): { readonly layers: readonly (Promise<boolean> | undefined)[]; ended(): void };
+    onRead: (position: number, bytesDone: number) => void,
+    ours: Promise<boolean>,
+  ): { readonly layers: readonly (Promise<Readiness> | undefined)[]; ended(): void };
 }
 
 /** Progress of a transfer is told this often at most, milliseconds. */
@@ -30,10 +34,12 @@ export function imagePuller(parts: {
   readonly plane: PullPlane;
   readonly config: { readonly containerd_address: string };
 }): ImagePuller {
+  /** Snapshotters that were found to be this product's or not, by containerd's address and their name. */
+  const ours = new Map<string, boolean>();
   return async (request, show, signal) => {
     const reference = parseReference(request.reference);
     try {
-      await pull(parts.plane, reference, request, parts.config.containerd_address, show, signal);
+      await pull(parts.plane, reference, request, parts.config.containerd_address, ours, show, signal);
     } catch (error) {
       if (!signal.aborted) throw error;
       throw new DedupError('CANCELLED', `pulling ${reference.host}/${reference.path} was interrupted`, {
@@ -49,6 +55,7 @@ async function pull(
   reference: ImageReference,
   request: PullImageMessage,
   defaultAddress: string,
+  ours: Map<string, boolean>,
   show: (event: PullImageEventMessage) => void,
   signal: AbortSignal,
 ): Promise<void> {
@@ -75,9 +82,14 @@ async function pull(
         if (event.kind === 'resolved') remember();
         showEvent(event);
       },
-      makeReady: (manifest, layers, config) => {
+      own: {
+        snapshots: new RootPaths(plane.root).snapshots,
+        known: ours.get(`${address} ${snapshotter}`),
+        learned: (isOurs) => ours.set(`${address} ${snapshotter}`, isOurs),
+      },
+      makeReady: (manifest, layers, config, onRead, isOurs) => {
         remember();
-        ahead = plane.imageAhead(manifest, layers, config, reference);
+        ahead = plane.imageAhead(manifest, layers, config, reference, onRead, isOurs);
         return ahead.layers;
       },
       leaseLifetimeMs: request.lease_ms === 0 ? DEFAULT_LEASE_LIFETIME_MS : request.lease_ms,

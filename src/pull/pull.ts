@@ -37,8 +37,14 @@ import {
 import { PullLease } from './pull-lease.ts';
 import { fitsLabel, PulledContent } from './pulled-content.ts';
 
-/** How a layer came to be there. */
-export type LayerOutcome = 'present' | 'lazy' | 'unpacked';
+/** How a layer came to be there: `stored` was read whole without being unpacked. */
+export type LayerOutcome = 'present' | 'lazy' | 'stored' | 'unpacked';
+
+/** What became of a layer that somebody made ready. */
+export type Readiness =
+  | { readonly kind: 'lazy' }
+  | { readonly kind: 'stored'; readonly diffId: string }
+  | { readonly kind: 'declined'; readonly reason: string };
 
 export type PullEvent =
   | {
@@ -52,8 +58,7 @@ export type PullEvent =
   | { readonly kind: 'layer'; readonly layer: number; readonly outcome: LayerOutcome };
 
 /** A layer as the manifest lists it. */
-export interface ManifestLayer {
-  readonly digest: Digest;
+export interface ManifestLayer extends Descriptor {
   readonly annotations: Labels;
 }
 
@@ -67,14 +72,25 @@ export interface PullOptions {
   readonly onEvent?: (event: PullEvent) => void;
   /**
    * Asked to make the layers that the manifest lists ready to be offered, as early as possible; not for an image that
-   * containerd has. `config`: the bytes of its configuration, once they are here. Answers for each layer with a promise,
-   * which never rejects, of whether the snapshotter is expected to take it; or nothing.
+   * containerd has. `config`: the bytes of its configuration, once they are here. `onRead` is told of layers that are read
+   * whole; they may be where `ours` resolves to true. Answers for each layer with a promise, which never rejects, of what became of it; or nothing.
    */
   readonly makeReady?: (
     manifest: Digest,
     layers: readonly ManifestLayer[],
     config: Promise<Buffer>,
-  ) => readonly (Promise<boolean> | undefined)[];
+    onRead: (position: number, bytesDone: number) => void,
+    ours: Promise<boolean>,
+  ) => readonly (Promise<Readiness> | undefined)[];
+  /**
+   * Where the snapshotter that goes with this process has its directories, and whether `snapshotter` is that one, if that
+   * is known; `learned` is told otherwise. Absent: it is not.
+   */
+  readonly own?: {
+    readonly snapshots: string;
+    readonly known: boolean | undefined;
+    readonly learned: (ours: boolean) => void;
+  };
   /** How long things outlive a killed pull at most. Default 30 s. */
   readonly leaseLifetimeMs?: number;
 }
@@ -183,7 +199,11 @@ class Pull {
       );
     }
     const parsed = parseManifest(manifest.bytes, this.#name);
-    const makeReady = () => this.#options.makeReady?.(manifest.digest, parsed.layers, this.#config.promise) ?? [];
+    const onRead = (layer: number, bytes: number): void => {
+      this.#emit({ kind: 'fetching', layer, bytes, totalBytes: parsed.layers[layer]?.size ?? 0 });
+    };
+    const makeReady = () =>
+      this.#options.makeReady?.(manifest.digest, parsed.layers, this.#config.promise, onRead, this.#isOurs()) ?? [];
     const ready = isKnown ? undefined : makeReady();
     // Of an image that containerd has it has the configuration, too.
     const config = isKnown ? undefined : this.#fetchConfig(parsed.config);
@@ -204,6 +224,25 @@ class Pull {
       manifest: manifest.digest,
       layers: layers.map(({ digest, size }, position) => ({ digest, size, outcome: outcomes[position] ?? 'present' })),
     };
+  }
+
+  /** Whether the snapshotter is the one of this product: its mounts tell. Never rejects. */
+  async #isOurs(): Promise<boolean> {
+    const { own, snapshotter } = this.#options;
+    if (own === undefined || own.known !== undefined) return own?.known ?? false;
+    const key = `dedup-probe-${randomBytes(6).toString('hex')}`;
+    try {
+      await this.#lease.expect(this.#snapshot(key));
+      const mounts = await this.#client.prepareSnapshot(snapshotter, key, '', {}, this.#scope());
+      await this.#client.removeSnapshot(snapshotter, key);
+      const ours = mounts.some(({ source }) => source.startsWith(`${own.snapshots}/`));
+      own.learned(ours);
+      return ours;
+    } catch {
+      return false; // The first layer's own Prepare says what is wrong.
+    } finally {
+      this.#lease.forget(this.#snapshot(key));
+    }
   }
 
   /** Lets a step go on beside the others. Its failure is told before the image gets its name. */
@@ -299,7 +338,7 @@ class Pull {
   async #layers(
     layers: readonly ImageLayer[],
     manifest: Digest,
-    makeReady: () => readonly (Promise<boolean> | undefined)[],
+    makeReady: () => readonly (Promise<Readiness> | undefined)[],
   ): Promise<LayerOutcome[]> {
     const outcomes: LayerOutcome[] = layers.map(() => 'present');
     let next = await this.#firstMissing(layers);
@@ -321,9 +360,12 @@ class Pull {
       const doing = `layer ${next + 1} of ${layers.length} (${layer.digest})`;
       try {
         const readied = held[next];
+        let readiness: Readiness | undefined;
         if (readied === undefined) await this.#lease.expect(this.#snapshot(layer.chainId));
-        else await abandonOn(this.#options.signal, readied);
-        outcomes[next] = await this.#layer(layers, next, manifest, readied !== undefined);
+        else [, readiness] = await abandonOn(this.#options.signal, readied);
+        if (readiness?.kind === 'stored') requireDiffId(layer, readiness.diffId);
+        const outcome = await this.#layer(layers, next, manifest, readied !== undefined);
+        outcomes[next] = outcome === 'lazy' && readiness?.kind === 'stored' ? 'stored' : outcome;
       } catch (error) {
         throw wrapError(error, doing);
       }
@@ -418,13 +460,7 @@ class Pull {
     this.#emit({ kind: 'unpacking', layer: position });
     const { mediaType, digest, size } = layer;
     const diffId = await this.#client.applyDiff({ mediaType, digest, size }, mounts, { signal });
-    if (diffId !== layer.diffId) {
-      throw new DedupError(
-        'DIGEST_MISMATCH',
-        `layer ${layer.digest} unpacks to ${diffId}, but the image configuration names ${layer.diffId}`,
-        { hint: 'the image is damaged or was tampered with; push it again from its source' },
-      );
-    }
+    requireDiffId(layer, diffId);
     try {
       await this.#client.commitSnapshot(snapshotter, layer.chainId, key, labels, this.#scope());
     } catch (error) {
@@ -456,6 +492,16 @@ class Pull {
     labels[LABEL_IMAGE_LAYERS] = above;
     return labels;
   }
+}
+
+/** Errors: DIGEST_MISMATCH when the layer decompresses to something else than the configuration names. */
+function requireDiffId(layer: ImageLayer, diffId: string): void {
+  if (diffId === layer.diffId) return;
+  throw new DedupError(
+    'DIGEST_MISMATCH',
+    `layer ${layer.digest} unpacks to ${diffId}, but the image configuration names ${layer.diffId}`,
+    { hint: 'the image is damaged or was tampered with; push it again from its source' },
+  );
 }
 
 /** The promise; or, when it comes first, the reason of the signal. */

@@ -3,14 +3,15 @@
 import assert from 'node:assert/strict';
 import { spawn } from 'node:child_process';
 import { once } from 'node:events';
+import { rm } from 'node:fs/promises';
 import { after, before, describe, test } from 'node:test';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { isDeepStrictEqual } from 'node:util';
 import { LABEL_INDEX, LABEL_MANIFEST_DIGEST } from '../../src/snapshotter/labels.ts';
-import { waitFor } from '../support/containerd.ts';
-import { busyboxEntries, type LayerSource, pushLayout, type TestImage } from '../support/images.ts';
+import { TestContainerd, waitFor } from '../support/containerd.ts';
+import { busyboxEntries, type LayerSource, makeImage, pushLayout, type TestImage } from '../support/images.ts';
 import { FILE_BYTES, LazyNode, NOTHING_LEFT, noise, noiseSum, smallLayers } from '../support/lazy-node.ts';
-import { PROGRAM } from '../support/product.ts';
+import { PROGRAM, Product } from '../support/product.ts';
 import { RegistryProcess, TEST_LOGIN } from '../support/registry.ts';
 
 /** More than a frame may hold to be one that can be started in: such a layer is not lazily loadable. */
@@ -149,6 +150,139 @@ describe('an image brought by rpull', () => {
   });
 });
 
+describe('an image without an index', () => {
+  let node: LazyNode;
+  let image: TestImage;
+  let plain: string;
+  before(async () => {
+    node = await LazyNode.start();
+    const layers: LayerSource[] = [
+      { entries: await busyboxEntries(['sh', 'cat', 'sha256sum']) },
+      {
+        entries: [
+          { name: 'cold', content: noise(FILE_BYTES, 'cold plain') },
+          { name: 'both', content: 'middle' },
+        ],
+      },
+      {
+        entries: [
+          { name: 'top', content: 'top' },
+          { name: 'both', content: 'top' },
+          { name: 'again', content: noise(FILE_BYTES, 'cold plain') },
+        ],
+      },
+    ];
+    ({ image, plain } = await node.publish('team/plain', layers));
+  });
+  after(() => node?.stop());
+
+  async function runsRight(reference: string): Promise<void> {
+    const { stdout } = await node.runScript(reference, 'cat /top /both; sha256sum /cold /again');
+    const sums = ['/cold', '/again'].map((path) => noiseSum(FILE_BYTES, 'cold plain', path));
+    assert.equal(stdout, `toptop${sums.join('')}`);
+  }
+
+  test('is read whole, once, and then needs its registry no more', async () => {
+    node.proxy.reset();
+    const { stdout } = await node.rpull(plain);
+    assert.match(stdout, /3 layers: 0 lazy, 3 read and stored .*0 fetched and unpacked, 0 already here/);
+    assert.deepEqual(
+      node.fetched(image),
+      image.layers.map(({ size }) => size),
+    );
+    const { content } = await node.containerd.inventory('dedup');
+    assert.deepEqual(content.toSorted(), [image.manifest.digest, image.config.digest].toSorted());
+    await node.registry.halt();
+    try {
+      await node.collect();
+      await node.containerd.restart();
+      await runsRight(plain);
+    } finally {
+      await node.registry.launch();
+    }
+  });
+
+  test('stores what two of its files share once', async () => {
+    const { chunks, present_bytes: present } = await node.product.stats();
+    assert.ok(present < 2 * FILE_BYTES, `${present} bytes in ${chunks} chunks`);
+  });
+
+  test('is lazy when it is pulled again after it was removed: its index was kept', async () => {
+    await node.containerd.ctr(['image', 'rm', '--sync', plain]);
+    await assertNothingLeft(node);
+    node.proxy.reset();
+    const { stdout } = await node.rpull(plain);
+    assert.match(stdout, /3 layers: 3 lazy/);
+    await runsRight(plain);
+    const fetched = node.fetched(image);
+    assert.ok(
+      fetched.every((bytes, i) => bytes <= (image.layers[i]?.size ?? 0)),
+      `${fetched}`,
+    );
+    await node.containerd.ctr(['image', 'rm', '--sync', plain]);
+    await assertNothingLeft(node);
+  });
+
+  test('is refused when it decompresses to something else than its configuration names', async () => {
+    const diffIds = [`sha256:${'0'.repeat(64)}`];
+    const liar = await makeImage({ layers: [{ entries: [{ name: 'a', content: 'a' }] }], diffIds });
+    try {
+      const reference = await pushLayout(liar.dir, 'latest', node.registry.host, 'team/liar');
+      const { code, stderr } = await node.rpull(reference, [], { allowFailure: true });
+      assert.equal(code, 1);
+      assert.match(stderr, /unpacks to sha256:[0-9a-f]{64}, but .*DIGEST_MISMATCH/);
+      await assertNothingLeft(node);
+    } finally {
+      await rm(liar.dir, { recursive: true });
+    }
+  });
+
+  test('that is given up while it is read leaves nothing', async () => {
+    const bytes = 12 << 20;
+    const fresh = await node.publish('team/given-up', [{ entries: [{ name: 'big', content: noise(bytes, 'big') }] }]);
+    node.proxy.setRules({
+      path: new RegExp(fresh.image.layers[0]?.digest ?? ''),
+      fault: { kind: 'stall', ms: 20_000, afterBytes: bytes - (1 << 20) },
+    });
+    const { address, namespace } = node.containerd;
+    const args = ['--config', node.product.configFile, 'rpull', '-a', address, '-n', namespace, fresh.plain];
+    const child = spawn(PROGRAM, args, { stdio: 'ignore' });
+    await waitFor('chunks of it to be stored', () => node.indexCount('SELECT COUNT(*) FROM chunks') > 0);
+    child.kill('SIGINT');
+    assert.deepEqual(await once(child, 'close'), [1, null]);
+    node.proxy.reset();
+    await assertNothingLeft(node);
+    assert.equal(node.indexCount('SELECT COUNT(*) FROM chunks'), 0);
+  });
+
+  test('is found lazy by the next node when its indexes were pushed beside it', async () => {
+    const config = { publish_index: 'registry' };
+    const { plain: pushed } = await node.publish('team/published', await smallLayers('published'));
+    const reference = pushed.replace(node.proxy.host, node.registry.host);
+    const product = await Product.create(config);
+    try {
+      await product.start();
+      const containerd = await TestContainerd.start({ proxies: { dedup: product.address } });
+      try {
+        await product.cli(['rpull', '-a', containerd.address, '-n', containerd.namespace, reference]);
+        await waitFor('the indexes to be pushed', () => /the indexes of an image were pushed/.test(product.log()));
+      } finally {
+        await containerd.stop();
+      }
+    } finally {
+      await product.stop();
+    }
+    const next = await LazyNode.start({ config: { index_trust: ['annotation', 'local', 'referrer'] } });
+    try {
+      const { stdout } = await next.rpull(reference);
+      assert.match(stdout, /2 layers: 2 lazy/);
+      assert.equal((await next.runScript(reference, 'cat /mark')).stdout, 'published');
+    } finally {
+      await next.stop();
+    }
+  });
+});
+
 describe('an image of which one layer cannot be lazy', () => {
   let node: LazyNode;
   let image: TestImage;
@@ -186,7 +320,11 @@ describe('an image of which one layer cannot be lazy', () => {
     node.proxy.reset();
     const { stdout } = await node.rpull(lazy);
     assert.match(stdout, /3 layers: 2 lazy, 1 fetched and unpacked/);
-    assert.deepEqual(node.fetched(image), [0, image.layers[1]?.size, 0]);
+    const [bottom, middle = 0, top] = node.fetched(image);
+    const size = image.layers[1]?.size ?? 0;
+    // It is begun to be read whole, until it shows that it cannot be indexed.
+    assert.ok(middle >= size && middle <= 2 * size, `${middle} of ${size} bytes`);
+    assert.deepEqual([bottom, top], [0, 0]);
     await runsRight();
     await node.collect();
     await node.containerd.restart();

@@ -239,13 +239,26 @@ export class LazyNode {
         references: this.indexCount('SELECT COUNT(*) FROM chunks WHERE ref_count > 0'),
         images: this.indexCount('SELECT COUNT(*) FROM images'),
         metadata: names(join(root, 'images')).filter((name) => name.endsWith('.erofs')),
-        indexes: names(join(root, 'images', 'layers')),
+        indexes: names(join(root, 'images', 'layers')).filter((name) => !this.#kept().has(name)),
         mounts: mountsBelow(this.product.dir),
         loops: this.loops(),
       };
     } finally {
       client.close();
     }
+  }
+
+  /** Files of indexes that are kept for the next pull of layers that have gone. */
+  #kept(): Set<string> {
+    const directory = join(this.product.root, 'images', 'kept');
+    const files = names(directory).map((name) => JSON.parse(readFileSync(join(directory, name), 'utf8')));
+    const hex = (digest: string) => digest.slice('sha256:'.length);
+    return new Set(
+      (files as { index: string; restart: string }[]).flatMap(({ index, restart }) => [
+        `${hex(index)}.index`,
+        `${hex(restart)}.restart`,
+      ]),
+    );
   }
 
   /** Loop devices that hold a file of the product's. */

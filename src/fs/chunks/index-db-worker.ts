@@ -28,6 +28,7 @@ const handlers: Handlers = {
   releaseHold: (args) => opened().releaseHold(args.hold),
   dropUnreferenced: (args) => opened().dropUnreferenced(args.generation),
   layers: () => opened().layers(),
+  confirmLayer: (args) => opened().confirmLayer(args.layerId),
   layerAddresses: (args) => opened().layerAddresses(args.layerId),
   addSources: (args) => done(opened().addSources(args.layerId, args.sources)),
   setLayerState: (args) => done(opened().setLayerState(args.layerId, args)),

@@ -167,6 +167,8 @@ export interface IndexCalls {
   /** Drops the rows of chunks that no layer counts and nobody holds. Committed with synchronous=FULL. */
   dropUnreferenced: { args: { generation: number }; result: readonly StoreRange[] };
   layers: { args: Record<string, never>; result: LayerRecord[] };
+  /** Whether every chunk of the layer is durable; if so, what is committed is on the disk (synchronous=FULL). */
+  confirmLayer: { args: { layerId: number }; result: boolean };
   layerAddresses: { args: { layerId: number }; result: Float64Array };
   addSources: { args: { layerId: number; sources: readonly LayerSourceName[] }; result: null };
   setLayerState: { args: { layerId: number; verified?: boolean; condemned?: boolean }; result: null };

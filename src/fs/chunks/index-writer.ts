@@ -273,6 +273,20 @@ export class IndexWriter {
     }));
   }
 
+  confirmLayer(layerId: number): boolean {
+    const missing = this.#db.prepare(
+      `SELECT 1 FROM layer_chunks l JOIN chunks c ON c.id = l.chunk_id
+       WHERE l.layer_id = ? AND c.durable <> -1 AND c.durable <> (1 << ((c.size + c.piece_bytes - 1) / c.piece_bytes)) - 1
+       LIMIT 1`,
+    );
+    return this.#full(() => {
+      if (missing.get(layerId) !== undefined) return false;
+      // Something must be written for the log to be synced, with all that was committed before.
+      this.#set('clean', 0);
+      return true;
+    });
+  }
+
   layerAddresses(layerId: number): Float64Array {
     const count = this.#db.prepare('SELECT chunk_count FROM layers WHERE id = ?').pluck().get(layerId) as
       | number

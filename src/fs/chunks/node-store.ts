@@ -328,6 +328,14 @@ export class NodeStore {
     this.#highWater = highWater;
   }
 
+  /**
+   * True when the layer needs nobody any more: its row and all of its chunks are on the disk. What is present must have
+   * been flushed before. For layouts that need no contiguous files.
+   */
+  confirmLayer(layerId: number): Promise<boolean> {
+    return this.#db.call('confirmLayer', { layerId });
+  }
+
   /** Addresses of a stored layer's chunks. Errors: NOT_FOUND. */
   layerAddresses(layerId: number): Promise<Float64Array> {
     return this.#db.call('layerAddresses', { layerId });

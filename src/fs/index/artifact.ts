@@ -3,6 +3,7 @@
 import { type Digest, digestOf } from '../../digest.ts';
 import type { Repository } from '../registry/blob-reader.ts';
 import { OCI_MANIFEST } from '../registry/manifest-json.ts';
+import { addReferrerTag } from '../registry/referrer-tag.ts';
 import {
   INDEX_ARTIFACT_TYPE,
   INDEX_LAYER_MEDIA_TYPE,
@@ -105,4 +106,32 @@ export async function pushArtifact(
   const digest = digestOf(bytes);
   const { subjectKnown } = await repository.putManifest(digest, OCI_MANIFEST, bytes, signal);
   return { bytes, digest, subjectKnown };
+}
+
+/**
+ * Pushes the manifest that holds the index blobs of an image, so that it is found as a referrer of `subject`, also in
+ * registries that list none by themselves. The blobs are there. Its digest, or undefined when no layer has an index.
+ */
+export async function pushReferrer(
+  repository: Repository,
+  subject: Pick<ManifestDescriptor, 'mediaType' | 'digest' | 'size'>,
+  layers: readonly LayerReport[],
+  signal: AbortSignal,
+): Promise<Digest | undefined> {
+  const artifact = await pushArtifact(repository, subject, layers, signal);
+  if (artifact === undefined || artifact.subjectKnown) return artifact?.digest;
+  const referrer = {
+    mediaType: OCI_MANIFEST,
+    digest: artifact.digest,
+    size: artifact.bytes.length,
+    artifactType: INDEX_ARTIFACT_TYPE,
+  };
+  await addReferrerTag(
+    repository,
+    subject.digest,
+    referrer,
+    signal,
+    (other) => other.artifactType === INDEX_ARTIFACT_TYPE,
+  );
+  return artifact.digest;
 }

@@ -6,8 +6,6 @@ import { type Digest, digestOf } from '../../digest.ts';
 import { DedupError } from '../../errors.ts';
 import { MiB } from '../../units.ts';
 import type { Repository } from '../registry/blob-reader.ts';
-import { OCI_MANIFEST } from '../registry/manifest-json.ts';
-import { addReferrerTag } from '../registry/referrer-tag.ts';
 import { annotateImage } from './annotate.ts';
 import {
   type ImageLocation,
@@ -16,11 +14,10 @@ import {
   type IndexReport,
   type LayerReport,
   layerReports,
-  pushArtifact,
+  pushReferrer,
   type SourceImage,
 } from './artifact.ts';
 import { type BuiltIndex, buildLayerIndex } from './builder.ts';
-import { INDEX_ARTIFACT_TYPE } from './layer-index.ts';
 import {
   type Json,
   type ManifestDescriptor,
@@ -74,26 +71,11 @@ export async function indexImage(options: IndexOptions): Promise<IndexReport> {
   for (const image of images) {
     const report = layerReports(image, layers);
     const { digest, mediaType, size } = image.descriptor;
-    const artifact = await pushArtifact(source.repository, { mediaType, digest, size }, report, signal);
-    if (artifact !== undefined && !artifact.subjectKnown) {
-      const referrer = {
-        mediaType: OCI_MANIFEST,
-        digest: artifact.digest,
-        size: artifact.bytes.length,
-        artifactType: INDEX_ARTIFACT_TYPE,
-      };
-      await addReferrerTag(
-        source.repository,
-        digest,
-        referrer,
-        signal,
-        (other) => other.artifactType === INDEX_ARTIFACT_TYPE,
-      );
-    }
+    const artifact = await pushReferrer(source.repository, { mediaType, digest, size }, report, signal);
     reports.push({
       platform: platformName(image.platform),
       manifest: digest,
-      ...(artifact === undefined ? {} : { artifact: artifact.digest }),
+      ...(artifact === undefined ? {} : { artifact }),
       layers: report,
     });
   }

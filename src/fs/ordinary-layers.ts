@@ -1,0 +1,154 @@
+// Layers that containerd unpacked, turned into chunks of the store in the background: read from containerd's own copy of
+// the layer where that leaves an index behind, else from the directory it was unpacked into. Called by the control server;
+// decides neither which layers nor when they are used.
+import { type Digest, digestOf, isDigest } from '../digest.ts';
+import { DedupError, errorCode } from '../errors.ts';
+import type { Logger } from '../log.ts';
+import type { LayerRecord, LayerSourceName } from './chunks/index-protocol.ts';
+import type { NodeStore } from './chunks/node-store.ts';
+import type { BuiltIndex } from './index/builder.ts';
+import type { OnPiece } from './index/chunker.ts';
+import type { LayerIntake, WantedLayer } from './layer-intake.ts';
+import type { LocalBlobs } from './registry/local-blobs.ts';
+
+/** An unpacked layer, with what its client said of it; "" where it said nothing. */
+export interface OrdinaryLayer {
+  /** What containerd unpacked it into. */
+  readonly directory: string;
+  /** Names the snapshot: no other directory of this root ever has it. */
+  readonly name: string;
+  /** Of the compressed layer. */
+  readonly digest: string;
+  readonly sources: readonly LayerSourceName[];
+  readonly manifest: string;
+  readonly namespace: string;
+}
+
+export type DirectoryReader = (options: {
+  readonly directory: string;
+  readonly identity: Digest;
+  readonly chunkBytes: number;
+  readonly pieceBytes: number;
+  readonly onPiece: OnPiece;
+  readonly onProgress: (bytes: number, entries: number) => void;
+  readonly gate: () => Promise<void> | undefined;
+  readonly signal: AbortSignal;
+}) => Promise<BuiltIndex>;
+
+export interface OrdinaryLayersOptions {
+  readonly store: NodeStore;
+  readonly intake: Pick<LayerIntake, 'takeIn' | 'takeInBuilt' | 'scopeOf'>;
+  readonly readDirectory: DirectoryReader;
+  /** Absent: layers are read from their directories only. */
+  readonly blobs: LocalBlobs | undefined;
+  /** True where an index made of a layer is kept or published (configuration key `publish_index`). */
+  readonly leaveIndex: boolean;
+  /** Told of an image of which a layer was indexed out of containerd's copy. */
+  readonly indexed: (manifest: Digest, source: LayerSourceName) => void;
+  /** Holds the work back while somebody waits for this node. */
+  readonly gate: (signal: AbortSignal) => Promise<void> | undefined;
+  readonly log: Logger;
+}
+
+export class OrdinaryLayers {
+  readonly #options: OrdinaryLayersOptions;
+
+  constructor(options: OrdinaryLayersOptions) {
+    this.#options = options;
+  }
+
+  /**
+   * Stores the layer; when this returns all of it is on the disk, its row too, and the directory is needed no more. An
+   * interrupted call leaves nothing that counts: the next one begins anew, and writes only what is missing.
+   * Errors: LAYER_NOT_LAZY when it must stay as it is, NOT_FOUND for the directory, STORE_IO, STORE_FULL, CANCELLED.
+   */
+  async convert(
+    layer: OrdinaryLayer,
+    progress: (bytes: number, entries: number) => void,
+    signal: AbortSignal,
+  ): Promise<LayerRecord> {
+    const { store } = this.#options;
+    // A piece that was here may have been taken away before the layer counted it: the second reading brings it back.
+    for (let attempt = 1; ; attempt++) {
+      const row =
+        (await this.#fromBlob(layer, progress, signal)) ?? (await this.#fromDirectory(layer, progress, signal));
+      await store.flush();
+      if (await store.confirmLayer(row.id)) return row;
+      if (attempt === 3) throw new DedupError('STORE_IO', `pieces of ${layer.name} do not stay in the store`);
+    }
+  }
+
+  /** Undefined when containerd does not have the layer, or it cannot be indexed. */
+  async #fromBlob(
+    layer: OrdinaryLayer,
+    progress: (bytes: number, entries: number) => void,
+    signal: AbortSignal,
+  ): Promise<LayerRecord | undefined> {
+    const { leaveIndex, blobs, intake, log } = this.#options;
+    const { digest, namespace, sources, manifest } = layer;
+    const [source] = sources;
+    if (!leaveIndex || blobs === undefined || !isDigest(digest) || source === undefined) return undefined;
+    try {
+      await using blob = await blobs(namespace, digest, signal);
+      if (blob === undefined) return undefined;
+      const wanted: WantedLayer = {
+        key: { digest, index: '', scope: intake.scopeOf(source) },
+        sources,
+        manifest,
+        reference: '',
+      };
+      const row = await intake.takeIn(
+        wanted,
+        { digest, size: blob.size },
+        { stream: this.#held(blob.stream, signal), verifiedStream: false },
+        (bytes) => progress(bytes, 0),
+        signal,
+      );
+      if (isDigest(manifest)) this.#options.indexed(manifest, source);
+      return row;
+    } catch (error) {
+      if (signal.aborted || ['STORE_FULL', 'CLOSED'].includes(errorCode(error))) throw error;
+      // Collected meanwhile, or nothing to restart decompression at: what was unpacked is as good.
+      log.debug({ err: error, layer: digest }, "containerd's copy of a layer cannot be used, its directory is read");
+      return undefined;
+    }
+  }
+
+  async *#held(stream: AsyncIterable<Buffer>, signal: AbortSignal): AsyncGenerator<Buffer> {
+    for await (const bytes of stream) {
+      await this.#options.gate(signal);
+      yield bytes;
+    }
+  }
+
+  async #fromDirectory(
+    layer: OrdinaryLayer,
+    progress: (bytes: number, entries: number) => void,
+    signal: AbortSignal,
+  ): Promise<LayerRecord> {
+    const { intake } = this.#options;
+    // Never the name of a blob of a registry: this content has no source.
+    const identity = digestOf(`directory ${layer.name}`);
+    const [source] = layer.sources;
+    const wanted: WantedLayer = {
+      key: { digest: identity, index: '', scope: source === undefined ? '' : intake.scopeOf(source) },
+      sources: [],
+      manifest: '',
+      reference: '',
+    };
+    const { directory } = layer;
+    const gate = (): Promise<void> | undefined => this.#options.gate(signal);
+    return await intake.takeInBuilt(wanted, (sizes, onPiece) => {
+      if (onPiece === undefined) throw new DedupError('LAYER_NOT_LAZY', 'kernels before 5.16 keep ordinary layers');
+      return this.#options.readDirectory({
+        directory,
+        identity,
+        ...sizes,
+        onPiece,
+        onProgress: progress,
+        gate,
+        signal,
+      });
+    });
+  }
+}
