@@ -155,6 +155,7 @@ export class NodeStore {
       add: async (mount) => void (await db.call('addDirect', mount)),
       drop: async (imageId) => void (await db.call('dropDirect', { imageId, pinned: this.#pinned.has(imageId) })),
       isPresent: (address, length) => this.isPresent(address, length),
+      dropHoles: (ranges) => this.#dropHoles(ranges),
       clearEpoch: () => this.#native.presenceClearEpoch(),
       flush: async (metadata) => {
         this.#mustBeOpen();
@@ -165,6 +166,15 @@ export class NodeStore {
       serially: (work) => this.#serially(work),
       strangersGone: () => this.#serially(() => this.#punch(this.#postponed.splice(0))),
     };
+  }
+
+  async #dropHoles(ranges: Float64Array): Promise<boolean> {
+    const holes = await this.#track(this.#native.findHoles(this.fd, ranges));
+    for (let i = 0; i + 1 < holes.length; i += 2) {
+      this.#clear(holes[i]!, holes[i + 1]!);
+      this.damaged(holes[i]! * BLOCK_BYTES, holes[i + 1]! * BLOCK_BYTES);
+    }
+    return holes.length > 0;
   }
 
   /** The mounts that read the store file without this process. */

@@ -11,6 +11,7 @@ export interface StoreNative {
   presenceSet(presence: Uint8Array, firstBlock: number, count: number, value: boolean): void;
   presenceTest(presence: Uint8Array, firstBlock: number, count: number): boolean;
   presenceClearEpoch(): number;
+  findHoles(fd: number, ranges: Float64Array): Promise<Float64Array>;
   punchHole(fd: number, offset: number, length: number): Promise<void>;
   storePieces(job: StorePiecesJob): Promise<Uint8Array>;
   readStore(job: ReadStoreJob): Promise<StoreRead>;

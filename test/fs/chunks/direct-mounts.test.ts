@@ -175,6 +175,22 @@ describe('DirectMounts', () => {
     assert.deepEqual([test.attached, test.direct()], [0, []]);
   });
 
+  it('does not admit what the disk has nothing of, whatever is recorded, and fetches it again', async () => {
+    const test = await create();
+    await test.rig.mustEqual(test.stored);
+    await test.store.flush();
+    const chunk = test.stored.addresses.findLastIndex((address) => address > 0);
+    const address = test.stored.addresses[chunk]!;
+    const { fd } = test.store;
+    await native().punchHole(fd, address + 8192, 4096);
+    assert.deepEqual([...(await native().findHoles(fd, Float64Array.of(address / 4096, 4)))], [address / 4096 + 2, 1]);
+    assert.equal(await test.admit(), false);
+    assert.equal(test.store.isPresent(address + 8192, 4096), false);
+    assert.deepEqual([test.attached, test.direct()], [0, []]);
+    await test.rig.mustEqual(test.stored);
+    assert.equal(await test.admit(), true);
+  });
+
   it('keeps the row of a device that cannot be seen yet, and pins beyond the unmount until it is seen gone', async () => {
     const test = await create();
     await test.rig.mustEqual(test.stored);
