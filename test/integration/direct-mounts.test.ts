@@ -17,8 +17,8 @@ import { storeIdOf } from '../support/loop-names.ts';
 
 const FILES = 24;
 /** Files that each reader reads in every stage of a restart. */
-const READS = 8;
-const READERS = 3;
+const READS = 5;
+const READERS = 2;
 
 describe('a container of an image that is here completely', () => {
   let node: LazyNode;

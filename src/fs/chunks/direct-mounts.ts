@@ -1,7 +1,8 @@
 // Mounts that read the store file without dedupd: who they are is a committed row before the kernel gets the file, and
 // stays one until its device was seen gone, across any crash. Used by NodeStore; knows devices by what it is told of them.
+import { LRUCache } from 'lru-cache';
 import type { Logger } from '../../log.ts';
-import { BLOCK_BYTES } from '../../units.ts';
+import { BLOCK_BYTES, MiB } from '../../units.ts';
 import type { DirectMount, LayerPresence } from './index-protocol.ts';
 
 /** A device of this machine that an image of this store is read through. */
@@ -19,7 +20,7 @@ export interface DirectTarget {
   rows(): Promise<readonly number[]>;
   /** Gives images that are made from now on higher numbers. */
   numberAbove(imageId: number): Promise<void>;
-  layerPresence(layerIds: readonly number[]): Promise<LayerPresence>;
+  layerPresence(layerId: number): Promise<LayerPresence>;
   /** On the disk when it resolves. */
   add(mount: DirectMount): Promise<void>;
   drop(imageId: number): Promise<void>;
@@ -45,6 +46,9 @@ export interface WantedDirect extends DirectMount {
   readonly metadataInStore: boolean;
 }
 
+/** Memory for where the chunks of layers lie, bytes. */
+const RANGES_BYTES = 4 * MiB;
+
 /** Blocks that are taken away while it is looked whether all are here make that begin anew, this often at most. */
 const ATTEMPTS = 4;
 
@@ -55,6 +59,11 @@ export class DirectMounts {
   readonly #rows = new Map<number, object>();
   /** Images whose row may be older than their device, and how often that is so. */
   readonly #underWay = new Map<number, number>();
+  /** The blocks of layers, which never change: looking for them takes a few microseconds a chunk. */
+  readonly #ranges = new LRUCache<number, Float64Array>({
+    maxSize: RANGES_BYTES,
+    sizeCalculation: (ranges) => Math.min(ranges.byteLength + 64, RANGES_BYTES),
+  });
   /** Blocks that an image was found to lack. */
   readonly #lacks = new Map<number, { readonly address: number; readonly length: number }>();
   /** Devices that read the store, of images that no row names. */
@@ -115,13 +124,15 @@ export class DirectMounts {
     const target = this.#target;
     for (let attempt = 0; attempt < ATTEMPTS; attempt++) {
       const epoch = target.clearEpoch();
-      const { missing, ranges } = await target.layerPresence(wanted.layers);
-      if (this.#anyAbsent(wanted.imageId, missing) || this.#anyAbsent(wanted.imageId, ranges)) return false;
+      const ranges = await this.#presentRanges(wanted);
+      if (ranges === undefined) return false;
       // Covers every byte that was just seen to be present, whenever it was written.
       await target.flush(wanted.metadataInStore);
-      if (missing.length > 0) continue; // Recorded now, unless that failed.
+      if (ranges === 'unrecorded') continue; // Recorded now, unless that failed.
       // Nobody compares with sums any more what is read: at least no zeros may stand for bytes.
-      if (await target.dropHoles(ranges)) continue;
+      let holes = false;
+      for (const ofLayer of ranges) holes = (await target.dropHoles(ofLayer)) || holes;
+      if (holes) continue;
       const claimed = await target.serially(async () => {
         if (target.clearEpoch() !== epoch) return false;
         await target.add(wanted);
@@ -133,7 +144,29 @@ export class DirectMounts {
     return false;
   }
 
-  #anyAbsent(imageId: number, ranges: ArrayLike<number>): boolean {
+  /** The blocks of the image's layers, all present; 'unrecorded' where index.db does not know so; undefined: some are absent. */
+  async #presentRanges({ imageId, layers }: WantedDirect): Promise<Float64Array[] | 'unrecorded' | undefined> {
+    const found: Float64Array[] = [];
+    let unrecorded = false;
+    for (const layerId of layers) {
+      let ranges = this.#ranges.get(layerId);
+      if (ranges === undefined) {
+        const presence = await this.#target.layerPresence(layerId);
+        if (this.#anyAbsent(imageId, presence.missing)) return undefined;
+        if (presence.missing.length > 0) {
+          unrecorded = true;
+          continue;
+        }
+        ranges = presence.ranges;
+        this.#ranges.set(layerId, ranges);
+      }
+      if (this.#anyAbsent(imageId, ranges)) return undefined;
+      found.push(ranges);
+    }
+    return unrecorded ? 'unrecorded' : found;
+  }
+
+  #anyAbsent(imageId: number, ranges: Float64Array): boolean {
     for (let i = 0; i + 1 < ranges.length; i += 2) {
       const range = { address: ranges[i]! * BLOCK_BYTES, length: ranges[i + 1]! * BLOCK_BYTES };
       if (this.#target.isPresent(range.address, range.length)) continue;

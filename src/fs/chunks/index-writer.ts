@@ -425,8 +425,8 @@ export class IndexWriter {
     direct.unpin(this.#db);
   }
 
-  layerPresence(layerIds: readonly number[]): LayerPresence {
-    return direct.layerPresence(this.#db, layerIds);
+  layerPresence(layerId: number): LayerPresence {
+    return direct.layerPresence(this.#db, layerId);
   }
 
   addDirect(mount: DirectMount): void {

@@ -151,7 +151,7 @@ export class NodeStore {
       devices: async () => (await devices?.(this.id)) ?? [],
       numberAbove: async (imageId) => void (await db.call('numberImagesAbove', { imageId })),
       rows: () => db.call('directMounts', {}),
-      layerPresence: (layerIds) => db.call('layerPresence', { layerIds }),
+      layerPresence: (layerId) => db.call('layerPresence', { layerId }),
       add: async (mount) => void (await db.call('addDirect', mount)),
       drop: async (imageId) => void (await db.call('dropDirect', { imageId, pinned: this.#pinned.has(imageId) })),
       isPresent: (address, length) => this.isPresent(address, length),
