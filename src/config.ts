@@ -93,6 +93,10 @@ const schema = z.strictObject({
     .enum(['node', 'registry', 'repository'])
     .default('node')
     .describe('who shares chunks: all images of the node, of one registry, or of one repository'),
+  convert_ordinary: z
+    .boolean()
+    .default(true)
+    .describe('cut ordinary layers into chunks in the background and serve them as EROFS; not together with remap_ids'),
   index_trust: z
     .array(z.enum(['annotation', 'local', 'referrer']))
     .default(['annotation', 'local'])
@@ -215,6 +219,14 @@ export function lazyDisabledReason(config: Config): string | undefined {
   if (!config.enable_lazy) return '"enable_lazy" is false';
   if (!config.enable_erofs) return '"enable_erofs" is false';
   return undefined;
+}
+
+/** Why no ordinary layer is converted under this configuration, or undefined. */
+export function conversionDisabledReason(config: Config): string | undefined {
+  if (!config.convert_ordinary) return '"convert_ordinary" is false';
+  // A chain of which a part is converted could not be used in a user namespace (snapshotter/id-mapping.ts).
+  if (config.remap_ids) return '"remap_ids" is true';
+  return lazyDisabledReason(config);
 }
 
 interface DocumentedType {

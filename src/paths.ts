@@ -33,6 +33,10 @@ export class RootPaths {
   snapshotFs(id: number): string {
     return join(this.snapshots, String(id), 'fs');
   }
+  /** The directory of a converted snapshot that is being deleted. */
+  snapshotGoing(id: number): string {
+    return join(this.snapshots, String(id), 'fs.going');
+  }
   snapshotWork(id: number): string {
     return join(this.snapshots, String(id), 'work');
   }

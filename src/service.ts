@@ -1,7 +1,7 @@
 // Composition root of the service: wires metastore, snapshotter and gRPC server, keeps a dedupd running, and stops in
 // order. Carries no image bytes.
 import { mkdir, readFile } from 'node:fs/promises';
-import { type Config, lazyDisabledReason, notYetInEffect } from './config.ts';
+import { type Config, conversionDisabledReason, lazyDisabledReason, notYetInEffect } from './config.ts';
 import { DedupError, wrapError } from './errors.ts';
 import { parseReference } from './fs/registry/reference.ts';
 import { createLogger, type Logger } from './log.ts';
@@ -81,6 +81,7 @@ export async function runService(config: Config, configFile: string | undefined)
     finder: disabled === undefined ? new ManifestSearch(config.containerd_address) : undefined,
     log,
     remapIds: config.remap_ids,
+    convert: { off: conversionDisabledReason(config) },
   });
   try {
     await snapshotter.start();

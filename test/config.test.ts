@@ -6,7 +6,14 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { after, describe, test } from 'node:test';
 import { expected, GENERATED } from '../scripts/generate-docs.ts';
-import { configurationTable, lazyDisabledReason, loadConfig, notYetInEffect, parseConfig } from '../src/config.ts';
+import {
+  configurationTable,
+  conversionDisabledReason,
+  lazyDisabledReason,
+  loadConfig,
+  notYetInEffect,
+  parseConfig,
+} from '../src/config.ts';
 import { DedupError, ERROR_CODES, type ErrorCode } from '../src/errors.ts';
 import { registryOptions } from '../src/registry-settings.ts';
 
@@ -170,6 +177,11 @@ describe('the configuration', () => {
     assert.equal(lazyDisabledReason(parseConfig({ dedupd: { enabled: false } })), undefined);
     assert.equal(lazyDisabledReason(parseConfig({ enable_lazy: false })), '"enable_lazy" is false');
     assert.equal(lazyDisabledReason(parseConfig({ enable_erofs: false })), '"enable_erofs" is false');
+    assert.equal(conversionDisabledReason(parseConfig({})), undefined);
+    for (const key of ['convert_ordinary', 'enable_lazy', 'enable_erofs']) {
+      assert.equal(conversionDisabledReason(parseConfig({ [key]: false })), `"${key}" is false`);
+    }
+    assert.equal(conversionDisabledReason(parseConfig({ remap_ids: true })), '"remap_ids" is true');
   });
 
   test('names the server of docker.io: "registry" before "dedupd.registry"', () => {

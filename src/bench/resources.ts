@@ -37,6 +37,11 @@ export function diskWrittenBytes(diskstats: string, disks: ReadonlySet<string>):
   return sectors * 512;
 }
 
+/** Bytes written so far to the machine's own disks. */
+export function writtenToDisks(): number {
+  return diskWrittenBytes(readFileSync('/proc/diskstats', 'utf8'), realDisks());
+}
+
 function realDisks(): ReadonlySet<string> {
   return new Set(readdirSync('/sys/block').filter((name) => !/^(loop|ram|dm-|md|zram)/.test(name)));
 }

@@ -67,6 +67,8 @@ export interface ColdStartResult {
   readonly processes: readonly ProcessUse[];
   /** What the snapshotter's and the content store's directories grew by, bytes. */
   readonly diskBytes: number;
+  /** Bytes that reached the machine's disks until everything of the start was written back; absent where not measured. */
+  readonly deviceBytes?: number;
   /** Requests at the registry over time, for the time line. */
   readonly requestTimes?: readonly RequestTime[];
 }

@@ -40,6 +40,8 @@ export interface BenchPlan {
   readonly meter: Meter;
   readonly timeoutMs: number;
   readonly signal: AbortSignal;
+  /** StartSetup.diskWrites of every start. */
+  readonly diskWrites?: () => number;
   /** Makes the link what the cell says. */
   readonly enterLink: (link: BenchLink) => Promise<void>;
   /** Absent: no floors. */
@@ -88,8 +90,9 @@ class Runner {
   }
 
   #setup(contender: Contender, target: BenchTarget): StartSetup {
-    const { node, meter, timeoutMs, signal } = this.#plan;
-    return { node, contender, target, meter, timeoutMs, signal };
+    const { node, meter, timeoutMs, signal, diskWrites } = this.#plan;
+    const disk = diskWrites === undefined ? {} : { diskWrites };
+    return { node, contender, target, meter, timeoutMs, signal, ...disk };
   }
 
   async pairs({ target, link, pairs }: BenchCell): Promise<void> {

@@ -20,6 +20,8 @@ export interface StartSetup {
   /** Most that pull and start may take each, milliseconds. */
   readonly timeoutMs: number;
   readonly signal?: AbortSignal;
+  /** What has reached the disk so far, bytes. Given: after the clock has stopped everything is written back, and counted. */
+  readonly diskWrites?: () => number;
   /** Records the resources of this start: its own cost is then part of what is measured. */
   readonly sampler?: ResourceSampler;
 }
@@ -51,6 +53,7 @@ export async function coldStart(
   await dropCaches();
   await target.prepare?.();
   const use = new ProcessMeter(daemons);
+  const writtenBefore = setup.diskWrites?.() ?? 0;
   sampler?.start(daemons);
   const startedMs = performance.now();
   const fromAt = epochMs(startedMs);
@@ -63,6 +66,8 @@ export async function coldStart(
     const toAt = epochMs(readyMs);
     const samples = sampler?.stop();
     const processes = use.use();
+    if (setup.diskWrites !== undefined) await execute(['sync']);
+    const deviceBytes = setup.diskWrites && setup.diskWrites() - writtenBefore;
     await container.remove();
     const requests = requestTimes(await meter.requests(fromAt, toAt), fromAt, target.blobs);
     const firstLayerMs = requests.find(({ kind }) => kind === 'layer')?.startMs;
@@ -81,6 +86,7 @@ export async function coldStart(
       wireBytes: requests.reduce((sum, { bytes }) => sum + bytes, 0),
       processes,
       diskBytes: Math.max(0, (await diskBytes(directories)) - diskBefore),
+      ...(deviceBytes === undefined ? {} : { deviceBytes }),
       requestTimes: requests,
     };
     if (samples === undefined) return { result };

@@ -63,6 +63,8 @@ const VERBS: Readonly<Record<string, (program: Command, context: SharedContext) 
     (await import('./mount-command.ts')).registerUmountCommand(program, await context()),
   images: async (program, context) =>
     (await import('./images-command.ts')).registerImagesCommand(program, await context()),
+  dedup: async (program, context) =>
+    (await import('./dedup-command.ts')).registerDedupCommand(program, await context()),
   repair: async (program, context) =>
     (await import('./repair-command.ts')).registerRepairCommand(program, await context()),
   bench: async (program, context) =>

@@ -67,6 +67,23 @@ export interface MountProgressMessage {
   readonly bytes_total: number;
 }
 
+/** proto/dedupd.proto, ConvertLayerRequest. */
+export interface ConvertLayerMessage {
+  readonly snapshot: number;
+  readonly directory: string;
+  readonly bottom: boolean;
+  readonly layer: string;
+  readonly manifest: string;
+  readonly sources: readonly SourceMessage[];
+  readonly namespace: string;
+  readonly chain_id: string;
+}
+
+export interface ConvertProgressMessage {
+  readonly bytes: number;
+  readonly entries: number;
+}
+
 /** proto/dedupd.proto, Below: a directory, or the layers of a merged image (bottom to top). */
 export interface BelowMessage {
   readonly directory: string;
@@ -85,6 +102,13 @@ export interface ControlledPlane {
   ): Promise<{ path: string; mountId: number; rootUid: number; rootGid: number }>;
   releaseImages(inUse: readonly number[]): Promise<number>;
   retainLayers(layers: readonly LayerKeyMessage[]): Promise<number>;
+  /** Errors: LAYER_NOT_LAZY when it can never be done; UNIMPLEMENTED, CANCELLED, STORE_FULL, STORE_IO. */
+  convertLayer(
+    request: ConvertLayerMessage,
+    progress: (message: ConvertProgressMessage) => void,
+    signal: AbortSignal,
+  ): Promise<LayerKeyMessage>;
+  prebuildImage(layers: readonly LayerKeyMessage[]): Promise<void>;
   layerUsage(layer: LayerKeyMessage): Promise<{ bytes: number; inodes: number }>;
   listImages(): Promise<ImageInfoMessage[]>;
   stats(): Promise<StatsMessage>;
@@ -217,6 +241,36 @@ function unary<Request, Response>(name: string, log: Logger, handler: Handler<Re
   };
 }
 
+/** The signal of what this server's end does not end. */
+const NEVER = new AbortController().signal;
+
+/**
+ * A call that is answered with progress and at last with the handler's result, marked `done`. Its signal is aborted when
+ * the client goes, or `stopping` is.
+ */
+function streaming<Request>(
+  name: string,
+  log: Logger,
+  stopping: AbortSignal,
+  handler: (request: Request, show: (message: object) => void, signal: AbortSignal) => Promise<object>,
+) {
+  return (call: ServerWritableStream<Request, object>): void => {
+    const abort = new AbortController();
+    call.on('cancelled', () => abort.abort(new DedupError('CANCELLED', 'the client has gone')));
+    const show = (message: object): void => void call.write({ ...message, done: false });
+    handler(call.request, show, AbortSignal.any([abort.signal, stopping])).then(
+      (result) => {
+        call.write({ ...result, done: true });
+        call.end();
+      },
+      (error: unknown) => {
+        log[abort.signal.aborted ? 'info' : 'warn']({ call: name, err: error }, 'call failed');
+        call.emit('error', toStatus(error));
+      },
+    );
+  };
+}
+
 /** Serves until closed. Errors: UNAVAILABLE when the socket cannot be bound. The caller holds the root's lock. */
 export async function startControlServer(options: ControlServerOptions): Promise<{ close(): Promise<void> }> {
   const { address, plane, version, log } = options;
@@ -262,22 +316,22 @@ export async function startControlServer(options: ControlServerOptions): Promise
       setImmediate(options.onShutdown);
       return {};
     }),
-    MountReference: (call: ServerWritableStream<MountReferenceMessage, unknown>) => {
-      const abort = new AbortController();
-      call.on('cancelled', () => abort.abort());
-      plane
-        .mountReference(call.request, (message) => void call.write({ ...message, done: false }), abort.signal)
-        .then(
-          (path) => {
-            call.write({ step: 'mounted', done: true, path });
-            call.end();
-          },
-          (error: unknown) => {
-            log.warn({ call: 'MountReference', err: error }, 'call failed');
-            call.emit('error', toStatus(error));
-          },
-        );
-    },
+    ConvertLayer: streaming(
+      'ConvertLayer',
+      log,
+      stopping.signal,
+      async (request: ConvertLayerMessage, show, signal) => ({
+        layer: await plane.convertLayer(request, show, signal),
+      }),
+    ),
+    PrebuildImage: unary('PrebuildImage', log, async (request: { layers: LayerKeyMessage[] }) => {
+      await plane.prebuildImage(request.layers);
+      return {};
+    }),
+    MountReference: streaming('MountReference', log, NEVER, async (request: MountReferenceMessage, show, signal) => ({
+      step: 'mounted',
+      path: await plane.mountReference(request, show, signal),
+    })),
   });
   await rm(address, { force: true });
   const close = await serveOn(server, address, CLOSE_TIMEOUT_MS);

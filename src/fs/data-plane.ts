@@ -10,11 +10,13 @@ import type { RootPaths, RunPaths } from '../paths.ts';
 import { fetchImageStart } from '../prefetch/image-start.ts';
 import { registryOptions } from '../registry-settings.ts';
 import { MiB } from '../units.ts';
-import type { LayerRecord, LayerSourceName } from './chunks/index-protocol.ts';
+import type { LayerSourceName } from './chunks/index-protocol.ts';
 import { NodeStore } from './chunks/node-store.ts';
 import type {
   BelowMessage,
   ControlledPlane,
+  ConvertLayerMessage,
+  ConvertProgressMessage,
   ImageInfoMessage,
   LayerKeyMessage,
   MountProgressMessage,
@@ -34,7 +36,7 @@ import { type ImageAhead, LayerIntake, type ManifestLayer, type ReadProgress } f
 import { LazyLoader } from './lazy-loader.ts';
 import { type MountableBelow, type MountableLayer, MountTable } from './mount-table.ts';
 import { native } from './native.ts';
-import { type OrdinaryLayer, OrdinaryLayers } from './ordinary-layers.ts';
+import { OrdinaryLayers } from './ordinary-layers.ts';
 import { detachDeadSessions, removeHalfWritten } from './orphans.ts';
 import { ReferenceMounts } from './reference-mounts.ts';
 import type { Repository } from './registry/blob-reader.ts';
@@ -360,15 +362,6 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
     await fetchImageStart({ metadata, layerIds, config: await config, loader: this.#loader, signal, log });
   }
 
-  /** Stores a layer that containerd unpacked; see OrdinaryLayers.convert. It is kept for the caller, who is about to name it. */
-  convertOrdinary(
-    layer: OrdinaryLayer,
-    progress: (bytes: number, entries: number) => void,
-    signal: AbortSignal,
-  ): Promise<LayerRecord> {
-    return this.#ordinary.convert(layer, progress, AbortSignal.any([signal, this.#stop.signal]));
-  }
-
   /** Has the indexes of an image pushed beside it, where that is wished for. */
   #indexed(manifest: Digest, source: LayerSourceName): void {
     if (this.#options.config.publish_index !== 'registry') return;
@@ -408,6 +401,29 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
     const image = await this.#mounts.mount(await this.#intake.mountableLayers(layers), bottom, lowers);
     image.used = true;
     return { path: image.path, mountId: image.id, rootUid: image.rootUid, rootGid: image.rootGid };
+  }
+
+  /** Builds the file system of layers that lie on nothing, before it is mounted. Errors: NOT_FOUND, IMAGE_INVALID. */
+  async prebuildImage(layers: readonly LayerKeyMessage[]): Promise<void> {
+    await this.#mounts.prebuild(await this.#intake.mountableLayers(layers));
+  }
+
+  /**
+   * Stores a layer that containerd unpacked (OrdinaryLayers.convert). It is kept for the caller, who is about to name it.
+   * Errors: LAYER_NOT_LAZY when it must stay as it is, NOT_FOUND, STORE_IO, STORE_FULL, CANCELLED.
+   */
+  async convertLayer(
+    request: ConvertLayerMessage,
+    progress: (message: ConvertProgressMessage) => void,
+    signal: AbortSignal,
+  ): Promise<LayerKeyMessage> {
+    const { snapshot, directory, layer, manifest, sources, namespace, chain_id } = request;
+    const row = await this.#ordinary.convert(
+      { directory, name: `${snapshot} ${chain_id}`, digest: layer, sources, manifest, namespace },
+      (bytes, entries) => progress({ bytes, entries }),
+      AbortSignal.any([signal, this.#stop.signal]),
+    );
+    return { digest: row.digest, index: row.indexDigest, scope: row.scope };
   }
 
   async releaseImages(inUse: readonly number[]): Promise<number> {

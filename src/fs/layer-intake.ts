@@ -26,6 +26,9 @@ import { MAX_JSON_BYTES, parseManifest } from './registry/image-manifest.ts';
 /** How long a layer that was fetched ahead waits for its Prepare. */
 const EXPECTED_MS = 600_000;
 
+/** How long a converted layer waits for its snapshot to name it. One that is late finds its directory still there. */
+const SWITCH_MS = 10_000;
+
 /** Why a layer that no snapshot names is kept. */
 interface Expectation {
   /** When it ends at the latest, by performance.now(). */
@@ -34,9 +37,11 @@ interface Expectation {
   readonly image: readonly number[];
   /** True while the pull is one of our own and goes on. */
   readonly underWay: () => boolean;
+  /** It is kept for a snapshot that exists: once that names it, it has arrived. */
+  readonly forSnapshot: boolean;
 }
 
-const NO_PULL: Pick<Expectation, 'underWay'> = { underWay: () => false };
+const NO_PULL: Pick<Expectation, 'underWay' | 'forSnapshot'> = { underWay: () => false, forSnapshot: false };
 
 /** What became of a layer that was made ready. */
 export type Readiness =
@@ -284,7 +289,8 @@ export class LayerIntake {
       if (index === '' && !known) row = readWhole?.(wanted, position);
       return row?.then((row) => {
         image.push(row.id);
-        if (!known) this.#expected.set(row.id, { untilMs: performance.now() + EXPECTED_MS, image, underWay });
+        if (!known)
+          this.#expected.set(row.id, { untilMs: performance.now() + EXPECTED_MS, image, underWay, forSnapshot: false });
         return row;
       });
     });
@@ -472,9 +478,10 @@ export class LayerIntake {
     return this.#eager.isReading;
   }
 
-  /** Keeps a layer of a standalone mount under way, which no snapshot names. */
-  expect(row: LayerRecord): void {
-    this.#expected.set(row.id, { untilMs: performance.now() + EXPECTED_MS, image: [], ...NO_PULL });
+  /** Keeps a layer that no snapshot names: of a standalone mount under way, or of a snapshot that is about to name it. */
+  expect(row: LayerRecord, forSnapshot = false): void {
+    const untilMs = performance.now() + (forSnapshot ? SWITCH_MS : EXPECTED_MS);
+    this.#expected.set(row.id, { untilMs, image: [], ...NO_PULL, forSnapshot });
   }
 
   async #add(index: LayerIndex, indexDigest: Digest, wanted: WantedLayer, trust: LayerTrust): Promise<LayerRecord> {
@@ -569,10 +576,11 @@ export class LayerIntake {
 
   /** Layers kept for a pull or a mount that goes on; `named` are those that snapshots name. Forgets the others. */
   stillExpected(named: ReadonlySet<number>): number[] {
-    for (const [layerId, { untilMs, image, underWay }] of this.#expected) {
+    for (const [layerId, { untilMs, image, underWay, forSnapshot }] of this.#expected) {
       // No Prepare is under way now: somebody else's pull that goes on has left a snapshot of one of its layers.
       const goesOn = image.length === 0 || underWay() || image.some((id) => named.has(id));
-      if (!goesOn || performance.now() >= untilMs) this.#expected.delete(layerId);
+      const arrived = forSnapshot && named.has(layerId);
+      if (!goesOn || arrived || performance.now() >= untilMs) this.#expected.delete(layerId);
     }
     return [...this.#expected.keys()];
   }

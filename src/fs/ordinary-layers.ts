@@ -6,8 +6,9 @@ import { DedupError, errorCode } from '../errors.ts';
 import type { Logger } from '../log.ts';
 import type { LayerRecord, LayerSourceName } from './chunks/index-protocol.ts';
 import type { NodeStore } from './chunks/node-store.ts';
-import type { BuiltIndex } from './index/builder.ts';
+import { type BuiltIndex, buildLayerIndex } from './index/builder.ts';
 import type { OnPiece } from './index/chunker.ts';
+import { EntryType } from './index/layer-index.ts';
 import type { LayerIntake, WantedLayer } from './layer-intake.ts';
 import type { LocalBlobs } from './registry/local-blobs.ts';
 
@@ -37,7 +38,7 @@ export type DirectoryReader = (options: {
 
 export interface OrdinaryLayersOptions {
   readonly store: NodeStore;
-  readonly intake: Pick<LayerIntake, 'takeIn' | 'takeInBuilt' | 'scopeOf'>;
+  readonly intake: Pick<LayerIntake, 'takeInBuilt' | 'expect' | 'scopeOf'>;
   readonly readDirectory: DirectoryReader;
   /** Absent: layers are read from their directories only. */
   readonly blobs: LocalBlobs | undefined;
@@ -73,7 +74,10 @@ export class OrdinaryLayers {
       const row =
         (await this.#fromBlob(layer, progress, signal)) ?? (await this.#fromDirectory(layer, progress, signal));
       await store.flush();
-      if (await store.confirmLayer(row.id)) return row;
+      if (await store.confirmLayer(row.id)) {
+        this.#options.intake.expect(row, true);
+        return row;
+      }
       if (attempt === 3) throw new DedupError('STORE_IO', `pieces of ${layer.name} do not stay in the store`);
     }
   }
@@ -97,13 +101,19 @@ export class OrdinaryLayers {
         manifest,
         reference: '',
       };
-      const row = await intake.takeIn(
-        wanted,
-        { digest, size: blob.size },
-        { stream: this.#held(blob.stream, signal), verifiedStream: false },
-        (bytes) => progress(bytes, 0),
-        signal,
-      );
+      const row = await intake.takeInBuilt(wanted, async (sizes, onPiece) => {
+        const built = await buildLayerIndex({
+          stream: this.#held(blob.stream, signal),
+          layerDigest: digest,
+          layerBytes: blob.size,
+          ...sizes,
+          onPiece,
+          onProgress: (bytes) => progress(bytes, 0),
+          signal,
+        });
+        requireSelfContained(built);
+        return built;
+      });
       if (isDigest(manifest)) this.#options.indexed(manifest, source);
       return row;
     } catch (error) {
@@ -150,5 +160,19 @@ export class OrdinaryLayers {
         signal,
       });
     });
+  }
+}
+
+/**
+ * What lies below may stay a directory, into which an image has no hard links: containerd copied the file when it unpacked
+ * the layer. Errors: LAYER_NOT_LAZY for a link to anything but an earlier entry of the layer.
+ */
+function requireSelfContained({ index: { entries } }: BuiltIndex): void {
+  const names = new Set<string>();
+  for (let i = 0; i < entries.count; i++) {
+    if (entries.type[i] === EntryType.hardLink && !names.has(entries.link[i]!)) {
+      throw new DedupError('LAYER_NOT_LAZY', `${JSON.stringify(entries.name[i])} is a link into a layer below`);
+    }
+    names.add(entries.name[i]!);
   }
 }

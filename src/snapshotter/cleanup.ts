@@ -1,5 +1,5 @@
-// The slow work that Remove leaves behind: deletes directories of removed snapshots, and tells dedupd which merged
-// images and lazy layers are still in use. Called by the Cleanup method, by the snapshotter's timer and at start.
+// The slow work that Remove leaves behind: deletes directories of removed snapshots and of converted layers, and tells
+// dedupd which merged images and lazy layers are still in use. Called by the Cleanup method, by the snapshotter's timer and at start.
 import type { Logger } from 'pino';
 import { DedupError, errorCode, wrapError } from '../errors.ts';
 import type { RootPaths } from '../paths.ts';
@@ -7,6 +7,7 @@ import { deleteTree } from './disk-tree.ts';
 import type { Gate } from './gate.ts';
 import type { ImageMounter } from './images.ts';
 import { removeInfoFile } from './info-file.ts';
+import type { LeftoverDirectories } from './leftover-directories.ts';
 import type { Metastore } from './metastore-client.ts';
 
 export interface CleanerOptions {
@@ -15,6 +16,9 @@ export interface CleanerOptions {
   readonly images: ImageMounter;
   /** Shared by everything that takes a merged image or a lazy layer into use. */
   readonly gate: Gate;
+  readonly leftovers: LeftoverDirectories;
+  /** Called when directories of converted layers are still in use: a later pass looks again. */
+  readonly onLeftovers: () => void;
   readonly log: Logger;
 }
 
@@ -36,6 +40,7 @@ export class Cleaner {
       // Its caller has the error; this pass only waits its turn.
       await previous.catch(() => {});
       await this.#release();
+      if (await this.#options.leftovers.deleteUnused()) this.#options.onLeftovers();
       await this.#deleteDirectories();
     })();
     this.#running = pass;

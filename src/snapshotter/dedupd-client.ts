@@ -12,6 +12,8 @@ import { loadProto, somebodyListens } from '../protocol.ts';
 import { DEDUPD_PROTOCOL, HINT_METADATA } from '../protocol-version.ts';
 import { MiB } from '../units.ts';
 import type {
+  ConvertLayerArgs,
+  ConvertProgress,
   ImageMounter,
   LayerKey,
   MountedImage,
@@ -72,6 +74,11 @@ interface MountImageMessage {
   readonly root_gid: number;
 }
 
+interface ConvertMessage extends ConvertProgress {
+  readonly done: boolean;
+  readonly layer: LayerKey | null;
+}
+
 export interface DedupdClientOptions {
   /** Path of dedupd's unix socket. */
   readonly address: string;
@@ -81,6 +88,8 @@ export interface DedupdClientOptions {
   readonly revive?: () => Promise<void>;
 }
 
+/** The signal of calls that nobody ends. */
+const NEVER = new AbortController().signal;
 /** Deadlines, milliseconds. Release and retain are called with Prepare waiting behind them: short. */
 const DEADLINE_MS = {
   Hello: 2_000,
@@ -88,6 +97,7 @@ const DEADLINE_MS = {
   ReleaseImages: 3_000,
   RetainLayers: 3_000,
   LayerUsage: 10_000,
+  PrebuildImage: 120_000,
   ListImages: 10_000,
   Stats: 10_000,
   UnmountReference: 30_000,
@@ -181,6 +191,24 @@ export class DedupdClient implements ImageMounter {
     return { bytes, inodes };
   }
 
+  /** Takes as long as it takes: a daemon that has gone is noticed by the end of the connection. */
+  async convertLayer(
+    { chainId, ...args }: ConvertLayerArgs,
+    onProgress: (progress: ConvertProgress) => void,
+    signal: AbortSignal,
+  ): Promise<LayerKey> {
+    const messages = this.#stream<ConvertMessage>('ConvertLayer', { ...args, chain_id: chainId }, signal);
+    for await (const { bytes, entries, done, layer } of messages) {
+      if (done && layer !== null) return layer;
+      onProgress({ bytes, entries });
+    }
+    throw new DedupError('INTERNAL', 'dedupd ended a conversion without an answer');
+  }
+
+  async prebuildImage(layers: readonly LayerKey[]): Promise<void> {
+    await this.#call('PrebuildImage', { layers });
+  }
+
   async listImages(): Promise<readonly DedupdImage[]> {
     return (await this.#call<{ images: DedupdImage[] }>('ListImages', {})).images;
   }
@@ -199,20 +227,7 @@ export class DedupdClient implements ImageMounter {
     request: { reference: string; directory: string; platform: string; credentials: string },
     signal?: AbortSignal,
   ): AsyncGenerator<MountProgress> {
-    await this.#compare();
-    const invoke = this.#client.MountReference as (request: object) => ClientReadableStream<MountProgress>;
-    const stream = invoke.call(this.#client, request);
-    const cancel = (): void => stream.cancel();
-    signal?.addEventListener('abort', cancel, { once: true });
-    try {
-      signal?.throwIfAborted();
-      for await (const message of stream) yield message as MountProgress;
-    } catch (error) {
-      throw this.#convert('MountReference', error);
-    } finally {
-      signal?.removeEventListener('abort', cancel);
-      stream.cancel();
-    }
+    yield* this.#stream<MountProgress>('MountReference', request, signal);
   }
 
   async unmountReference(directory: string): Promise<void> {
@@ -245,6 +260,23 @@ export class DedupdClient implements ImageMounter {
       // Both calls may be made twice. A daemon that is just being started anew need not fail the start of a container.
       if (!(await resolvesWithin(revive(), Math.min(leftMs(), REVIVE_MS)))) throw error;
       return await attempt();
+    }
+  }
+
+  async *#stream<Message>(method: string, request: object, signal: AbortSignal = NEVER): AsyncGenerator<Message> {
+    await this.#compare();
+    if (signal.aborted) throw new DedupError('CANCELLED', `calling dedupd (${method}): nobody waits for it any more`);
+    const invoke = this.#client[method] as (request: object) => ClientReadableStream<Message>;
+    const stream = invoke.call(this.#client, request);
+    const cancel = (): void => stream.cancel();
+    signal.addEventListener('abort', cancel, { once: true });
+    try {
+      for await (const message of stream) yield message as Message;
+    } catch (error) {
+      throw this.#convert(method, error);
+    } finally {
+      signal.removeEventListener('abort', cancel);
+      stream.cancel();
     }
   }
 

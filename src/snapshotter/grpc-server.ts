@@ -1,5 +1,5 @@
-// The unix socket that containerd talks to: takes the address, serves the snapshots service on it, gives it back.
-// Called by the composition root.
+// The unix socket that containerd and the command line talk to: takes the address, serves the snapshots service and our
+// own on it, gives it back. Called by the composition root.
 import { mkdir, rm } from 'node:fs/promises';
 import { dirname } from 'node:path';
 import { Server, type ServiceClientConstructor } from '@grpc/grpc-js';
@@ -7,6 +7,7 @@ import type { Logger } from 'pino';
 import { DedupError } from '../errors.ts';
 import { loadProto, serveOn, somebodyListens } from '../protocol.ts';
 import { MiB } from '../units.ts';
+import { conversionsService } from './conversions-service.ts';
 import { snapshotsService } from './snapshots-service.ts';
 import type { Snapshotter } from './snapshotter.ts';
 
@@ -37,6 +38,8 @@ export async function startSnapshotsServer(options: SnapshotsServerOptions): Pro
     'grpc.max_send_message_length': MAX_MESSAGE_BYTES,
   });
   server.addService(packages.containerd.services.snapshots.v1.Snapshots.service, snapshotsService(snapshotter, log));
+  const ours = loadProto('service.proto') as unknown as { dedup: { v1: { Conversions: ServiceClientConstructor } } };
+  server.addService(ours.dedup.v1.Conversions.service, conversionsService(snapshotter, log));
   const close = await serveOn(server, address, CLOSE_TIMEOUT_MS);
   log.info({ address }, 'snapshots service is ready');
   return { close };

@@ -57,6 +57,30 @@ export interface MountedImage {
   readonly rootGid?: number;
 }
 
+/** An ordinary layer that is to be converted: proto/dedupd.proto, ConvertLayerRequest. */
+export interface ConvertLayerArgs {
+  /** Number of its snapshot. */
+  readonly snapshot: number;
+  /** Absolute path of the layer as containerd unpacked it, an upper directory of overlayfs. */
+  readonly directory: string;
+  /** True when nothing lies below it. */
+  readonly bottom: boolean;
+  /** Digest of the compressed layer, and of the image's manifest; "" when not known. */
+  readonly layer: string;
+  readonly manifest: string;
+  readonly sources: readonly Source[];
+  /** containerd's namespace; "" when not known. */
+  readonly namespace: string;
+  /** Of the layer and those below it; "" when not known. */
+  readonly chainId: string;
+}
+
+/** How far a conversion has come: what was read so far. */
+export interface ConvertProgress {
+  readonly bytes: number;
+  readonly entries: number;
+}
+
 export interface ImageMounter {
   /** Errors: UNAVAILABLE, DEADLINE and those of the registry. A layer that is not lazily loadable is not an error. */
   prepareLayer(args: PrepareLayerArgs): Promise<PrepareLayerResult>;
@@ -69,8 +93,20 @@ export interface ImageMounter {
   releaseImages(inUse: readonly number[]): Promise<void>;
   /** Drops every layer but these. */
   retainLayers(layers: readonly LayerKey[]): Promise<void>;
-  /** Bytes and inodes that the layer stands for. */
+  /** Bytes and inodes that the layer stands for. Errors: NOT_FOUND for a layer that dedupd does not know. */
   layerUsage(layer: LayerKey): Promise<{ bytes: number; inodes: number }>;
+  /**
+   * Reads an unpacked layer, stores its content, and answers what it is from now on: once all of it is on the disk, since
+   * the directory is deleted afterwards. The signal ends it and leaves nothing.
+   * Errors: LAYER_NOT_LAZY when it can never be done; STORE_FULL, STORE_IO, UNAVAILABLE, CANCELLED, UNIMPLEMENTED.
+   */
+  convertLayer(
+    args: ConvertLayerArgs,
+    onProgress: (progress: ConvertProgress) => void,
+    signal: AbortSignal,
+  ): Promise<LayerKey>;
+  /** Builds the merged image of `layers`, bottom to top and nothing below, before somebody mounts it. Errors as mountImage. */
+  prebuildImage(layers: readonly LayerKey[]): Promise<void>;
 }
 
 /** The mounter of a node without dedupd: every layer is ordinary, lazy ones that exist answer UNAVAILABLE. */
@@ -84,5 +120,7 @@ export function noImages(reason: string): ImageMounter {
     releaseImages: async () => {},
     retainLayers: async () => {},
     layerUsage: unavailable,
+    convertLayer: unavailable,
+    prebuildImage: unavailable,
   };
 }

@@ -1,7 +1,7 @@
 // snapshots/<id>/info.json: what metadata.db knows about one snapshot, beside its content, so that a lost database can
 // be rebuilt. Written by the snapshotter at Prepare, and after Commit and Update have been answered.
 import { rmSync } from 'node:fs';
-import { readFile, rename, rm, writeFile } from 'node:fs/promises';
+import { open, readFile, rename, rm, writeFile } from 'node:fs/promises';
 import { join } from 'node:path';
 import { z } from 'zod';
 import { wrapError } from '../errors.ts';
@@ -33,15 +33,33 @@ const info = z.object({
   labels: z.record(z.string(), z.string()),
   lowers: z.array(lower),
   layer: layerKey.optional(),
+  origin: z.object({ unpacked: z.boolean(), boot: z.string() }).optional(),
+  conversion: z.literal('done').optional(),
+  usage: z.object({ bytes: z.number(), inodes: z.number() }).optional(),
 });
 
 /** Replaces the file in one step. Errors: those of node:fs. */
 export async function writeInfoFile(paths: RootPaths, snapshot: NewSnapshot | SnapshotRecord): Promise<void> {
-  const { id, name, kind, parent, labels, lowers, layer } = snapshot;
+  const { id, name, kind, parent, labels, lowers, layer, origin } = snapshot;
+  // Of an ordinary one it can be found out again.
+  const converted = snapshot.conversion === 'done' ? { conversion: 'done', usage: snapshot.usage } : {};
   const file = join(paths.snapshot(id), INFO_FILE);
   const half = join(paths.snapshot(id), HALF_WRITTEN_FILE);
-  await writeFile(half, `${JSON.stringify({ version: 1, id, name, kind, parent, labels, lowers, layer })}\n`);
+  const text = JSON.stringify({ version: 1, id, name, kind, parent, labels, lowers, layer, origin, ...converted });
+  await writeFile(half, `${text}\n`);
   await rename(half, file);
+}
+
+/** Makes sure that the file outlives a power cut. Errors: those of node:fs. */
+export async function syncInfoFile(paths: RootPaths, number: number): Promise<void> {
+  for (const path of [join(paths.snapshot(number), INFO_FILE), paths.snapshot(number)]) {
+    const handle = await open(path, 'r');
+    try {
+      await handle.sync();
+    } finally {
+      await handle.close();
+    }
+  }
 }
 
 /** Removes what a service that ended was writing. Blocks; called before anything is served. Errors: those of node:fs. */

@@ -26,7 +26,7 @@ export interface LayerLabels {
   readonly siblings: readonly Digest[];
 }
 
-function digestLabel(labels: Labels, name: string): Digest | undefined {
+export function digestLabel(labels: Labels, name: string): Digest | undefined {
   const value = labels[name];
   return value !== undefined && isDigest(value) ? value : undefined;
 }
@@ -49,6 +49,22 @@ export function layerLabels(labels: Labels): LayerLabels | undefined {
 /** containerd's namespace in a key that it made (`ns/N/…`, metadata/snapshot.go); undefined in any other. */
 export function namespaceOf(key: string): string | undefined {
   return /^([^/]+)\/\d+\//.exec(key)?.[1];
+}
+
+/** A key without containerd's `ns/N/`: what the client itself named it. */
+function clientKey(key: string): string {
+  return key.replace(/^[^/]+\/\d+\//, '');
+}
+
+/** True for a key that containerd's unpack of a layer makes: `extract-<time>-<random> <chain ID>` (UnpackKeyFormat, since 1.3). */
+export function isUnpackKey(key: string): boolean {
+  return clientKey(key).startsWith('extract-');
+}
+
+/** The chain ID that a committed snapshot is named by; undefined when its name is none. */
+export function chainIdOf(name: string): Digest | undefined {
+  const last = clientKey(name);
+  return isDigest(last) ? last : undefined;
 }
 
 /**

@@ -3,7 +3,7 @@
 import { Worker } from 'node:worker_threads';
 import { DedupError } from '../errors.ts';
 import type { SqliteMetastore } from './metastore.ts';
-import type { MetastoreReply } from './metastore-worker.ts';
+import type { MetastoreReply, MetastoreWorkerData } from './metastore-worker.ts';
 
 /** SqliteMetastore with every method returning a promise. Calls are carried out in the order they are made. */
 export type Metastore = {
@@ -23,12 +23,12 @@ class Thread {
   #lastId = 0;
   #ended: DedupError | undefined;
 
-  constructor(file: string) {
+  constructor(workerData: MetastoreWorkerData) {
     // Compiled files end in .js; URLs in strings are not rewritten by the compiler.
     const extension = import.meta.url.endsWith('.ts') ? 'ts' : 'js';
     const worker = new URL(`./metastore-worker.${extension}`, import.meta.url);
     // Flags of this process (--input-type, --test) are not the thread's.
-    this.#worker = new Worker(worker, { workerData: { file }, execArgv: [] });
+    this.#worker = new Worker(worker, { workerData, execArgv: [] });
     this.#worker.on('message', (reply: MetastoreReply) => this.#settle(reply));
     this.#worker.on('error', (error) =>
       this.#end(new DedupError('STORE_IO', 'the metadata thread died', { cause: error })),
@@ -92,12 +92,28 @@ const METHODS: Record<keyof SqliteMetastore, true> = {
   addSource: true,
   sources: true,
   untoldSources: true,
+  byId: true,
+  pendingConversions: true,
+  conversionCounts: true,
+  convert: true,
+  leave: true,
+  takeBack: true,
+  convertedAs: true,
+  lazyChainsWith: true,
+  leftoverDirectories: true,
+  giveUpDirectory: true,
+  directoryGone: true,
+  setting: true,
+  changeSetting: true,
   close: true,
 };
 
-/** Opens `file` in a thread of its own. `close()` ends the thread; later calls fail with CLOSED. */
-export async function openMetastore(file: string): Promise<Metastore> {
-  const thread = new Thread(file);
+/**
+ * Opens `file` in a thread of its own. `close()` ends the thread; later calls fail with CLOSED. `boot` is what commits are
+ * said to be made in, when it is not the kernel's boot id.
+ */
+export async function openMetastore(file: string, boot?: string): Promise<Metastore> {
+  const thread = new Thread({ file, boot });
   await thread.opened();
   const entries = Object.keys(METHODS).map((name) => [name, (...args: unknown[]) => thread.call(name, args)] as const);
   return Object.fromEntries(entries) as unknown as Metastore;

@@ -3,6 +3,12 @@ import { parentPort, workerData } from 'node:worker_threads';
 import { DedupError, type ErrorCode, type ErrorDetails } from '../errors.ts';
 import { SqliteMetastore } from './metastore.ts';
 
+export interface MetastoreWorkerData {
+  readonly file: string;
+  /** The boot that commits are made in; that of the kernel when absent. */
+  readonly boot: string | undefined;
+}
+
 /** A call to the thread; `args` is structured-cloneable. */
 export interface MetastoreRequest {
   readonly id: number;
@@ -40,7 +46,8 @@ function failureOf(error: unknown): MetastoreFailure {
 function serve(port: NonNullable<typeof parentPort>): void {
   let store: SqliteMetastore;
   try {
-    store = new SqliteMetastore((workerData as { file: string }).file);
+    const { file, boot } = workerData as MetastoreWorkerData;
+    store = new SqliteMetastore(file, boot);
   } catch (error) {
     port.postMessage({ id: 0, failure: failureOf(error) } satisfies MetastoreReply);
     return;

@@ -1,155 +1,29 @@
 // metadata.db: which snapshots exist, what lies below each, what is still to be deleted. The one writer of that file;
 // runs in the metastore's worker thread and is called through metastore-client.ts. Touches no snapshot directory.
-import { existsSync, renameSync } from 'node:fs';
-import Database from 'better-sqlite3';
 import { wallClockMs } from '../clock.ts';
 import { DedupError } from '../errors.ts';
 import type { LayerKey, Source } from './images.ts';
-import { LABEL_SNAPSHOT_REF, type Labels, maskedLabels } from './labels.ts';
+import { isUnpackKey, LABEL_SNAPSHOT_REF, type Labels, maskedLabels } from './labels.ts';
+import { ConversionMetastore } from './metastore-conversions.ts';
+import { type Row, SELECT } from './metastore-database.ts';
 import type { Lower } from './mounts.ts';
-import { type NewSnapshot, requireMove, type SnapshotKind, type SnapshotRecord } from './snapshot-record.ts';
-
-interface Row {
-  id: number;
-  name: string;
-  kind: SnapshotKind;
-  parent: number | null;
-  parent_name: string | null;
-  labels: string;
-  created: number;
-  updated: number;
-  lowers: string;
-  layer_digest: string | null;
-  layer_index: string | null;
-  layer_scope: string | null;
-  usage_bytes: number | null;
-  usage_inodes: number | null;
-}
-
-const SCHEMA_VERSION = 1;
-const SCHEMA = `
-CREATE TABLE snapshots (
-  id INTEGER PRIMARY KEY AUTOINCREMENT,
-  name TEXT NOT NULL UNIQUE,
-  kind TEXT NOT NULL CHECK (kind IN ('active', 'view', 'committed')),
-  parent INTEGER REFERENCES snapshots(id),
-  labels TEXT NOT NULL,
-  ref TEXT,
-  created INTEGER NOT NULL,
-  updated INTEGER NOT NULL,
-  lowers TEXT NOT NULL,
-  layer_digest TEXT,
-  layer_index TEXT,
-  layer_scope TEXT,
-  usage_bytes INTEGER,
-  usage_inodes INTEGER
-);
-CREATE INDEX snapshots_parent ON snapshots(parent);
-CREATE INDEX snapshots_ref ON snapshots(ref) WHERE ref IS NOT NULL;
-CREATE TABLE removed (id INTEGER PRIMARY KEY);
-CREATE TABLE protected_ids (up_to INTEGER NOT NULL);
-CREATE TABLE sources (
-  digest TEXT NOT NULL,
-  host TEXT NOT NULL,
-  repository TEXT NOT NULL,
-  told INTEGER NOT NULL DEFAULT 0,
-  PRIMARY KEY (digest, host, repository)
-) WITHOUT ROWID;
-`;
-const SELECT = 'SELECT s.*, p.name AS parent_name FROM snapshots s LEFT JOIN snapshots p ON p.id = s.parent';
-
-function record(row: Row): SnapshotRecord {
-  return {
-    id: row.id,
-    name: row.name,
-    kind: row.kind,
-    parentId: row.parent ?? undefined,
-    parent: row.parent_name ?? '',
-    labels: JSON.parse(row.labels) as Labels,
-    createdMs: row.created,
-    updatedMs: row.updated,
-    lowers: JSON.parse(row.lowers) as Lower[],
-    layer:
-      row.layer_digest === null
-        ? undefined
-        : { digest: row.layer_digest, index: row.layer_index ?? '', scope: row.layer_scope ?? '' },
-    usage: row.usage_bytes === null ? undefined : { bytes: row.usage_bytes, inodes: row.usage_inodes ?? 0 },
-  };
-}
-
-/** Opens the file if SQLite finds no fault in it, else a new one in its place. Errors: those of SQLite and node:fs. */
-function openSound(file: string): Database.Database {
-  let db: Database.Database | undefined;
-  try {
-    db = new Database(file);
-    if (db.pragma('quick_check(1)', { simple: true }) === 'ok') return db;
-  } catch (error) {
-    const code = (error as { code?: unknown }).code;
-    if (code !== 'SQLITE_NOTADB' && !String(code).startsWith('SQLITE_CORRUPT')) throw error;
-  }
-  db?.close();
-  const aside = `${file}.damaged-${Date.now()}`;
-  for (const suffix of ['', '-wal', '-shm']) {
-    if (existsSync(file + suffix)) renameSync(file + suffix, aside + suffix);
-  }
-  return new Database(file);
-}
+import { type NewSnapshot, requireMove, type SnapshotRecord } from './snapshot-record.ts';
 
 /**
  * Snapshots in SQLite. WAL with synchronous=NORMAL: what was answered survives the death of the process; after a power
  * cut the last commits may be missing, the file is never torn (docs/decisions/0006-metadata-db.md).
  */
-export class SqliteMetastore {
-  readonly #db: Database.Database;
-  readonly #statements = new Map<string, Database.Statement>();
-
-  /**
-   * Opens or makes the database. One that is damaged is moved aside, and a new one made: restore() fills it again.
-   * Errors: STORE_CORRUPT when it was written by a newer version.
-   */
-  constructor(file: string) {
-    this.#db = openSound(file);
-    this.#db.pragma('journal_mode = WAL');
-    this.#db.pragma('synchronous = NORMAL');
-    this.#db.pragma('foreign_keys = ON');
-    const version = this.#db.pragma('user_version', { simple: true }) as number;
-    if (version > SCHEMA_VERSION) {
-      this.#db.close();
-      throw new DedupError('STORE_CORRUPT', `${file} has schema ${version}; this program knows ${SCHEMA_VERSION}`, {
-        hint: 'run the version that wrote it',
-      });
-    }
-    if (version === 0) {
-      this.#db.transaction(() => {
-        this.#db.exec(SCHEMA);
-        this.#db.pragma(`user_version = ${SCHEMA_VERSION}`);
-      })();
-    }
-  }
-
-  #sql(text: string): Database.Statement {
-    let statement = this.#statements.get(text);
-    if (statement === undefined) {
-      statement = this.#db.prepare(text);
-      this.#statements.set(text, statement);
-    }
-    return statement;
-  }
-
-  #rows(text: string, ...args: unknown[]): SnapshotRecord[] {
-    return (this.#sql(text).all(...args) as Row[]).map(record);
-  }
-
+export class SqliteMetastore extends ConversionMetastore {
   /** The highest snapshot number ever given; numbers are not used twice. */
   lastId(): number {
-    const row = this.#sql("SELECT seq FROM sqlite_sequence WHERE name = 'snapshots'").get() as
+    const row = this.sql("SELECT seq FROM sqlite_sequence WHERE name = 'snapshots'").get() as
       | { seq: number }
       | undefined;
     return row?.seq ?? 0;
   }
 
   find(name: string): SnapshotRecord | undefined {
-    return this.#rows(`${SELECT} WHERE s.name = ?`, name)[0];
+    return this.rows(`${SELECT} WHERE s.name = ?`, name)[0];
   }
 
   /** As find. Errors: NOT_FOUND. */
@@ -161,7 +35,7 @@ export class SqliteMetastore {
 
   /** The committed snapshot that stands for `ref` on top of `parent`; the oldest if two namespaces committed one each. */
   findByRef(ref: string, parent: string): SnapshotRecord | undefined {
-    return this.#rows(
+    return this.rows(
       `${SELECT} WHERE s.ref = ? AND s.kind = 'committed' AND ifnull(p.name, '') = ? ORDER BY s.id LIMIT 1`,
       ref,
       parent,
@@ -173,7 +47,7 @@ export class SqliteMetastore {
     if (name === '') return [];
     const result: SnapshotRecord[] = [this.#committedParent(name)];
     for (let below = result[0]?.parentId; below !== undefined; below = result.at(-1)?.parentId) {
-      result.push(...this.#rows(`${SELECT} WHERE s.id = ?`, below));
+      result.push(...this.rows(`${SELECT} WHERE s.id = ?`, below));
     }
     return result;
   }
@@ -197,17 +71,23 @@ export class SqliteMetastore {
    * Errors: ALREADY_EXISTS, NOT_FOUND and INVALID_ARGUMENT for the parent.
    */
   insert(snapshot: NewSnapshot): SnapshotRecord {
-    return this.#db.transaction(() => {
+    return this.db.transaction(() => {
       const parent = snapshot.parent === '' ? undefined : this.#committedParent(snapshot.parent);
       const ref = snapshot.labels[LABEL_SNAPSHOT_REF];
+      const { layer, conversion, directory, usage } = snapshot;
+      const remote = layer !== undefined && conversion !== 'done';
       const taken =
         this.find(snapshot.name) !== undefined ||
-        (snapshot.layer !== undefined && ref !== undefined && this.findByRef(ref, snapshot.parent) !== undefined);
+        (remote && ref !== undefined && this.findByRef(ref, snapshot.parent) !== undefined);
       if (taken) throw new DedupError('ALREADY_EXISTS', `snapshot ${JSON.stringify(snapshot.name)} exists`);
+      const ordinary = snapshot.kind === 'committed' && layer === undefined;
+      // Restored from a file that does not say who committed it: as if by hand, now.
+      const origin = snapshot.origin ?? (ordinary ? { unpacked: false, boot: this.boot } : undefined);
       const now = wallClockMs();
-      this.#sql(
-        `INSERT INTO snapshots (id, name, kind, parent, labels, ref, created, updated, lowers, layer_digest, layer_index, layer_scope)
-         VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
+      this.sql(
+        `INSERT INTO snapshots (id, name, kind, parent, labels, ref, created, updated, lowers, layer_digest, layer_index,
+           layer_scope, usage_bytes, usage_inodes, unpacked, boot, conversion, directory)
+         VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
       ).run(
         snapshot.id,
         snapshot.name,
@@ -218,9 +98,15 @@ export class SqliteMetastore {
         now,
         now,
         JSON.stringify(snapshot.lowers),
-        snapshot.layer?.digest ?? null,
-        snapshot.layer?.index ?? null,
-        snapshot.layer?.scope ?? null,
+        layer?.digest ?? null,
+        layer?.index ?? null,
+        layer?.scope ?? null,
+        usage?.bytes ?? null,
+        usage?.inodes ?? null,
+        origin?.unpacked === true ? 1 : 0,
+        origin?.boot ?? null,
+        conversion ?? (ordinary ? 'pending' : null),
+        directory ?? null,
       );
       return this.get(snapshot.name);
     })();
@@ -232,7 +118,7 @@ export class SqliteMetastore {
    * Errors: NOT_FOUND, FAILED_PRECONDITION when not active, ALREADY_EXISTS for the name.
    */
   commit(key: string, name: string, labels: Labels): SnapshotRecord {
-    return this.#db.transaction(() => {
+    return this.db.transaction(() => {
       const active = this.get(key);
       requireMove(active, 'commit');
       if (this.find(name) !== undefined) {
@@ -240,29 +126,30 @@ export class SqliteMetastore {
       }
       const ref = labels[LABEL_SNAPSHOT_REF] ?? active.labels[LABEL_SNAPSHOT_REF];
       const kept = ref === undefined ? labels : { ...labels, [LABEL_SNAPSHOT_REF]: ref };
+      const unpacked = ref !== undefined || isUnpackKey(key);
       const now = wallClockMs();
-      this.#sql(
-        `UPDATE snapshots SET name = ?, kind = 'committed', labels = ?, ref = ?, created = ?, updated = ?, lowers = '[]'
-         WHERE id = ?`,
-      ).run(name, JSON.stringify(kept), ref ?? null, now, now, active.id);
+      this.sql(
+        `UPDATE snapshots SET name = ?, kind = 'committed', labels = ?, ref = ?, created = ?, updated = ?, lowers = '[]',
+           unpacked = ?, boot = ?, conversion = 'pending' WHERE id = ?`,
+      ).run(name, JSON.stringify(kept), ref ?? null, now, now, unpacked ? 1 : 0, this.boot, active.id);
       return this.get(name);
     })();
   }
 
   /** Forgets a snapshot; its directory is remembered for Cleanup. Errors: NOT_FOUND, FAILED_PRECONDITION with children. */
   remove(name: string): SnapshotRecord {
-    return this.#db.transaction(() => {
+    return this.db.transaction(() => {
       const found = this.get(name);
-      const child = this.#sql('SELECT name FROM snapshots WHERE parent = ? LIMIT 1').get(found.id) as Row | undefined;
+      const child = this.sql('SELECT name FROM snapshots WHERE parent = ? LIMIT 1').get(found.id) as Row | undefined;
       if (child !== undefined) {
         throw new DedupError('FAILED_PRECONDITION', `snapshot ${JSON.stringify(name)} has children`, {
           hint: `remove ${JSON.stringify(child.name)} first`,
         });
       }
-      this.#sql('DELETE FROM snapshots WHERE id = ?').run(found.id);
-      this.#sql('INSERT OR IGNORE INTO removed (id) VALUES (?)').run(found.id);
+      this.sql('DELETE FROM snapshots WHERE id = ?').run(found.id);
+      this.sql('INSERT OR IGNORE INTO removed (id) VALUES (?)').run(found.id);
       if (found.layer !== undefined) {
-        this.#sql(
+        this.sql(
           'DELETE FROM sources WHERE digest = ? AND NOT EXISTS (SELECT 1 FROM snapshots WHERE layer_digest = sources.digest)',
         ).run(found.layer.digest);
       }
@@ -275,12 +162,12 @@ export class SqliteMetastore {
    * Errors: NOT_FOUND, INVALID_ARGUMENT for a field that cannot be changed.
    */
   update(name: string, given: Labels, fields: readonly string[]): SnapshotRecord {
-    return this.#db.transaction(() => {
+    return this.db.transaction(() => {
       const found = this.get(name);
       const labels = maskedLabels(found.labels, given, fields);
       const ref = labels[LABEL_SNAPSHOT_REF] ?? (found.layer && found.labels[LABEL_SNAPSHOT_REF]);
       const kept = ref === undefined ? labels : { ...labels, [LABEL_SNAPSHOT_REF]: ref };
-      this.#sql('UPDATE snapshots SET labels = ?, ref = ?, updated = ? WHERE id = ?').run(
+      this.sql('UPDATE snapshots SET labels = ?, ref = ?, updated = ? WHERE id = ?').run(
         JSON.stringify(kept),
         ref ?? null,
         // Strictly later than before, also when the clock was set back.
@@ -293,83 +180,93 @@ export class SqliteMetastore {
 
   /** At most `limit` snapshots with a number above `afterId`, ascending. */
   list(afterId: number, limit: number): SnapshotRecord[] {
-    return this.#rows(`${SELECT} WHERE s.id > ? ORDER BY s.id LIMIT ?`, afterId, limit);
+    return this.rows(`${SELECT} WHERE s.id > ? ORDER BY s.id LIMIT ?`, afterId, limit);
   }
 
   /** Remembers what was answered to Usage; the first answer stays. */
   setUsage(id: number, bytes: number, inodes: number): SnapshotRecord['usage'] {
-    this.#sql('UPDATE snapshots SET usage_bytes = ?, usage_inodes = ? WHERE id = ? AND usage_bytes IS NULL').run(
+    this.sql('UPDATE snapshots SET usage_bytes = ?, usage_inodes = ? WHERE id = ? AND usage_bytes IS NULL').run(
       bytes,
       inodes,
       id,
     );
-    return this.#rows(`${SELECT} WHERE s.id = ?`, id)[0]?.usage;
+    return this.rows(`${SELECT} WHERE s.id = ?`, id)[0]?.usage;
   }
 
   setLowers(id: number, lowers: readonly Lower[]): void {
-    this.#sql('UPDATE snapshots SET lowers = ? WHERE id = ?').run(JSON.stringify(lowers), id);
+    this.sql('UPDATE snapshots SET lowers = ? WHERE id = ?').run(JSON.stringify(lowers), id);
   }
 
   /** Everything that keeps a merged image mounted, and every lazy layer. */
   inUse(): { mountIds: number[]; layers: LayerKey[] } {
     const mountIds = new Set<number>();
-    for (const { lowers } of this.#sql("SELECT lowers FROM snapshots WHERE lowers <> '[]'").all() as Row[]) {
-      for (const lower of JSON.parse(lowers) as Lower[]) if (lower.kind === 'lazy') mountIds.add(lower.mountId);
+    const layers = new Map<string, LayerKey>();
+    const add = ({ digest, index, scope }: LayerKey): void => {
+      layers.set(JSON.stringify([digest, index, scope]), { digest, index, scope });
+    };
+    for (const lowers of this.frozenLowers()) {
+      for (const lower of lowers) {
+        if (lower.kind !== 'lazy') continue;
+        mountIds.add(lower.mountId);
+        // A converted snapshot that is a directory again may lie below a key that was given its layer.
+        lower.layers.forEach(add);
+      }
     }
-    const layers = this.#sql(
+    const named = this.sql(
       `SELECT DISTINCT layer_digest AS digest, layer_index AS 'index', layer_scope AS scope
        FROM snapshots WHERE layer_digest IS NOT NULL`,
     ).all() as LayerKey[];
-    return { mountIds: [...mountIds], layers };
+    named.forEach(add);
+    return { mountIds: [...mountIds], layers: [...layers.values()] };
   }
 
   /** Directories with a number up to this one that belong to no snapshot are left alone; 0 when there are none. */
   protectedUpTo(): number {
-    return (this.#sql('SELECT ifnull(max(up_to), 0) FROM protected_ids').pluck().get() as number | undefined) ?? 0;
+    return (this.sql('SELECT ifnull(max(up_to), 0) FROM protected_ids').pluck().get() as number | undefined) ?? 0;
   }
 
   /** Leaves directories up to this number alone from now on: this database replaces one that was lost. */
   protect(upTo: number): void {
-    this.#sql('INSERT INTO protected_ids (up_to) VALUES (?)').run(upTo);
+    this.sql('INSERT INTO protected_ids (up_to) VALUES (?)').run(upTo);
   }
 
   /** Every snapshot of a lost database has its row again. */
   unprotect(): void {
-    this.#sql('DELETE FROM protected_ids').run();
+    this.sql('DELETE FROM protected_ids').run();
   }
 
   ids(): number[] {
-    return this.#sql('SELECT id FROM snapshots').pluck().all() as number[];
+    return this.sql('SELECT id FROM snapshots').pluck().all() as number[];
   }
 
   removedIds(): number[] {
-    return this.#sql('SELECT id FROM removed').pluck().all() as number[];
+    return this.sql('SELECT id FROM removed').pluck().all() as number[];
   }
 
   /** Remembers a directory that belongs to no snapshot. */
   markRemoved(id: number): void {
-    this.#sql('INSERT OR IGNORE INTO removed (id) VALUES (?)').run(id);
+    this.sql('INSERT OR IGNORE INTO removed (id) VALUES (?)').run(id);
   }
 
   forgetRemoved(id: number): void {
-    this.#sql('DELETE FROM removed WHERE id = ?').run(id);
+    this.sql('DELETE FROM removed WHERE id = ?').run(id);
   }
 
   /** Adds a place the layer was prepared from. */
   addSource(digest: string, source: Source, told: boolean): void {
-    this.#sql(
+    this.sql(
       `INSERT INTO sources (digest, host, repository, told) VALUES (?, ?, ?, ?)
        ON CONFLICT DO UPDATE SET told = max(told, excluded.told)`,
     ).run(digest, source.host, source.repository, told ? 1 : 0);
   }
 
   sources(digest: string): Source[] {
-    return this.#sql('SELECT host, repository FROM sources WHERE digest = ?').all(digest) as Source[];
+    return this.sql('SELECT host, repository FROM sources WHERE digest = ?').all(digest) as Source[];
   }
 
   /** Sources that dedupd has not heard of yet. */
   untoldSources(): { layer: LayerKey; source: Source }[] {
-    const rows = this.#sql(
+    const rows = this.sql(
       `SELECT DISTINCT s.layer_digest AS digest, s.layer_index AS 'index', s.layer_scope AS scope, host, repository
        FROM sources JOIN snapshots s ON s.layer_digest = sources.digest WHERE told = 0`,
     ).all() as (LayerKey & Source)[];
@@ -377,9 +274,5 @@ export class SqliteMetastore {
       layer: { digest, index, scope },
       source: { host, repository },
     }));
-  }
-
-  close(): void {
-    this.#db.close();
   }
 }

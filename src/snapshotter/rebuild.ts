@@ -1,10 +1,18 @@
 // Makes the rows of a lost metadata.db again from the files beside the snapshots. Called by restore() before anything is
 // served.
+import { existsSync } from 'node:fs';
 import type { Logger } from 'pino';
 import type { RootPaths } from '../paths.ts';
 import { readInfoFile } from './info-file.ts';
 import type { Metastore } from './metastore-client.ts';
 import type { NewSnapshot } from './snapshot-record.ts';
+
+/** A converted snapshot, with what has become of its directory. It is whole as long as it has its name. */
+function withDirectory(paths: RootPaths, snapshot: NewSnapshot | undefined): NewSnapshot | undefined {
+  if (snapshot?.conversion !== 'done') return snapshot;
+  if (existsSync(paths.snapshotFs(snapshot.id))) return { ...snapshot, directory: 'waits' };
+  return existsSync(paths.snapshotGoing(snapshot.id)) ? { ...snapshot, directory: 'goes' } : snapshot;
+}
 
 export interface Rebuilt {
   readonly restored: number;
@@ -27,7 +35,7 @@ export async function rebuild(
   // The newest first: of two for one layer, the older one was removed and only waits for its Cleanup.
   for (const id of ids.toSorted((a, b) => b - a)) {
     try {
-      const snapshot = await readInfoFile(paths, id);
+      const snapshot = withDirectory(paths, await readInfoFile(paths, id));
       if (snapshot === undefined) continue; // Half made: it was never answered.
       waiting.set(snapshot.parent, [...(waiting.get(snapshot.parent) ?? []), snapshot]);
       left.add(id);

@@ -114,6 +114,8 @@ export class RemoteLayers {
   async keepSource(labels: LayerLabels, layer: LayerKey): Promise<Source | undefined> {
     const { metastore, sourceOf, log } = this.#options;
     if (labels.imageRef === undefined) return undefined;
+    // One that was compressed anew, or a converted one without a name of its own: that registry has not got it.
+    if (labels.layer !== undefined && labels.layer !== layer.digest) return undefined;
     let source: Source;
     try {
       source = sourceOf(labels.imageRef);

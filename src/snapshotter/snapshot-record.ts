@@ -24,6 +24,28 @@ export function requireMove(snapshot: { name: string; kind: SnapshotKind }, move
   );
 }
 
+/**
+ * What has become of the conversion of an ordinary layer (docs/decisions/0020-ordinary-layers-converted.md): still to be
+ * made, never to be tried again by itself, made.
+ */
+export type ConversionState = 'pending' | 'left' | 'done';
+
+/** The directory of a converted layer: may still be in use, or is being deleted. Absent once it is gone. */
+export type DirectoryState = 'waits' | 'goes';
+
+/** How a committed snapshot that is no remote one came about. */
+export interface Origin {
+  /** True when containerd's unpack of a layer committed it, and not somebody who may have it mounted still. */
+  readonly unpacked: boolean;
+  /** The kernel's boot id at the commit. */
+  readonly boot: string;
+}
+
+export interface Usage {
+  readonly bytes: number;
+  readonly inodes: number;
+}
+
 /** One snapshot. `name` is the key while it is active or a view, the name once committed: one space of names. */
 export interface SnapshotRecord {
   readonly id: number;
@@ -38,10 +60,14 @@ export interface SnapshotRecord {
   readonly updatedMs: number;
   /** The frozen lower set, top to bottom, of an active snapshot or view. */
   readonly lowers: readonly Lower[];
-  /** Set for a remote snapshot: its content is a lazy layer. */
+  /** Set for a remote snapshot, and for a converted one: its content is a lazy layer. */
   readonly layer: LayerKey | undefined;
   /** What was answered to Usage, once it was asked for a committed snapshot. */
-  readonly usage: { readonly bytes: number; readonly inodes: number } | undefined;
+  readonly usage: Usage | undefined;
+  /** Absent for all but committed snapshots that are, or were, ordinary layers; `conversion`, too. */
+  readonly origin: Origin | undefined;
+  readonly conversion: ConversionState | undefined;
+  readonly directory: DirectoryState | undefined;
 }
 
 export interface NewSnapshot {
@@ -52,4 +78,9 @@ export interface NewSnapshot {
   readonly labels: Labels;
   readonly lowers: readonly Lower[];
   readonly layer?: LayerKey | undefined;
+  /** These are given for a snapshot that is restored. */
+  readonly origin?: Origin | undefined;
+  readonly usage?: Usage | undefined;
+  readonly conversion?: ConversionState | undefined;
+  readonly directory?: DirectoryState | undefined;
 }

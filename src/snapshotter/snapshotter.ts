@@ -2,18 +2,21 @@
 // which mounts show it. Called by snapshots-service.ts; carries no image bytes and deletes nothing outside Cleanup.
 import { chmod, lchown, lstat, mkdir } from 'node:fs/promises';
 import type { Logger } from 'pino';
-import { DedupError, errorCode, wrapError } from '../errors.ts';
+import { DedupError, wrapError } from '../errors.ts';
 import type { RootPaths } from '../paths.ts';
 import { Cleaner } from './cleanup.ts';
+import { Converter, type ConverterSettings } from './converter.ts';
 import { deleteTree, diskUsage } from './disk-tree.ts';
 import { parseFilters } from './filters.ts';
 import { Gate } from './gate.ts';
 import { type IdMapping, idMapping, requireMappable } from './id-mapping.ts';
-import type { ImageMounter, LayerKey, MountedImage, Source } from './images.ts';
+import type { ImageMounter, LayerKey, Source } from './images.ts';
 import { writeInfoFile } from './info-file.ts';
 import { type Labels, type LayerLabels, layerLabels, remoteName } from './labels.ts';
+import { LeftoverDirectories } from './leftover-directories.ts';
+import { isTakenBack, LowerMounts } from './lower-mounts.ts';
 import type { Metastore } from './metastore-client.ts';
-import { describeBelow, type Lower, type Mount, mountsOf, overlayOptions, type Segment, segments } from './mounts.ts';
+import { type Lower, type Mount, mountsOf, overlayOptions, segments } from './mounts.ts';
 import { type LayerFinder, RemoteLayers } from './remote-layers.ts';
 import { restore } from './restore.ts';
 import { type NewSnapshot, requireMove, type SnapshotKind, type SnapshotRecord } from './snapshot-record.ts';
@@ -33,6 +36,10 @@ export interface SnapshotterOptions {
   readonly networkBudgetMs?: number;
   /** How long after a Remove its directory is deleted when nobody calls Cleanup, milliseconds. */
   readonly cleanupDelayMs?: number;
+  /** How ordinary layers are converted in the background; absent: they are not. */
+  readonly convert?: ConverterSettings;
+  /** How often directories of converted layers that are in use are looked at again, milliseconds. */
+  readonly leftoverDelayMs?: number;
 }
 
 interface Owner {
@@ -42,6 +49,7 @@ interface Owner {
 
 const NETWORK_BUDGET_MS = 2000;
 const CLEANUP_DELAY_MS = 30_000;
+const LEFTOVER_DELAY_MS = 60_000;
 /** Snapshots in one message of List; containerd's own server uses the same. */
 const LIST_BLOCK = 100;
 
@@ -53,12 +61,17 @@ export class Snapshotter {
   readonly #gate = new Gate();
   readonly #cleaner: Cleaner;
   readonly #remote: RemoteLayers;
+  readonly #lowers: LowerMounts;
+  /** Conversions of ordinary layers, for those who ask how far they are. */
+  readonly converter: Converter;
+  readonly leftovers: LeftoverDirectories;
   readonly #background = new Set<Promise<void>>();
   /** The last write of each info file that is under way, by snapshot. */
   readonly #describing = new Map<number, Promise<void>>();
   #overlay: string[] | undefined;
   #lastId = 0;
   #cleanupTimer: NodeJS.Timeout | undefined;
+  #cleanupAtMs = Number.POSITIVE_INFINITY;
   #closed = false;
 
   constructor(options: SnapshotterOptions) {
@@ -67,15 +80,33 @@ export class Snapshotter {
     this.#metastore = metastore;
     this.#paths = paths;
     this.#log = log;
-    this.#cleaner = new Cleaner({ paths, metastore, images, gate: this.#gate, log });
+    const gate = this.#gate;
+    const describe = (snapshot: SnapshotRecord): Promise<void> => this.#describe(snapshot);
+    this.converter = new Converter({
+      ...(options.convert ?? { off: 'nothing is set up to convert layers' }),
+      paths,
+      metastore,
+      images,
+      sourceOf,
+      describe,
+      onConverted: () => this.#scheduleCleanup(),
+      log,
+    });
+    const takeBack = (layers: readonly LayerKey[]): Promise<number> => this.converter.takeBack(layers);
+    this.leftovers = new LeftoverDirectories({ paths, metastore, images, gate, describe, takeBack, log });
+    const onLeftovers = (): void => this.#scheduleCleanup(options.leftoverDelayMs ?? LEFTOVER_DELAY_MS);
+    this.#cleaner = new Cleaner({ paths, metastore, images, gate, leftovers: this.leftovers, onLeftovers, log });
     const budgetMs = options.networkBudgetMs ?? NETWORK_BUDGET_MS;
     this.#remote = new RemoteLayers({ metastore, images, sourceOf, finder, budgetMs, log });
+    this.#lowers = new LowerMounts({ paths, metastore, images, remote: this.#remote, takeBack, log });
   }
 
   /** Reconciles directories with the database; call once, before serving. Errors: STORE_IO. */
   async start(): Promise<void> {
     this.#lastId = await restore(this.#paths, this.#metastore, this.#log);
-    if ((await this.#metastore.removedIds()).length > 0) this.#scheduleCleanup();
+    const left = [await this.#metastore.removedIds(), await this.#metastore.leftoverDirectories()];
+    if (left.some((list) => list.length > 0)) this.#scheduleCleanup();
+    await this.converter.start();
   }
 
   /**
@@ -91,7 +122,7 @@ export class Snapshotter {
       const chain = await this.#metastore.chain(parent);
       const wanted = layerLabels(labels);
       if (wanted !== undefined) await this.#prepareRemote(key, parent, labels, wanted, signal);
-      return this.#create({ name: key, kind: 'active', parent, labels }, chain, signal);
+      return this.#createOn(chain, { name: key, kind: 'active', parent, labels }, signal);
     });
   }
 
@@ -100,7 +131,7 @@ export class Snapshotter {
     requireName(key, 'key');
     return this.#gate.shared(async () => {
       await this.#refuseExisting(key);
-      return this.#create({ name: key, kind: 'view', parent, labels }, await this.#metastore.chain(parent), signal);
+      return this.#createOn(await this.#metastore.chain(parent), { name: key, kind: 'view', parent, labels }, signal);
     });
   }
 
@@ -112,7 +143,7 @@ export class Snapshotter {
     return this.#gate.shared(async () => {
       const snapshot = await this.#metastore.get(key);
       requireMove(snapshot, 'mounts');
-      const lowers = await this.#mountAgain(snapshot);
+      const lowers = await this.#lowers.again(snapshot);
       return this.#answer(snapshot, lowers, this.#mappingOf(snapshot.labels));
     });
   }
@@ -129,12 +160,14 @@ export class Snapshotter {
       throw new DedupError('UNIMPLEMENTED', `snapshot ${JSON.stringify(key)} cannot be moved to another parent`);
     }
     const committed = await this.#metastore.commit(key, name, labels);
-    this.#describe(committed);
+    this.#describeLater(committed);
+    this.converter.kick();
   }
 
   /** Forgets a snapshot; its files go in Cleanup. Errors: NOT_FOUND, FAILED_PRECONDITION with children. */
   async remove(key: string): Promise<void> {
-    await this.#metastore.remove(key);
+    const { id } = await this.#metastore.remove(key);
+    this.converter.removed(id);
     this.#scheduleCleanup();
   }
 
@@ -146,7 +179,7 @@ export class Snapshotter {
   /** Changes labels by field mask (labels.ts, maskedLabels). Errors: NOT_FOUND, INVALID_ARGUMENT. */
   async update(name: string, labels: Labels, fields: readonly string[]): Promise<SnapshotRecord> {
     const updated = await this.#metastore.update(name, labels, fields);
-    this.#describe(updated);
+    this.#describeLater(updated);
     return updated;
   }
 
@@ -185,7 +218,7 @@ export class Snapshotter {
   /** Deletes what removed snapshots left and lets dedupd release what nobody uses. Errors: STORE_IO. */
   cleanup(): Promise<void> {
     clearTimeout(this.#cleanupTimer);
-    this.#cleanupTimer = undefined;
+    this.#cleanupAtMs = Number.POSITIVE_INFINITY;
     return this.#cleaner.run();
   }
 
@@ -193,6 +226,7 @@ export class Snapshotter {
   async close(): Promise<void> {
     this.#closed = true;
     clearTimeout(this.#cleanupTimer);
+    await this.converter.close();
     while (this.#background.size > 0) await Promise.all(this.#background);
   }
 
@@ -244,6 +278,20 @@ export class Snapshotter {
     );
   }
 
+  /** As #create; where layers have become directories again, with what the chain is then. */
+  async #createOn(
+    chain: readonly SnapshotRecord[],
+    wanted: Omit<NewSnapshot, 'id' | 'lowers'>,
+    signal: AbortSignal,
+  ): Promise<Mount[]> {
+    try {
+      return await this.#create(wanted, chain, signal);
+    } catch (error) {
+      if (!isTakenBack(error)) throw error;
+      return await this.#create(wanted, await this.#metastore.chain(wanted.parent), signal);
+    }
+  }
+
   async #create(
     wanted: Omit<NewSnapshot, 'id' | 'lowers'>,
     chain: readonly SnapshotRecord[],
@@ -253,18 +301,10 @@ export class Snapshotter {
     const mapping = this.#mappingOf(wanted.labels);
     if (mapping !== undefined) requireMappable(wantedLowers);
     const id = ++this.#lastId;
-    const lowers: Lower[] = [];
-    let owner: Owner | undefined = mapping?.owner;
-    for (const [position, segment] of wantedLowers.entries()) {
-      if (segment.kind === 'normal') {
-        lowers.push(segment);
-        continue;
-      }
-      const { path, mountId, rootUid, rootGid } = await this.#mountImage(segment, wantedLowers.slice(position + 1));
-      lowers.push({ ...segment, path, mountId });
-      // The owner comes with the mount: this process touches no path below a lazy one.
-      if (lowers.length === 1) owner ??= { uid: rootUid ?? 0, gid: rootGid ?? 0 };
-    }
+    const { lowers, top } = await this.#lowers.mount(wantedLowers);
+    // The owner comes with the mount: this process touches no path below a lazy one.
+    const mountedOwner = top === undefined ? undefined : { uid: top.rootUid ?? 0, gid: top.rootGid ?? 0 };
+    const owner: Owner | undefined = mapping?.owner ?? mountedOwner;
     const snapshot = { ...wanted, id, lowers };
     await this.#insert(snapshot, () => this.#makeDirectories(snapshot, owner), signal);
     return this.#answer(snapshot, lowers, mapping);
@@ -283,21 +323,6 @@ export class Snapshotter {
   /** Without the capability the labels come, too, but what lies below is a copy that containerd has changed itself. */
   #mappingOf(labels: Labels): IdMapping | undefined {
     return this.#options.remapIds === true ? idMapping(labels) : undefined;
-  }
-
-  /** `below`: the lowers under this one, top to bottom. */
-  async #mountImage(segment: Segment & { kind: 'lazy' }, below: readonly Segment[]): Promise<MountedImage> {
-    const { layers, bottom } = segment;
-    const mount = () => this.#options.images.mountImage({ layers, bottom, below: describeBelow(below, this.#paths) });
-    try {
-      return await mount();
-    } catch (error) {
-      // A node whose index.db was lost, or is an older copy, does not know layers that snapshots name.
-      const all = [...layers, ...below.flatMap((lower) => (lower.kind === 'lazy' ? lower.layers : []))];
-      if (errorCode(error) !== 'NOT_FOUND') throw error;
-      await this.#remote.learnAgain(all);
-      return await mount();
-    }
   }
 
   /** Makes the directory, then the record; a record never stands without its directory. */
@@ -340,35 +365,13 @@ export class Snapshotter {
     await writeInfoFile(this.#paths, snapshot);
   }
 
-  async #mountAgain(snapshot: SnapshotRecord): Promise<readonly Lower[]> {
-    const lowers: Lower[] = [];
-    let moved = false;
-    for (const [position, lower] of snapshot.lowers.entries()) {
-      if (lower.kind === 'normal') {
-        lowers.push(lower);
-        continue;
-      }
-      const { path, mountId } = await this.#mountImage(lower, snapshot.lowers.slice(position + 1));
-      if (path !== lower.path || mountId !== lower.mountId) {
-        moved = true;
-        this.#log.warn(
-          { id: snapshot.id, was: lower.path, path },
-          'a merged image has moved below an existing snapshot',
-        );
-      }
-      lowers.push({ ...lower, path, mountId });
-    }
-    if (moved) await this.#metastore.setLowers(snapshot.id, lowers);
-    return lowers;
-  }
-
   #overlayOptions(): string[] {
     this.#overlay ??= overlayOptions();
     return this.#overlay;
   }
 
-  /** Writes what is known of a snapshot beside it, after what was known before. */
-  #describe(snapshot: SnapshotRecord): void {
+  /** Writes what is known of a snapshot beside it, after what was known before. Errors: those of node:fs. */
+  #describe(snapshot: SnapshotRecord): Promise<void> {
     const written = (this.#describing.get(snapshot.id) ?? Promise.resolve()).then(() =>
       writeInfoFile(this.#paths, snapshot),
     );
@@ -378,6 +381,12 @@ export class Snapshotter {
         if (this.#describing.get(snapshot.id) === last) this.#describing.delete(snapshot.id);
       });
     this.#describing.set(snapshot.id, last);
+    return written;
+  }
+
+  #describeLater(snapshot: SnapshotRecord): void {
+    // Now, so that it has its place in the order; the error is told in the background.
+    const written = this.#describe(snapshot);
     this.#inBackground(() => written, 'describing a snapshot');
   }
 
@@ -391,12 +400,15 @@ export class Snapshotter {
     void task.finally(() => this.#background.delete(task));
   }
 
-  #scheduleCleanup(): void {
-    if (this.#closed || this.#cleanupTimer !== undefined) return;
+  #scheduleCleanup(delayMs = this.#options.cleanupDelayMs ?? CLEANUP_DELAY_MS): void {
+    const atMs = performance.now() + delayMs;
+    if (this.#closed || atMs >= this.#cleanupAtMs) return;
+    clearTimeout(this.#cleanupTimer);
+    this.#cleanupAtMs = atMs;
     this.#cleanupTimer = setTimeout(() => {
-      this.#cleanupTimer = undefined;
+      this.#cleanupAtMs = Number.POSITIVE_INFINITY;
       this.#inBackground(() => this.#cleaner.run(), 'cleaning up');
-    }, this.#options.cleanupDelayMs ?? CLEANUP_DELAY_MS);
+    }, delayMs);
     this.#cleanupTimer.unref();
   }
 }

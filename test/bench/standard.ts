@@ -12,7 +12,7 @@ import { ResultFile } from '../../src/bench/result-file.ts';
 import { type BenchCell, runBench } from '../../src/bench/run.ts';
 import { testCacheDir } from '../support/images.ts';
 import { CONTINENT, LAN, type LinkProfile, OVERSEAS, REGION } from '../support/link/link.ts';
-import { BENCH_IMAGES, benchImages } from './images/bench-images.ts';
+import { asBenchImage, BENCH_IMAGES, benchImages } from './images/bench-images.ts';
 import { World, type WorldImage, type WorldPeer } from './world.ts';
 
 const LINKS: Readonly<Record<string, LinkProfile>> = {
@@ -153,15 +153,16 @@ async function worldImages(say: (text: string) => void): Promise<WorldImage[]> {
   return names.map((name) => {
     const one = built[sources.indexOf(name === EVERYTHING_READ ? 'web-server' : name)]!;
     const everything = name === EVERYTHING_READ;
-    const image: BenchImage = {
-      name,
-      composition: everything ? `web-server: ${one.spec.composition}` : one.spec.composition,
-      compressedBytes: one.compressedBytes,
-      uncompressedBytes: one.uncompressedBytes,
-      layers: one.layers.length,
-      command: everything ? READ_EVERYTHING : one.spec.command,
-      ready: everything ? { kind: 'exit' } : one.spec.ready,
-    };
+    const known = asBenchImage(one);
+    const image: BenchImage = everything
+      ? {
+          ...known,
+          name,
+          composition: `web-server: ${known.composition}`,
+          command: READ_EVERYTHING,
+          ready: { kind: 'exit' },
+        }
+      : known;
     return { image, dir: one.dir, tag: one.tag };
   });
 }
@@ -251,7 +252,7 @@ try {
             sampler: {
               intervalMs: 100,
               networkBytes: () => world.receivedBytes,
-              foreign: () => [world.link.pid, ...(world.registry.pid === undefined ? [] : [world.registry.pid])],
+              foreign: () => [world.link?.pid, world.registry.pid].filter((pid) => pid !== undefined),
             },
           }),
       say,

@@ -37,9 +37,12 @@ export interface WorldPeer {
 }
 
 export interface WorldOptions {
-  readonly profile: LinkProfile;
+  /** Absent: no link, registry and node meet on loopback as it is. */
+  readonly profile?: LinkProfile;
   readonly tls: boolean;
   readonly peers: readonly WorldPeer[];
+  /** More of the product's configuration. */
+  readonly config?: Readonly<Record<string, unknown>>;
 }
 
 /** An image in an OCI layout, with what is run in it. */
@@ -54,7 +57,7 @@ const PROBE_BYTES = 64 * MiB;
 const LIFETIME_SECONDS = 7 * 86_400;
 
 export class World implements Meter {
-  readonly link: Link;
+  readonly link: Link | undefined;
   readonly registry: RegistryProcess;
   readonly product: Product;
   readonly node: ContenderNode;
@@ -69,7 +72,7 @@ export class World implements Meter {
     parts: AsyncDisposableStack,
     dir: string,
     caFile: string | undefined,
-    own: { link: Link; registry: RegistryProcess; product: Product; containerd: TestContainerd },
+    own: { link: Link | undefined; registry: RegistryProcess; product: Product; containerd: TestContainerd },
     peers: readonly WorldPeer[],
   ) {
     const { link, registry, product, containerd } = own;
@@ -80,7 +83,7 @@ export class World implements Meter {
     this.registry = registry;
     this.product = product;
     this.node = {
-      inside: link.near,
+      inside: link?.near ?? [],
       address: containerd.address,
       namespace: containerd.namespace,
       containerdRoot: containerd.root,
@@ -107,24 +110,26 @@ export class World implements Meter {
     await using parts = new AsyncDisposableStack();
     const dir = await mkdtemp(join(tmpdir(), 'bench-world-'));
     parts.defer(async () => await rm(dir, { recursive: true, force: true }));
-    const link = parts.use(await Link.start(options.profile));
-    parts.defer(() => endAll(link.near));
-    const certificates = options.tls ? await makeCertificates(dir, [`IP:${link.farAddress}`]) : undefined;
+    const link = options.profile === undefined ? undefined : parts.use(await Link.start(options.profile));
+    if (link !== undefined) parts.defer(() => endAll(link.near));
+    const near = link?.near ?? [];
+    const address = link?.farAddress ?? '127.0.0.1';
+    const certificates = options.tls ? await makeCertificates(dir, [`IP:${address}`]) : undefined;
     const registry = parts.use(
       await RegistryProcess.start({
-        inside: link.far,
-        address: link.farAddress,
+        inside: link?.far ?? [],
+        address,
         ...(certificates === undefined ? {} : { tls: certificates }),
       }),
     );
     const trust =
       certificates === undefined ? { insecure_registries: [registry.host] } : { ca_files: [certificates.caFile] };
-    const product = await Product.create({ log_level: 'info', ...trust }, { inside: link.near });
+    const product = await Product.create({ log_level: 'info', ...trust, ...options.config }, { inside: near });
     parts.defer(async () => await product.stop());
     await product.start();
     const proxies = { dedup: product.address };
     for (const { spec } of options.peers) Object.assign(proxies, { [spec.name]: spec.socket });
-    const containerd = await TestContainerd.start({ proxies, inside: link.near, lifetimeSeconds: LIFETIME_SECONDS });
+    const containerd = await TestContainerd.start({ proxies, inside: near, lifetimeSeconds: LIFETIME_SECONDS });
     parts.defer(async () => await containerd.stop());
     for (const one of options.peers) {
       if (one.service === undefined) continue;
@@ -137,7 +142,7 @@ export class World implements Meter {
       const words = one.service.map((word) =>
         word.replace(/\{(\w+)\}/g, (whole, name: string) => values[name] ?? whole),
       );
-      const service = startService([...link.near, ...words]);
+      const service = startService([...near, ...words]);
       parts.defer(async () => await service.stop());
       await waitFor(
         `${one.spec.name} on ${one.spec.socket}`,
@@ -160,14 +165,25 @@ export class World implements Meter {
     return new RootPaths(this.product.root).layers;
   }
 
-  /** Pushes an image and makes its indexes, at the registry's end of the link. */
-  async push({ image, dir, tag }: WorldImage): Promise<{ target: BenchTarget; layers: readonly string[] }> {
+  /** Words before what runs at the registry's end. */
+  get #far(): readonly string[] {
+    return this.link?.far ?? [];
+  }
+
+  /**
+   * Pushes an image and makes its indexes, at the registry's end of the link. Without `index`, `lazy` is the plain image,
+   * too: ours then reads all of it.
+   */
+  async push(
+    { image, dir, tag }: WorldImage,
+    { index = true }: { readonly index?: boolean } = {},
+  ): Promise<{ target: BenchTarget; layers: readonly string[] }> {
     const repository = tag.replace(/[^a-z0-9-]/g, '-');
     const plain = `${this.registry.host}/${repository}:plain`;
-    const lazy = `${this.registry.host}/${repository}:lazy`;
+    const lazy = index ? `${this.registry.host}/${repository}:lazy` : plain;
     await this.#copy(dir, tag, plain);
-    const index = [PROGRAM, '--config', this.product.configFile, 'index', plain, '--annotate', lazy];
-    await execute([...this.link.far, ...index], { timeoutMs: PUSH_TIMEOUT_MS });
+    const makeIndexes = [PROGRAM, '--config', this.product.configFile, 'index', plain, '--annotate', lazy];
+    if (index) await execute([...this.#far, ...makeIndexes], { timeoutMs: PUSH_TIMEOUT_MS });
     const { config, layers } = await manifestOf(dir, tag);
     const digests = layers.map(({ digest }) => digest);
     return {
@@ -186,7 +202,7 @@ export class World implements Meter {
   async #copy(dir: string, tag: string, reference: string): Promise<void> {
     const copy = ['skopeo', '--insecure-policy', 'copy', '--quiet', '--preserve-digests', '--dest-tls-verify=false'];
     const places = [`oci:${dir}:${tag}`, `docker://${reference}`];
-    await execute([...this.link.far, ...copy, ...places], { timeoutMs: PUSH_TIMEOUT_MS });
+    await execute([...this.#far, ...copy, ...places], { timeoutMs: PUSH_TIMEOUT_MS });
   }
 
   /** Random bytes at the registry, to measure the link with. */
@@ -215,11 +231,14 @@ export class World implements Meter {
   /** Makes the link what `link` says. */
   async enter(link: BenchLink): Promise<void> {
     const { roundTripMs = 0, bitsPerSecond = 0, lossRatio = 0, name } = link;
+    if (this.link === undefined) throw new Error(`no link to make ${name} of`);
     await this.link.set({ name, roundTripMs, bitsPerSecond, lossRate: lossRatio });
   }
 
   probe(): LinkProbe {
-    const { near, farAddress } = this.link;
+    const { link } = this;
+    if (link === undefined) throw new Error('no link to measure');
+    const { near, farAddress } = link;
     return {
       roundTripMs: async () => {
         const text = await execute([...near, 'ping', '-q', '-i', '0.05', '-c', '21', farAddress]);
@@ -231,7 +250,7 @@ export class World implements Meter {
         const scheme = this.#caFile === undefined ? 'http' : 'https';
         const url = `${scheme}://${this.registry.host}/v2/probe/blobs/${this.#probeBlob}`;
         // About two seconds.
-        const bytes = Math.min(PROBE_BYTES, Math.max(8e6, (this.link.profile.bitsPerSecond / 8) * 2));
+        const bytes = Math.min(PROBE_BYTES, Math.max(8e6, (link.profile.bitsPerSecond / 8) * 2));
         const probe = [process.execPath, join(import.meta.dirname, 'link-probe.ts'), url, String(Math.floor(bytes))];
         const trust = this.#caFile === undefined ? [] : ['env', `NODE_EXTRA_CA_CERTS=${this.#caFile}`];
         return Number(await execute([...near, ...trust, ...probe]));

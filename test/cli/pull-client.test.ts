@@ -77,7 +77,7 @@ describe('the light client of PullImage', () => {
       { kind: 'step', layer: 199, state: 'lazy', bytes: 0 },
     ]);
     assert.deepEqual(asked, {
-      protocol: 1,
+      protocol: 2,
       reference: REQUEST.reference,
       platform: '',
       credentials: 'alice:secret',

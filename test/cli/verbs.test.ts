@@ -14,7 +14,7 @@ const REPOSITORY = join(import.meta.dirname, '..', '..');
 const SOURCE = join(REPOSITORY, 'src', 'dedup-snapshotter.ts');
 const DAEMON_SOURCE = join(REPOSITORY, 'src', 'dedupd.ts');
 const NOBODY = ['--reuid=65534', '--regid=65534', '--clear-groups'];
-const VERBS = ['bench', 'index', 'rpull', 'mount', 'umount', 'images', 'repair', 'config', 'doctor'];
+const VERBS = ['bench', 'index', 'rpull', 'mount', 'umount', 'images', 'dedup', 'repair', 'config', 'doctor'];
 
 interface Outcome {
   readonly code: number | null;

@@ -97,6 +97,19 @@ describe('DataPlane', { skip }, () => {
     await assert.rejects(plane.layerUsage(answer.layer));
   });
 
+  it('builds the file system of layers ahead of their mount, and says when it does not know one', async () => {
+    const { layer } = await prepare(await layerHere('ahead'));
+    await plane.prebuildImage([layer]);
+    const images = new RootPaths(plane.root).images;
+    const made = (await readdir(images)).filter((name) => name.endsWith('.erofs'));
+    assert.equal(made.length, 1);
+    const { mountId } = await plane.mountImage([layer], true, []);
+    assert.equal(`${mountId}.erofs`, made[0]);
+    await plane.releaseImages([]);
+    await plane.retainLayers([]);
+    await assert.rejects(plane.prebuildImage([layer]), { code: 'NOT_FOUND' });
+  });
+
   it('does not build on a damaged index file, but asks the registry for it again', async () => {
     const layer = await layerHere('two');
     const answer = await prepare(layer);

@@ -47,6 +47,13 @@ test('a symlink answers for itself, a name that is not text is found', () => {
   assert.deepEqual(native().readXattrs(Buffer.from(link)), []);
 });
 
+test('a name is bytes, one character each', () => {
+  const path = join(dir, 'bytes');
+  mkdirSync(path);
+  execFileSync('sh', ['-c', `setfattr -n "$(printf 'user.\\303\\251\\377')" -v 1 "${path}"`]);
+  assert.deepEqual(native().readXattrs(Buffer.from(path)), [{ name: 'user.\xc3\xa9\xff', value: Buffer.from('1') }]);
+});
+
 test('what is not there is an error with errno and path; a path with NUL is refused', () => {
   const missing = join(dir, 'missing');
   assert.throws(() => native().readXattrs(Buffer.from(missing)), /llistxattr\(2\).*missing/);

@@ -154,6 +154,60 @@ describe('the client of dedupd', () => {
     assert.equal(asked, 0);
   });
 
+  test('a conversion is a stream that ends with the layer, with an error, or with its caller', async () => {
+    const seen: unknown[] = [];
+    const ended = Promise.withResolvers<void>();
+    await serve({
+      convertLayer: async (request, progress, signal) => {
+        seen.push(request);
+        if (request.layer === 'left') throw new DedupError('LAYER_NOT_LAZY', 'metacopy');
+        progress({ bytes: 2 ** 40, entries: 5 });
+        if (request.layer !== 'long') return { ...layer, digest: request.layer };
+        await new Promise<void>((resolve) => signal.addEventListener('abort', () => resolve()));
+        ended.resolve();
+        throw signal.reason;
+      },
+      prebuildImage: async (layers) => void seen.push(layers),
+    });
+    const args = {
+      snapshot: 7,
+      directory: '/r/snapshots/7/fs',
+      bottom: true,
+      layer: 'sha256:d',
+      manifest: 'm',
+      sources: [{ host: 'h', repository: 'r' }],
+      namespace: 'k8s.io',
+      chainId: 'c',
+    };
+    const dedupd = connect();
+    const steps: unknown[] = [];
+    const convert = (name: string, signal: AbortSignal, onStep = () => {}) => {
+      const show = (step: unknown): void => {
+        steps.push(step);
+        onStep();
+      };
+      return dedupd.convertLayer({ ...args, layer: name }, show, signal);
+    };
+    const stays = new AbortController().signal;
+    assert.deepEqual(await convert('sha256:d', stays), layer);
+    assert.deepEqual(steps, [{ bytes: 2 ** 40, entries: 5 }]);
+    const { chainId, ...same } = args;
+    assert.deepEqual(seen, [{ ...same, chain_id: chainId }]);
+    await assert.rejects(convert('left', stays), code('LAYER_NOT_LAZY', /metacopy/));
+    const stop = new AbortController();
+    await assert.rejects(
+      convert('long', stop.signal, () => stop.abort()),
+      code('CANCELLED'),
+    );
+    await ended.promise;
+    await dedupd.prebuildImage([layer]);
+    assert.deepEqual(seen.at(-1), [layer]);
+    // dedupd stops, or dies.
+    const long = convert('long', stays, () => void server?.close());
+    await assert.rejects(long, (error: unknown) => ['CANCELLED', 'UNAVAILABLE'].includes((error as DedupError).code));
+    await assert.rejects(convert('sha256:d', stays), code('UNAVAILABLE', /does not answer/));
+  });
+
   test('progress of a standalone mount is a stream that ends with the path', async () => {
     await serve({
       mountReference: async (_request, progress) => {

@@ -22,6 +22,22 @@ for (let id = (await store.lastId()) + 1; ; id++) {
   process.stdout.write('name-' + id + '\\n');
 }`;
 
+/** As version 0.1.0 made it before ordinary layers were converted. */
+const FIRST_SCHEMA = `
+CREATE TABLE snapshots (
+  id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE,
+  kind TEXT NOT NULL CHECK (kind IN ('active', 'view', 'committed')), parent INTEGER REFERENCES snapshots(id),
+  labels TEXT NOT NULL, ref TEXT, created INTEGER NOT NULL, updated INTEGER NOT NULL, lowers TEXT NOT NULL,
+  layer_digest TEXT, layer_index TEXT, layer_scope TEXT, usage_bytes INTEGER, usage_inodes INTEGER
+);
+CREATE TABLE removed (id INTEGER PRIMARY KEY);
+CREATE TABLE protected_ids (up_to INTEGER NOT NULL);
+CREATE TABLE sources (
+  digest TEXT NOT NULL, host TEXT NOT NULL, repository TEXT NOT NULL, told INTEGER NOT NULL DEFAULT 0,
+  PRIMARY KEY (digest, host, repository)
+) WITHOUT ROWID;
+`;
+
 describe('metadata.db', () => {
   let dir: string;
   before(async () => {
@@ -77,6 +93,49 @@ describe('metadata.db', () => {
     await store.close();
     const [aside = ''] = (await readdir(dir)).filter((name) => name.startsWith('garbage.db.damaged-'));
     assert.match(await readFile(join(dir, aside), 'utf8'), /^this is no database/);
+  });
+
+  test('a database of the first schema is brought up to date: its layers count as committed by hand, now', async () => {
+    const file = join(dir, 'first.db');
+    const old = new Database(file);
+    old.exec(FIRST_SCHEMA);
+    const insert = old.prepare(
+      `INSERT INTO snapshots (name, kind, parent, labels, created, updated, lowers, layer_digest, usage_bytes, usage_inodes)
+       VALUES (?, ?, ?, '{"a":"b"}', 1, 2, '[]', ?, ?, ?)`,
+    );
+    insert.run('remote', 'committed', null, 'sha256:layer', null, null);
+    insert.run('ordinary', 'committed', 1, null, 5, 6);
+    insert.run('key', 'active', 2, null, null, null);
+    old.pragma('user_version = 1');
+    old.close();
+    const store = await openMetastore(file, 'boot of the migration');
+    const { origin, conversion, usage, parent } = await store.get('ordinary');
+    assert.deepEqual(
+      { origin, conversion, usage, parent },
+      {
+        origin: { unpacked: false, boot: 'boot of the migration' },
+        conversion: 'pending',
+        usage: { bytes: 5, inodes: 6 },
+        parent: 'remote',
+      },
+    );
+    for (const name of ['remote', 'key']) {
+      const other = await store.get(name);
+      assert.deepEqual([other.origin, other.conversion, other.labels], [undefined, undefined, { a: 'b' }]);
+    }
+    assert.deepEqual(await store.pendingConversions(), []);
+    await store.close();
+    const later = await openMetastore(file, 'another boot');
+    assert.deepEqual(await later.pendingConversions(), [{ id: 2, parentId: 1 }]);
+    await later.commit('key', 'sha256:new', {});
+    assert.deepEqual(await later.pendingConversions(), [{ id: 2, parentId: 1 }]);
+    await later.close();
+    const newest = await openMetastore(file);
+    assert.deepEqual(await newest.pendingConversions(), [
+      { id: 2, parentId: 1 },
+      { id: 3, parentId: 2 },
+    ]);
+    await newest.close();
   });
 
   test('a tree is measured as du does and deleted, whatever its names', async () => {

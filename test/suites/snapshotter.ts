@@ -21,9 +21,14 @@ const ACTIVE = 2;
 const COMMITTED = 3;
 
 /** Asserts that a call ends with this gRPC status. */
-export async function refused(call: Promise<unknown>, status: keyof typeof GrpcStatus): Promise<void> {
+export async function refused(
+  call: Promise<unknown>,
+  status: keyof typeof GrpcStatus,
+  details = /(?:)/,
+): Promise<void> {
   await assert.rejects(call, (error: { code?: number; details?: string }) => {
     assert.equal(error.code, GrpcStatus[status], `expected ${status}: ${error.details}`);
+    assert.match(error.details ?? '', details);
     return true;
   });
 }

@@ -3,8 +3,11 @@
 import { existsSync } from 'node:fs';
 import { cp, mkdir, writeFile } from 'node:fs/promises';
 import { join } from 'node:path';
+import { digestOf } from '../../src/digest.ts';
 import { DedupError } from '../../src/errors.ts';
 import type {
+  ConvertLayerArgs,
+  ConvertProgress,
   ImageMounter,
   LayerKey,
   MountedImage,
@@ -12,6 +15,8 @@ import type {
   PrepareLayerArgs,
   PrepareLayerResult,
 } from '../../src/snapshotter/images.ts';
+
+const COPY = { recursive: true, verbatimSymlinks: true };
 
 export class FakeImages implements ImageMounter {
   readonly #dir: string;
@@ -23,6 +28,18 @@ export class FakeImages implements ImageMounter {
   readonly below: MountImageArgs['below'][] = [];
   readonly released: (readonly number[])[] = [];
   readonly retained: string[][] = [];
+  readonly converted: ConvertLayerArgs[] = [];
+  readonly prebuilt: string[][] = [];
+  /** Thrown by prebuildImage. */
+  unbuildable: DedupError | undefined;
+  /** Digests of layers that it does not know any more. */
+  readonly forgotten = new Set<string>();
+  /** Awaited inside convertLayer, before the directory is read. */
+  whileConverting: (
+    args: ConvertLayerArgs,
+    onProgress: (progress: ConvertProgress) => void,
+    signal: AbortSignal,
+  ) => Promise<void> = async () => {};
   /** Set: every call fails as when dedupd is down. */
   down = false;
   rootOwner: { rootUid?: number; rootGid?: number } = {};
@@ -45,10 +62,14 @@ export class FakeImages implements ImageMounter {
     if (this.down) throw new DedupError('UNAVAILABLE', 'the fake is down');
   }
 
+  #requireKnown(digest: string): void {
+    if (this.forgotten.has(digest)) throw new DedupError('NOT_FOUND', `layer ${digest} is not known`);
+  }
+
   async prepareLayer(args: PrepareLayerArgs): Promise<PrepareLayerResult> {
     this.#requireUp();
     this.prepared.push(args);
-    const lazy = this.#layers.has(args.layer.digest);
+    const lazy = this.#layers.has(args.layer.digest) && !this.forgotten.has(args.layer.digest);
     return { lazy, reason: lazy ? '' : 'no index is known', layer: { ...args.layer, index: 'sha256:index' } };
   }
 
@@ -57,13 +78,14 @@ export class FakeImages implements ImageMounter {
     const digests = args.layers.map(({ digest }) => digest);
     this.mounted.push({ layers: digests, bottom: args.bottom });
     this.below.push(args.below);
+    for (const digest of digests) this.#requireKnown(digest);
     const key = `${digests.join()} ${args.bottom}`;
     const mountId = this.#ids.get(key) ?? this.#ids.size + 1;
     this.#ids.set(key, mountId);
     const path = join(this.#dir, 'mounts', String(mountId));
     if (!existsSync(path)) {
       await mkdir(path, { recursive: true });
-      for (const digest of digests) await cp(this.#layers.get(digest) ?? '', path, { recursive: true });
+      for (const digest of digests) await cp(this.#layers.get(digest) ?? '', path, COPY);
     }
     await this.afterMount();
     return { path, mountId, ...this.rootOwner };
@@ -79,8 +101,32 @@ export class FakeImages implements ImageMounter {
     this.retained.push(layers.map(({ digest }) => digest).sort());
   }
 
-  async layerUsage(): Promise<{ bytes: number; inodes: number }> {
+  /** The directory becomes a layer, named by its digest if it has one. */
+  async convertLayer(
+    args: ConvertLayerArgs,
+    onProgress: (progress: ConvertProgress) => void,
+    signal: AbortSignal,
+  ): Promise<LayerKey> {
     this.#requireUp();
+    this.converted.push(args);
+    await this.whileConverting(args, onProgress, signal);
+    const digest = args.layer === '' ? digestOf(`directory ${args.snapshot}`) : args.layer;
+    const dir = join(this.#dir, 'layers', digest);
+    await cp(args.directory, dir, COPY);
+    this.#layers.set(digest, dir);
+    this.forgotten.delete(digest);
+    return { digest, index: 'sha256:local', scope: '' };
+  }
+
+  async prebuildImage(layers: readonly LayerKey[]): Promise<void> {
+    this.#requireUp();
+    this.prebuilt.push(layers.map(({ digest }) => digest));
+    if (this.unbuildable !== undefined) throw this.unbuildable;
+  }
+
+  async layerUsage({ digest }: LayerKey): Promise<{ bytes: number; inodes: number }> {
+    this.#requireUp();
+    this.#requireKnown(digest);
     return { bytes: 12345, inodes: 6 };
   }
 }

@@ -72,7 +72,11 @@ let views = 0;
  * What a container on this snapshot sees, mounted where the test can walk it. `parent` is a chain ID. An active snapshot,
  * not a view: ctr keeps only those from containerd's collection.
  */
-export async function openView(node: LazyNode, snapshotter: string, parent: string): Promise<TreeView> {
+export async function openView(
+  node: Pick<LazyNode, 'containerd'>,
+  snapshotter: string,
+  parent: string,
+): Promise<TreeView> {
   const { containerd } = node;
   const key = `walk-${process.pid}-${++views}`;
   const path = await containerd.scratch(key);

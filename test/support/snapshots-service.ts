@@ -7,6 +7,7 @@ import { credentials, Metadata, type ServiceClientConstructor } from '@grpc/grpc
 import { type Logger, pino } from 'pino';
 import { RootPaths } from '../../src/paths.ts';
 import { loadProto } from '../../src/protocol.ts';
+import type { ConverterSettings } from '../../src/snapshotter/converter.ts';
 import { startSnapshotsServer } from '../../src/snapshotter/grpc-server.ts';
 import { type ImageMounter, noImages } from '../../src/snapshotter/images.ts';
 import { type Metastore, openMetastore } from '../../src/snapshotter/metastore-client.ts';
@@ -125,6 +126,10 @@ export interface TestServiceOptions {
   readonly log?: Logger;
   readonly cleanupDelayMs?: number;
   readonly remapIds?: boolean;
+  /** Ordinary layers are converted; absent: they are not. */
+  readonly convert?: ConverterSettings;
+  /** What commits are said to be made in; the kernel's boot id when absent. */
+  boot?: string;
 }
 
 export class TestService {
@@ -135,6 +140,7 @@ export class TestService {
   #stop: (() => Promise<void>) | undefined;
   #client: SnapshotsClient | undefined;
   #metastore: Metastore | undefined;
+  #snapshotter: Snapshotter | undefined;
 
   private constructor(dir: string, options: TestServiceOptions) {
     this.dir = dir;
@@ -160,10 +166,16 @@ export class TestService {
     return this.#metastore;
   }
 
+  /** The state machine behind the socket. */
+  get snapshotter(): Snapshotter {
+    if (this.#snapshotter === undefined) throw new Error('the service is down');
+    return this.#snapshotter;
+  }
+
   async up(): Promise<void> {
     await mkdir(this.paths.root, { recursive: true });
     const log = this.#options.log ?? pino({ level: 'silent' });
-    const metastore = await openMetastore(this.paths.metadataDb);
+    const metastore = await openMetastore(this.paths.metadataDb, this.#options.boot);
     const snapshotter = new Snapshotter({
       paths: this.paths,
       metastore,
@@ -173,11 +185,14 @@ export class TestService {
       networkBudgetMs: this.#options.networkBudgetMs ?? 2000,
       cleanupDelayMs: this.#options.cleanupDelayMs ?? 30_000,
       remapIds: this.#options.remapIds ?? false,
+      ...(this.#options.convert === undefined ? {} : { convert: this.#options.convert }),
+      leftoverDelayMs: 200,
     });
     await snapshotter.start();
     const server = await startSnapshotsServer({ address: this.address, snapshotter, log });
     this.#client = new SnapshotsClient(this.address);
     this.#metastore = metastore;
+    this.#snapshotter = snapshotter;
     this.#stop = async () => {
       this.#client?.close();
       await server.close();
@@ -191,6 +206,7 @@ export class TestService {
     this.#stop = undefined;
     this.#client = undefined;
     this.#metastore = undefined;
+    this.#snapshotter = undefined;
   }
 
   async restart(): Promise<void> {

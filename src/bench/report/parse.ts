@@ -48,6 +48,7 @@ const start = z.object({
   wireBytes: amount,
   processes: z.array(z.object({ name: z.string(), cpuSeconds: amount, pssBytes: amount, writtenBytes: amount })),
   diskBytes: time,
+  deviceBytes: time.exactOptional(),
   requestTimes: z
     .array(
       z.object({

@@ -17,10 +17,22 @@ export interface KeepingStore {
   release(): Promise<void>;
 }
 
+/** A piece of the batch: where its bytes lie, and its name. */
+interface KeptPiece {
+  readonly offset: number;
+  readonly length: number;
+  readonly digest: Buffer;
+}
+
 interface WholeChunk {
   readonly length: number;
   readonly name: Buffer;
-  readonly pieces: readonly IndexedPiece[];
+  readonly pieces: readonly KeptPiece[];
+}
+
+interface Batch {
+  readonly bytes: Buffer;
+  readonly chunks: readonly WholeChunk[];
 }
 
 /** A batch is given addresses and stored once it has so many bytes, or chunks. */
@@ -35,11 +47,17 @@ export class ChunkKeeper implements AsyncDisposable {
   readonly #store: KeepingStore;
   readonly #pieceBytes: number;
   readonly #maxPieces: number;
-  /** The chunk whose pieces are coming. */
+  readonly #chunkBytes: number;
+  /** The chunk whose pieces are coming, and whether all of them are zeros. */
   #chunk = -1;
-  #pieces: IndexedPiece[] = [];
-  #batch: WholeChunk[] = [];
-  #batchBytes = 0;
+  #pieces: KeptPiece[] = [];
+  #zero = true;
+  /** The batch being filled: its memory, how much of it is used, its chunks. */
+  #memory: Buffer | undefined;
+  #used = 0;
+  #chunks: WholeChunk[] = [];
+  /** Memory of batches that have been stored. */
+  readonly #spare: Buffer[] = [];
   readonly #underWay = new Set<Promise<void>>();
   #failure: unknown;
   /** Bytes written because they were not here, and bytes that were. */
@@ -49,6 +67,7 @@ export class ChunkKeeper implements AsyncDisposable {
   constructor(store: KeepingStore, options: { readonly chunkBytes: number; readonly pieceBytes: number }) {
     this.#store = store;
     this.#pieceBytes = options.pieceBytes;
+    this.#chunkBytes = options.chunkBytes;
     this.#maxPieces = options.chunkBytes / options.pieceBytes;
   }
 
@@ -59,13 +78,34 @@ export class ChunkKeeper implements AsyncDisposable {
       this.#endChunk();
       this.#chunk = piece.chunk;
     }
-    this.#pieces.push(piece);
+    let sent = this.#sendIfFull();
+    this.#copy(piece);
     // A short piece, or the last that fits, ends its chunk; one that ends with a whole piece ends with the next chunk.
-    if (piece.bytes.length < this.#pieceBytes || this.#pieces.length === this.#maxPieces) this.#endChunk();
-    if (this.#batchBytes < BATCH_BYTES && this.#batch.length < BATCH_CHUNKS) return undefined;
-    this.#send();
-    return this.#underWay.size < MAX_UNDER_WAY ? undefined : Promise.race(this.#underWay).then(() => this.#check());
+    if (piece.length < this.#pieceBytes || this.#pieces.length === this.#maxPieces) this.#endChunk();
+    sent = this.#sendIfFull() || sent;
+    if (!sent || this.#underWay.size < MAX_UNDER_WAY) return undefined;
+    return Promise.race(this.#underWay).then(() => this.#check());
   };
+
+  /** Between two chunks only. */
+  #sendIfFull(): boolean {
+    const isFull = this.#used >= BATCH_BYTES || this.#chunks.length >= BATCH_CHUNKS;
+    if (this.#pieces.length > 0 || !isFull) return false;
+    this.#send();
+    return true;
+  }
+
+  #copy({ digest, length, parts }: IndexedPiece): void {
+    // A batch is whole chunks, and its last one may begin just before it is full.
+    this.#memory ??= this.#spare.pop() ?? Buffer.allocUnsafeSlow(BATCH_BYTES + this.#chunkBytes);
+    const offset = this.#used;
+    for (const part of parts) {
+      part.copy(this.#memory, this.#used);
+      this.#used += part.length;
+    }
+    this.#zero &&= isZero(this.#memory.subarray(offset, this.#used));
+    this.#pieces.push({ offset, length, digest });
+  }
 
   /** Resolves once every piece given is stored. Errors: STORE_IO, STORE_FULL, INDEX_INVALID. */
   async settled(): Promise<void> {
@@ -81,57 +121,63 @@ export class ChunkKeeper implements AsyncDisposable {
 
   #endChunk(): void {
     const pieces = this.#pieces;
-    if (pieces.length === 0) return;
+    const first = pieces[0];
+    if (first === undefined) return;
+    const zero = this.#zero;
     this.#pieces = [];
+    this.#zero = true;
     this.#chunk = -1;
-    // Holes of a file have no bytes in the store.
-    if (pieces.every(({ bytes }) => isZero(bytes))) return;
-    const length = pieces.reduce((sum, { bytes }) => sum + bytes.length, 0);
-    this.#batch.push({ length, name: chunkName(Buffer.concat(pieces.map(({ digest }) => digest))), pieces });
-    this.#batchBytes += length;
+    if (zero) {
+      // Holes of a file have no bytes in the store.
+      this.#used = first.offset;
+      return;
+    }
+    const name = chunkName(Buffer.concat(pieces.map(({ digest }) => digest)));
+    this.#chunks.push({ length: this.#used - first.offset, name, pieces });
   }
 
   #send(): void {
-    if (this.#batch.length === 0) return;
-    const batch = this.#batch;
-    this.#batch = [];
-    this.#batchBytes = 0;
+    if (this.#chunks.length === 0 || this.#memory === undefined) return;
+    const batch: Batch = { bytes: this.#memory, chunks: this.#chunks };
+    this.#memory = undefined;
+    this.#used = 0;
+    this.#chunks = [];
     // Never rejects: the failure is told by the next call.
     const work: Promise<void> = this.#keep(batch)
-      .catch((error: unknown) => {
-        this.#failure ??= error;
-      })
+      .then(
+        () => void this.#spare.push(batch.bytes),
+        (error: unknown) => {
+          this.#failure ??= error;
+        },
+      )
       .finally(() => this.#underWay.delete(work));
     this.#underWay.add(work);
   }
 
-  async #keep(batch: readonly WholeChunk[]): Promise<void> {
+  async #keep({ bytes, chunks }: Batch): Promise<void> {
     const addresses = await this.#store.hold(
-      Buffer.concat(batch.map(({ name }) => name)),
-      Uint32Array.from(batch, ({ length }) => length),
+      Buffer.concat(chunks.map(({ name }) => name)),
+      Uint32Array.from(chunks, ({ length }) => length),
     );
     const pieces: PieceToStore[] = [];
-    const parts: Buffer[] = [];
-    let offset = 0;
-    for (const [i, chunk] of batch.entries()) {
-      for (const [piece, { bytes, digest }] of chunk.pieces.entries()) {
+    let storedBytes = 0;
+    for (const [i, chunk] of chunks.entries()) {
+      for (const [piece, { offset, length, digest }] of chunk.pieces.entries()) {
         const address = addresses[i]! + piece * this.#pieceBytes;
-        const { length } = bytes;
         if (this.#store.isPresent(address, length)) {
           this.knownBytes += length;
           continue;
         }
         const place = { chunkAddress: addresses[i]!, piece, pieceCount: chunk.pieces.length, chunkBytes: chunk.length };
         pieces.push({ ...place, address, offset, length, digest });
-        parts.push(bytes);
-        offset += length;
+        storedBytes += length;
       }
     }
-    const stored = await this.#store.store(Buffer.concat(parts, offset), pieces);
+    const stored = await this.#store.store(bytes, pieces);
     if (!stored.every((good) => good === 1)) {
       throw new DedupError('STORE_IO', 'bytes of a layer changed between being named and being stored');
     }
-    this.storedBytes += offset;
+    this.storedBytes += storedBytes;
   }
 
   /** Waits for what is under way and lets go of the chunks. Idempotent. Errors: STORE_IO. */

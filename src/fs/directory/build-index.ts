@@ -31,8 +31,8 @@ export interface DirectoryBuildOptions {
   readonly chunkBytes: number;
   readonly pieceBytes: number;
   /**
-   * Called with every whole piece, in order; a promise holds the build up: at most 12 MiB, or three pieces if they are
-   * larger, are read ahead. Pieces of a chunk that turns out to be all zeros come too.
+   * Called with every whole piece, in order; a promise holds the build up: at most 8 MiB, or two pieces if they are
+   * larger, have been read and not been done with. Pieces of a chunk that turns out to be all zeros come too.
    */
   readonly onPiece?: OnPiece | undefined;
   /** Called after every batch with the bytes of content and the entries so far. */
@@ -142,7 +142,8 @@ class Conversion {
             chunk: pieces[i]!,
             piece: pieces[i + 1]!,
             digest: names.subarray(name, name + 32),
-            bytes: Buffer.from(bytes, pieces[i + 2]!, pieces[i + 3]!),
+            length: pieces[i + 3]!,
+            parts: [Buffer.from(bytes, pieces[i + 2]!, pieces[i + 3]!)],
           });
           if (promise !== undefined) waiting.push(promise);
         }

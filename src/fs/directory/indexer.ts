@@ -1,7 +1,6 @@
 // Makes the layer index of an unpacked layer: reads each file once, cuts and names its content with the chunker of all
 // layers, and hands whole pieces out in batches. Called by conversion-worker.ts in a thread of its own: every call
 // blocks. The layer it describes is a tar that nobody made: a block for each header, content, padding, and no framing.
-
 import { hash } from 'node:crypto';
 import { type BigIntStats, closeSync, constants, fstatSync, openSync, readSync } from 'node:fs';
 import { digestOf } from '../../digest.ts';
@@ -16,9 +15,8 @@ import type { LayerIndex } from '../index/layer-index.ts';
 import { FramingWriter, SpanWriter } from '../index/restart-blob.ts';
 import { TAR_BLOCK_BYTES } from '../index/tar-header.ts';
 import { MAX_MEMBERS } from '../index/tar-reader.ts';
-import { shown } from './attributes.ts';
 import { BATCH_BYTES, BATCH_ENTRIES, BATCH_PIECES, type ConversionOrder, type PieceBatch } from './messages.ts';
-import { DirectoryWalk, type FoundMember } from './walk.ts';
+import { changed, DirectoryWalk, type FoundMember } from './walk.ts';
 
 /** Distance of the spans that the format asks for; nobody fetches them. */
 const SPAN_BYTES = MiB;
@@ -53,8 +51,9 @@ export class DirectoryIndexer {
     this.#chunker = new Chunker({
       chunkBytes,
       pieceBytes,
-      onPiece: ({ chunk, piece, bytes }) => {
-        this.#pieces.push(chunk, piece, bytes.byteOffset, bytes.length);
+      onPiece: ({ chunk, piece, parts: [bytes], length }) => {
+        // No piece lies in two batches.
+        this.#pieces.push(chunk, piece, bytes?.byteOffset ?? 0, length);
         return undefined;
       },
     });
@@ -89,8 +88,7 @@ export class DirectoryIndexer {
       throw this.#walk.failure(name, error);
     }
     try {
-      const stats = fstatSync(fd, { bigint: true });
-      if (stats.ino !== found.ino || stats.dev !== found.dev || !sameContent(stats, found)) throw changed(name);
+      if (!sameFile(fstatSync(fd, { bigint: true }), found)) throw changed(name);
       const size = Number(found.size);
       this.#tarBytes += TAR_BLOCK_BYTES;
       this.#chunker.startFile(size, this.#tarBytes, undefined);
@@ -106,6 +104,8 @@ export class DirectoryIndexer {
         this.#contentBytes += length;
       }
       this.#tarBytes += roundUp(size, TAR_BLOCK_BYTES);
+      // A caller may have kept it waiting for long between two pieces.
+      if (size > this.#order.pieceBytes && !sameFile(fstatSync(fd, { bigint: true }), found)) throw changed(name);
     } catch (error) {
       throw error instanceof DedupError ? asRefusal(error) : this.#walk.failure(name, error);
     } finally {
@@ -197,12 +197,8 @@ function tooLarge(why: string, cause?: unknown): DedupError {
   return wrapError(cause ?? why, 'the unpacked layer exceeds the layer index', 'LAYER_NOT_LAZY');
 }
 
-function changed(name: string): DedupError {
-  return new DedupError('FAILED_PRECONDITION', `the unpacked layer's ${shown(name)} changed while it was read`);
-}
-
-function sameContent(a: BigIntStats, b: BigIntStats): boolean {
-  return a.mode === b.mode && a.size === b.size && a.mtimeNs === b.mtimeNs;
+function sameFile(a: BigIntStats, b: BigIntStats): boolean {
+  return a.ino === b.ino && a.dev === b.dev && a.mode === b.mode && a.size === b.size && a.mtimeNs === b.mtimeNs;
 }
 
 /** Reads `length` bytes, fewer at the end of the file, and up to `beyond` more in the same call if there are any. */

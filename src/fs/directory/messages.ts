@@ -10,7 +10,7 @@ export const BATCH_BYTES = 4 * MiB;
 /** Pieces of one batch, and entries between two: bounds how long a batch of small files holds up the receiver. */
 export const BATCH_PIECES = 256;
 export const BATCH_ENTRIES = 2048;
-/** Batches sent and not yet done with; one more is being filled. */
+/** Batches sent and not yet done with, before the thread makes another. */
 export const MAX_OUTSTANDING_BATCHES = 2;
 
 /** Numbers in the shared memory (Int32): steps counts every change of the others, and is what the thread waits on. */

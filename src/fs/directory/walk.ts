@@ -26,6 +26,12 @@ export interface FoundMember {
   readonly file: { readonly path: Buffer; readonly stats: BigIntStats } | undefined;
 }
 
+interface FoundDirectory {
+  readonly opaque: boolean;
+  /** It changes when a name comes or goes. */
+  readonly mtimeNs: bigint;
+}
+
 interface Inode {
   readonly name: string;
   readonly attributes: OverlayAttributes;
@@ -48,24 +54,23 @@ export class DirectoryWalk {
    * layer or an image cannot express; FAILED_PRECONDITION when it changes meanwhile; STORE_IO.
    */
   *members(): Generator<FoundMember> {
-    this.#checkRoot();
-    /** Directories being read, with the names that are left of them, the next one last. */
-    const open = [{ path: '', names: this.#list('') }];
+    /** Directories being read, with the time of each when it was found, and the names that are left, the next one last. */
+    const open = [{ path: '', mtimeNs: this.#checkRoot(), names: this.#list('') }];
     for (let directory = open.at(-1); directory !== undefined; directory = open.at(-1)) {
       const name = directory.names.pop();
       if (name === undefined) {
+        if (this.#stat(directory.path).mtimeNs !== directory.mtimeNs) throw changed(directory.path);
         open.pop();
         continue;
       }
       const path = directory.path === '' ? name : `${directory.path}/${name}`;
       if (name.startsWith(WHITEOUT_PREFIX)) throw leftAlone(path, 'has a name that layers use for whiteouts');
       if (path.length > MAX_PATH_BYTES) throw leftAlone(path, 'has a path longer than 4,095 bytes');
-      const { opaque, ...found } = this.#find(path);
+      const { directory: inside, ...found } = this.#find(path);
       yield found;
-      if (found.member.type !== EntryType.directory) continue;
-      if (opaque)
-        yield { member: { ...NOTHING, type: EntryType.file, name: `${path}/${OPAQUE_MARKER}` }, file: undefined };
-      open.push({ path, names: this.#list(path) });
+      if (inside === undefined) continue;
+      if (inside.opaque) yield { member: markerIn(path), file: undefined };
+      open.push({ path, mtimeNs: inside.mtimeNs, names: this.#list(path) });
     }
   }
 
@@ -90,8 +95,8 @@ export class DirectoryWalk {
     );
   }
 
-  /** The root is no entry: images have that of a fresh snapshot, so it must be one. */
-  #checkRoot(): void {
+  /** The root is no entry: images have that of a fresh snapshot, so it must be one. Returns its time. */
+  #checkRoot(): bigint {
     const stats = this.#stat('');
     if (!stats.isDirectory()) {
       throw new DedupError('INVALID_ARGUMENT', `${this.#directoryShown()} is not a directory`);
@@ -103,15 +108,16 @@ export class DirectoryWalk {
     // A label is the file system's of each mounted root, not the layer's.
     const other = this.#attributes('').xattrs?.find(({ name }) => name !== 'security.selinux');
     if (other !== undefined) throw leftAlone('', `has ${other.name}, which an image cannot have`);
+    return stats.mtimeNs;
   }
 
-  #find(path: string): FoundMember & { readonly opaque: boolean } {
+  #find(path: string): FoundMember & { readonly directory?: FoundDirectory } {
     const stats = this.#stat(path);
     if (stats.dev !== this.#device) throw leftAlone(path, 'lies in another file system');
     const type = typeOf(path, stats);
     if (type === EntryType.charDevice && stats.rdev === 0n) {
       // A whiteout. overlayfs makes several of one inode.
-      return { member: { ...NOTHING, type, name: path }, file: undefined, opaque: false };
+      return { member: { ...NOTHING, type, name: path }, file: undefined };
     }
     const linked = type !== EntryType.directory && stats.nlink > 1n;
     const first = linked ? this.#links.get(stats.ino) : undefined;
@@ -133,8 +139,10 @@ export class DirectoryWalk {
       // A link repeats them: merging drops file capabilities at a link without its own.
       xattrs: attributes.xattrs,
     };
-    const file = member.size > 0 ? { path: this.#full(path), stats } : undefined;
-    return { member, file, opaque: type === EntryType.directory && attributes.opaque };
+    const { mtimeNs } = stats;
+    if (type === EntryType.directory)
+      return { member, file: undefined, directory: { opaque: attributes.opaque, mtimeNs } };
+    return { member, file: member.size > 0 ? { path: this.#full(path), stats } : undefined };
   }
 
   #target(path: string): string {
@@ -160,6 +168,10 @@ export class DirectoryWalk {
       case 'ENOENT':
         if (path === '' || this.#isGone()) return wrapError(cause, doing, 'NOT_FOUND');
         return wrapError(cause, `${doing}: it went meanwhile`, 'FAILED_PRECONDITION');
+      case 'ELOOP':
+      case 'ENOTDIR':
+      case 'ENXIO':
+        return wrapError(cause, `${doing}: something else took its place`, 'FAILED_PRECONDITION');
       case 'ENAMETOOLONG':
         return leftAlone(path, 'has a path that is too long');
       default:
@@ -192,6 +204,15 @@ const NOTHING: Omit<TarMember, 'type' | 'name'> = {
   contentOffset: 0,
   contentBytes: 0,
 };
+
+function markerIn(directory: string): TarMember {
+  return { ...NOTHING, type: EntryType.file, name: `${directory}/${OPAQUE_MARKER}` };
+}
+
+/** The error for what is not as it was when it was found. `path` below the root, latin1. */
+export function changed(path: string): DedupError {
+  return new DedupError('FAILED_PRECONDITION', `the unpacked layer's ${shown(path)} changed while it was read`);
+}
 
 function typeOf(path: string, stats: BigIntStats): EntryTypeValue {
   if (stats.isFile()) return EntryType.file;

@@ -60,8 +60,7 @@ export async function buildLayerIndex(options: BuildOptions): Promise<BuiltIndex
   const spans = new SpanWriter();
   const tar = new TarReader(new LayerSink(entries, chunker, framing, chunkBytes));
 
-  // Pieces that are handed out stay where they are.
-  const outputs = options.onPiece === undefined ? new OutputBuffers() : undefined;
+  const outputs = new OutputBuffers();
   const names = new Naming(chunker, outputs);
   const source = checked(options);
   let compression: Compression;
@@ -113,12 +112,12 @@ export async function buildLayerIndex(options: BuildOptions): Promise<BuiltIndex
 /** Has buffers of the tar hashed on a native thread while the next are read, and gives the digests to the chunker. */
 class Naming {
   readonly #chunker: Chunker;
-  readonly #outputs: OutputBuffers | undefined;
+  readonly #outputs: OutputBuffers;
   readonly #hasher = native().streamHasher();
   readonly #queue: { readonly done: Promise<unknown>; readonly bytes: number }[] = [];
   #bytes = 0;
 
-  constructor(chunker: Chunker, outputs: OutputBuffers | undefined) {
+  constructor(chunker: Chunker, outputs: OutputBuffers) {
     this.#chunker = chunker;
     this.#outputs = outputs;
   }
@@ -128,8 +127,9 @@ class Naming {
     const { ranges, named } = this.#chunker.endBuffer();
     // Promises of one hasher settle in order.
     const done = this.#hasher.push(output, ranges).then((digests) => {
-      this.#outputs?.give(output);
-      return named(digests);
+      const taken = named(digests);
+      this.#outputs.give(output);
+      return taken;
     });
     // The rejection is seen at its await; until then it must not count as unhandled.
     done.catch(() => undefined);
@@ -230,7 +230,7 @@ async function readThrough(
   source: AsyncGenerator<Buffer>,
   spanBytes: number,
   spans: SpanWriter,
-  outputs: OutputBuffers | undefined,
+  outputs: OutputBuffers,
   take: (output: Buffer) => Promise<void>,
 ): Promise<Compression> {
   const head: Buffer[] = [];

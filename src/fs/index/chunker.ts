@@ -8,7 +8,7 @@ import { canonicalFragments } from './chunk-table.ts';
 import { MAX_CHUNKS, MAX_FRAGMENTS, MAX_PIECES, MAX_ZERO_CHUNKS } from './format-limits.ts';
 import type { Fragment } from './tar-header.ts';
 
-/** A whole piece, as given to a node that keeps chunks while it indexes. `bytes` may be kept, not changed. */
+/** A whole piece, as given to a node that keeps chunks while it indexes. */
 export interface IndexedPiece {
   /** Number of the chunk in the layer's chunk table. */
   readonly chunk: number;
@@ -16,14 +16,18 @@ export interface IndexedPiece {
   readonly piece: number;
   /** 32 bytes. */
   readonly digest: Buffer;
-  readonly bytes: Buffer;
+  readonly length: number;
+  /** Its bytes, one part after the other; valid during the call only. */
+  readonly parts: readonly Buffer[];
 }
 
-/** What a node that keeps chunks does with a whole piece; the promise holds the build up. */
+/** What a node that keeps chunks does with a whole piece: it copies what it wants; the promise holds the build up. */
 export type OnPiece = (piece: IndexedPiece) => Promise<void> | undefined;
 
 /** What came to its end in a buffer, in order. */
-type Ended = { readonly piece: number; readonly parts: readonly Buffer[] } | { readonly zeroChunk: boolean };
+type Ended =
+  | { readonly piece: number; readonly parts: readonly Buffer[]; readonly carried: Buffer | undefined }
+  | { readonly zeroChunk: boolean };
 
 /** What a hasher is to be told about a buffer of the tar, and what its answer is to be given to. */
 export interface BufferRanges {
@@ -46,7 +50,7 @@ function allZero(bytes: Buffer): boolean {
 }
 
 /** Without `onPiece` nothing is kept of what ended but that it did. */
-const PIECE: Ended = { piece: 0, parts: [] };
+const PIECE: Ended = { piece: 0, parts: [], carried: undefined };
 const CHUNK: Ended = { zeroChunk: false };
 const ZERO_CHUNK: Ended = { zeroChunk: true };
 
@@ -88,6 +92,9 @@ export class Chunker {
   /** The piece being read: its bytes so far, and for `onPiece` the bytes themselves. */
   #pieceAt = 0;
   #pieceParts: Buffer[] = [];
+  /** Holds what earlier buffers had of the piece; memory of pieces that were handed out is used again. */
+  #carried: Buffer | undefined;
+  readonly #spare: Buffer[] = [];
 
   constructor(options: {
     readonly chunkBytes: number;
@@ -108,8 +115,9 @@ export class Chunker {
     this.#bufferOffset = bytes.byteOffset;
   }
 
-  /** Ends the buffer. `bytes` must not change until it is hashed, nor ever when there is an `onPiece`. */
+  /** Ends the buffer, which must not change until its digests have been given to `named`. */
   endBuffer(): BufferRanges {
+    this.#carryOver();
     const ranges = this.#ranges.slice(0, this.#rangeNumbers);
     const ended = this.#ended;
     this.#rangeNumbers = 0;
@@ -207,8 +215,26 @@ export class Chunker {
     this.#rangeNumbers = i + 3;
   }
 
+  /** Copies what the buffer has of a piece that goes on in the next one. */
+  #carryOver(): void {
+    if (this.#onPiece === undefined || this.#pieceAt === 0) return;
+    const carried = this.#carried ?? this.#spare.pop() ?? Buffer.allocUnsafeSlow(this.#pieceBytes);
+    let at = 0;
+    for (const part of this.#pieceParts) {
+      if (part.buffer !== carried.buffer) part.copy(carried, at);
+      at += part.length;
+    }
+    this.#carried = carried;
+    this.#pieceParts = [carried.subarray(0, at)];
+  }
+
   #endPiece(): void {
-    this.#ended.push(this.#onPiece === undefined ? PIECE : { piece: this.#pieceOfChunk, parts: this.#pieceParts });
+    this.#ended.push(
+      this.#onPiece === undefined
+        ? PIECE
+        : { piece: this.#pieceOfChunk, parts: this.#pieceParts, carried: this.#carried },
+    );
+    this.#carried = undefined;
     if (this.#pieceParts.length > 0) this.#pieceParts = [];
     this.#pieceOfChunk++;
     this.#pieces++;
@@ -243,11 +269,12 @@ export class Chunker {
       digests.copy(this.#digests, this.#digestBytes, from, from + 32);
       this.#digestBytes += 32;
       if (this.#onPiece !== undefined) {
-        const { piece, parts } = item;
+        const { piece, parts, carried } = item;
         const digest = digests.subarray(from, from + 32);
-        const bytes = parts.length === 1 ? parts[0]! : Buffer.concat(parts);
-        const promise = this.#onPiece({ chunk: this.#namedChunks, piece, digest, bytes });
+        const length = parts.reduce((sum, part) => sum + part.length, 0);
+        const promise = this.#onPiece({ chunk: this.#namedChunks, piece, digest, length, parts });
         if (promise !== undefined) waiting.push(promise);
+        if (carried !== undefined) this.#spare.push(carried);
       }
       from += 32;
     }

@@ -1,6 +1,7 @@
 // The benchmark's images by name: builds what the cache does not have and says where each lies. Used by the runner and
 // by build.ts.
 import { join } from 'node:path';
+import type { BenchImage } from '../../../src/bench/result.ts';
 import { testCacheDir } from '../../support/images.ts';
 import type { BenchImageSpec, ImageVersion } from './recipe.ts';
 import { BENCH_IMAGES } from './specs.ts';
@@ -21,6 +22,12 @@ export interface BuiltBenchImage extends StoredImage {
   readonly uncompressedBytes: number;
   readonly files: number;
   readonly largestFile: { readonly path: string; readonly bytes: number };
+}
+
+/** An image as results describe it. */
+export function asBenchImage({ spec, compressedBytes, uncompressedBytes, layers }: BuiltBenchImage): BenchImage {
+  const { name, composition, command, ready } = spec;
+  return { name, composition, compressedBytes, uncompressedBytes, layers: layers.length, command, ready };
 }
 
 /** The specification of that name; throws with the names there are. */

@@ -2,48 +2,36 @@
 // one tree, split into segments, and mixed with layers that containerd unpacked.
 import assert from 'node:assert/strict';
 import { execFileSync } from 'node:child_process';
-import { closeSync, mkdirSync, openSync, readFileSync, rmdirSync, writeFileSync } from 'node:fs';
+import { writeFileSync } from 'node:fs';
 import { mkdtemp, rm } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { after, before, test } from 'node:test';
-import { layersBelow } from '../../../src/fs/image/below.ts';
 import { buildImage, type SegmentBelow } from '../../../src/fs/image/build-image.ts';
-import { writeImage } from '../../../src/fs/image/erofs/writer.ts';
-import { mergeLayers } from '../../../src/fs/image/merge.ts';
 import { encodeLayerIndex } from '../../../src/fs/index/format.ts';
 import { BLOCK_BYTES } from '../../../src/units.ts';
-import { TestContainerd } from '../../support/containerd.ts';
 import { mountErofs, type TestMount } from '../../support/erofs-mount.ts';
-import {
-  bottomLayer,
-  middleLayer,
-  topLayer,
-  toTarEntries,
-  undescribedDirectories,
-} from '../../support/feature-layers.ts';
-import { makeImage } from '../../support/images.ts';
-import { type EntrySpec, FakeStore, layerIndexOf, type MadeLayer, makeLayer } from '../../support/layer-maker.ts';
+import { bottomLayer, middleLayer, topLayer, undescribedDirectories } from '../../support/feature-layers.ts';
+import { FakeStore, layerIndexOf, type MadeLayer, makeLayer } from '../../support/layer-maker.ts';
 import { randomLayers } from '../../support/random-layers.ts';
 import { assertSameRows, assertSameTree, walkTree } from '../../support/tree-walk.ts';
+import { layerSource, lowersOf, mountLayers, onStack, Unpacker } from '../../support/unpacked-layers.ts';
 
 const LAYERS = [bottomLayer(), middleLayer(), topLayer()];
 const undescribed = undescribedDirectories(LAYERS);
 const COMPARE = { ignoreMtimeOf: (path: string) => undescribed.has(path) };
 
 let dir: string;
-let containerd: TestContainerd;
+let unpacker: Unpacker;
 let store: FakeStore;
 let made: { readonly layer: MadeLayer; readonly index: string }[];
 /** containerd's view of the three layers, and the directories it unpacked them to, bottom to top. */
 let view: string;
 let unpacked: string[];
-/** Views that containerd mounted. */
-const views: string[] = [];
 
 before(async () => {
   dir = await mkdtemp(join(tmpdir(), 'equality-'));
-  containerd = await TestContainerd.start();
+  unpacker = await Unpacker.start(dir);
   store = new FakeStore(join(dir, 'store'));
   made = LAYERS.map((specs, i) => {
     const layer = makeLayer(specs, store);
@@ -51,50 +39,15 @@ before(async () => {
     writeFileSync(index, encodeLayerIndex(layerIndexOf(layer)));
     return { layer, index };
   });
-  view = await unpackWithContainerd(LAYERS, 'three');
+  view = await unpacker.unpack(LAYERS.map(layerSource), 'three');
   unpacked = lowersOf(view);
 });
 
-/** Lower directories of a mounted overlay, bottom to top. */
-function lowersOf(mountPoint: string): string[] {
-  const options = readFileSync('/proc/self/mounts', 'utf8')
-    .split('\n')
-    .find((line) => line.split(' ')[1] === mountPoint)!;
-  return /lowerdir=([^, ]+)/.exec(options)![1]!.split(':').reverse();
-}
-
 after(async () => {
-  for (const path of views) execFileSync('umount', [path]);
+  await unpacker?.stop();
   store?.close();
-  await containerd?.stop();
   await rm(dir, { recursive: true, force: true });
 });
-
-/** Imports the layers into containerd and mounts its unpacked view at a new directory; undefined when it refuses them. */
-async function tryUnpack(layers: readonly (readonly EntrySpec[])[], tag: string): Promise<string | undefined> {
-  const image = await makeImage({
-    layers: layers.map((specs) => ({ entries: toTarEntries(specs), compression: 'none' as const })),
-    into: join(dir, `layout-${tag}`),
-    tag,
-  });
-  const archive = join(dir, `${tag}.tar`);
-  execFileSync('tar', ['-C', image.dir, '-cf', archive, '.']);
-  const name = `example.org/${tag}:latest`;
-  await containerd.ctr(['images', 'import', '--no-unpack', '--index-name', name, archive]);
-  const target = join(dir, `view-${tag}`);
-  mkdirSync(target);
-  const mount = ['images', 'mount', '--snapshotter', 'overlayfs', name, target];
-  const { code } = await containerd.ctr(mount, { allowFailure: true });
-  if (code !== 0) return undefined;
-  views.push(target);
-  return target;
-}
-
-async function unpackWithContainerd(layers: readonly (readonly EntrySpec[])[], tag: string): Promise<string> {
-  const target = await tryUnpack(layers, tag);
-  assert.ok(target !== undefined, `containerd refuses the layers of ${tag}`);
-  return target;
-}
 
 /** Builds and mounts layers [first, last] as one segment. */
 async function mountSegment(first: number, last: number, below: readonly SegmentBelow[]): Promise<TestMount> {
@@ -110,27 +63,9 @@ async function mountSegment(first: number, last: number, below: readonly Segment
   return mountErofs(output, join(dir, `mount-${first}-${last}`), { device: store.path });
 }
 
-/** Stacks `lowers`, bottom to top, with overlayfs as a container would have them. */
-function onStack(lowers: readonly string[], look: (stack: string) => void): void {
-  const target = join(dir, 'stack');
-  for (const name of ['stack', 'upper', 'work']) mkdirSync(join(dir, name));
-  const options = `lowerdir=${[...lowers].reverse().join(':')},upperdir=${dir}/upper,workdir=${dir}/work,index=off`;
-  try {
-    execFileSync('mount', ['-t', 'overlay', 'overlay', '-o', options, target]);
-    try {
-      look(target);
-    } finally {
-      execFileSync('umount', [target]);
-    }
-  } finally {
-    rmdirSync(target);
-    execFileSync('rm', ['-rf', join(dir, 'upper'), join(dir, 'work')]);
-  }
-}
-
-/** The same, compared with containerd's view. */
+/** Stacks `lowers`, bottom to top, and compares with containerd's view. */
 function compareStack(lowers: readonly string[]): void {
-  onStack(lowers, (stack) => assertSameTree(stack, view, COMPARE));
+  onStack(dir, lowers, (stack) => assertSameTree(stack, view, COMPARE));
 }
 
 const lazyBelow = (...layers: number[]): SegmentBelow => ({
@@ -139,7 +74,7 @@ const lazyBelow = (...layers: number[]): SegmentBelow => ({
 });
 
 test('one layer with everything a tar can hold looks as containerd unpacks it', async () => {
-  const single = await unpackWithContainerd([LAYERS[0]!], 'one');
+  const single = await unpacker.unpack([layerSource(LAYERS[0]!)], 'one');
   const mount = await mountSegment(0, 0, []);
   try {
     assertSameTree(mount.path, single, COMPARE);
@@ -212,7 +147,7 @@ test('random layers, whichever of them are lazy, look as overlayfs stacks them',
   let compared = 0;
   for (const seed of SEEDS) {
     const specs = randomLayers(seed, 3, 12);
-    const expected = await tryUnpack(specs, `random-${seed}`);
+    const expected = await unpacker.tryUnpack(specs.map(layerSource), `random-${seed}`);
     if (expected === undefined) continue;
     const rows = walkTree(expected);
     const directories = lowersOf(expected);
@@ -246,16 +181,13 @@ test('random layers, whichever of them are lazy, look as overlayfs stacks them',
                   : { kind: 'layers', indexes: lower.map(({ index }) => index) },
             );
           const name = `random-${seed}-${unpackedLayers}-${position}`;
-          const mount = mountLayers(
-            name,
-            segment.map(({ made }) => made),
-            below,
-          );
+          const layers = segment.map(({ made }) => made);
+          const mount = mountLayers(dir, name, layers, store, below);
           mounts.push(mount);
           return mount.path;
         });
         // Paths through symlinks touch directories at other paths than their own: no rule says which times are the unpack's.
-        onStack(lowers, (stack) => assertSameRows(walkTree(stack), rows, { ignoreMtimeOf: () => true }));
+        onStack(dir, lowers, (stack) => assertSameRows(walkTree(stack), rows, { ignoreMtimeOf: () => true }));
         compared++;
       } finally {
         for (const mount of mounts) mount.close();
@@ -264,17 +196,3 @@ test('random layers, whichever of them are lazy, look as overlayfs stacks them',
   }
   assert.ok(compared >= 7 * 8, `only ${compared} chains were compared: containerd refuses the rest`);
 });
-
-/** Builds, checks and mounts a segment; `below` top to bottom, empty for the bottom one. */
-function mountLayers(name: string, layers: readonly MadeLayer[], below: readonly SegmentBelow[]): TestMount {
-  const tree = mergeLayers(
-    layers.map(({ entries }) => entries),
-    { bottom: below.length === 0, below: layersBelow(below) },
-  );
-  const image = join(dir, `${name}.erofs`);
-  const fd = openSync(image, 'w');
-  writeImage(fd, tree, layers, { kind: 'device', deviceBlocks: store.bytes / BLOCK_BYTES });
-  closeSync(fd);
-  execFileSync('fsck.erofs', [`--device=${store.path}`, image]);
-  return mountErofs(image, join(dir, name), { device: store.path });
-}
