@@ -43,7 +43,7 @@ import type { Repository } from './registry/blob-reader.ts';
 import { type Credentials, parseUserPassword } from './registry/credentials.ts';
 import type { LocalBlobs } from './registry/local-blobs.ts';
 import { RegistryPool, type RepositoryName } from './registry/pool.ts';
-import { dataDeviceName, detachOrphans, storeReaders } from './transport/erofs-mount.ts';
+import { dataDeviceName, detachOrphans, imageDevices } from './transport/erofs-mount.ts';
 import { inspectMachine } from './transport/machine.ts';
 import { chooseTransport, openTransport, type TransportChoice } from './transport/select.ts';
 import type { ErofsLayoutKind, Transport } from './transport/transport.ts';
@@ -202,7 +202,7 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
     log.info({ transport: choice.name, layout: choice.layout, because: choice.because }, 'transport chosen');
     const credentials = new Map<string, Credentials>();
     const registry = new RegistryPool({ ...registryOptions(config), log });
-    const store = await NodeStore.open({ paths, native: native(), log, readers: storeReaders });
+    const store = await NodeStore.open({ paths, native: native(), log, devices: imageDevices });
     const opened: AsyncDisposable[] = [registry, { [Symbol.asyncDispose]: () => store.close() }];
     try {
       await removeHalfWritten(paths, run, log);

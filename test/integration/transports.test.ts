@@ -1,4 +1,5 @@
-// Every transport and layout that this kernel can mount, held to one suite.
+// Every transport and layout that this kernel can mount, held to one suite; those that can let go of images that are here
+// completely also as they are without that.
 import { mkdir } from 'node:fs/promises';
 import { join } from 'node:path';
 import { parseConfig } from '../../src/config.ts';
@@ -10,11 +11,11 @@ import { descriptorsOf, type OpenTransport, transportSuite } from '../suites/tra
 import { Product } from '../support/product.ts';
 
 /** In this process: our own session answers hits on threads of its own. */
-function inProcess(layout: ErofsLayoutKind): OpenTransport {
+function inProcess(layout: ErofsLayoutKind, direct: boolean): OpenTransport {
   return async ({ dir, chunkBytes }) => {
     await mkdir(join(dir, 'root'), { recursive: true });
     const plane = await DataPlane.open({
-      config: parseConfig({ transport: 'fuse', chunk_size: chunkBytes }),
+      config: parseConfig({ transport: 'fuse', direct_mounts: direct, chunk_size: chunkBytes }),
       paths: new RootPaths(join(dir, 'root')),
       run: new RunPaths(join(dir, 'run')),
       log: createLogger('test', { level: 'error', fd: 2 }),
@@ -47,6 +48,7 @@ function asProduct(config: Readonly<Record<string, unknown>>): OpenTransport {
   };
 }
 
-transportSuite('transport fuse, device layout', inProcess('device'));
-transportSuite('transport fuse, flat layout of kernels before 5.16', inProcess('flat'));
+transportSuite('transport fuse, device layout', inProcess('device', false));
+transportSuite('transport fuse, flat layout of kernels before 5.16', inProcess('flat', false));
+transportSuite('transport fuse, images read directly, device layout', inProcess('device', true));
 transportSuite('transport fuse-native, device layout', asProduct({ transport: 'fuse-native' }));

@@ -425,8 +425,8 @@ export class IndexWriter {
     direct.unpin(this.#db);
   }
 
-  layerPresence(layerIds: readonly number[]): LayerPresence {
-    return direct.layerPresence(this.#db, layerIds);
+  layerPresence(layerId: number): LayerPresence {
+    return direct.layerPresence(this.#db, layerId);
   }
 
   addDirect(mount: DirectMount): void {
@@ -435,6 +435,10 @@ export class IndexWriter {
 
   dropDirect(imageId: number, pinned: boolean): void {
     this.#db.transaction(() => direct.dropDirect(this.#db, imageId, pinned))();
+  }
+
+  numberImagesAbove(imageId: number): void {
+    this.#db.transaction(() => direct.numberImagesAbove(this.#db, imageId))();
   }
 
   directMounts(): number[] {
