@@ -86,6 +86,8 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
   /** Mount ids that keys of the snapshotter were given, as told last. */
   #inUse: ReadonlySet<number> = new Set();
   #idleTimer: NodeJS.Timeout | undefined;
+  /** Calls that a container or a pull waits for. */
+  #mountsAsked = 0;
   readonly #stop = new AbortController();
 
   private constructor(
@@ -116,7 +118,8 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
     this.#credentials = parts.credentials;
     const store = parts.store;
     const idle = new IdleGate(
-      () => parts.loader.stats().misses,
+      // A pull asks registries before anybody reads, and a mount builds before that.
+      () => parts.loader.stats().misses + parts.registry.traffic.requests + this.#mountsAsked,
       () => parts.loader.stats().waiting > 0 || this.#intake.isReading,
     );
     this.#mounts = new MountTable({
@@ -392,6 +395,7 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
     bottom: boolean,
     below: readonly BelowMessage[],
   ): Promise<{ path: string; mountId: number; rootUid: number; rootGid: number }> {
+    this.#mountsAsked++;
     const lowers: MountableBelow[] = [];
     for (const { directory, layers } of bottom ? [] : below) {
       if (layers.length > 0) lowers.push({ kind: 'layers', layers: await this.#intake.mountableLayers(layers) });

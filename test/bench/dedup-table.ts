@@ -131,7 +131,7 @@ function partsTable(last: OwnSpace): string {
   const parts: [string, number][] = [
     ['chunks/store', last.store],
     ['chunks/sums', last.sums],
-    ['chunks/reserve', last.reserve],
+    ['reserve', last.reserve],
     ['images/', last.images],
     ['index.db and metadata.db', last.indexDb],
     ['snapshots/', last.snapshots],
