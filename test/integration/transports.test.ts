@@ -10,12 +10,15 @@ import { RootPaths, RunPaths } from '../../src/paths.ts';
 import { descriptorsOf, type OpenTransport, transportSuite } from '../suites/transport.ts';
 import { Product } from '../support/product.ts';
 
+/** What is not read yet is not here. */
+const NO_GUESSES = { prefetch: { enabled: false } };
+
 /** In this process: our own session answers hits on threads of its own. */
 function inProcess(layout: ErofsLayoutKind, direct: boolean): OpenTransport {
   return async ({ dir, chunkBytes }) => {
     await mkdir(join(dir, 'root'), { recursive: true });
     const plane = await DataPlane.open({
-      config: parseConfig({ transport: 'fuse', direct_mounts: direct, chunk_size: chunkBytes }),
+      config: parseConfig({ ...NO_GUESSES, transport: 'fuse', direct_mounts: direct, chunk_size: chunkBytes }),
       paths: new RootPaths(join(dir, 'root')),
       run: new RunPaths(join(dir, 'run')),
       log: createLogger('test', { level: 'error', fd: 2 }),
@@ -36,7 +39,7 @@ function inProcess(layout: ErofsLayoutKind, direct: boolean): OpenTransport {
 /** As an operator runs it: fuse-native cannot give its thread back before the process ends. */
 function asProduct(config: Readonly<Record<string, unknown>>): OpenTransport {
   return async ({ dir, chunkBytes }) => {
-    const product = await Product.create({ ...config, root: join(dir, 'root'), chunk_size: chunkBytes });
+    const product = await Product.create({ ...NO_GUESSES, ...config, root: join(dir, 'root'), chunk_size: chunkBytes });
     await product.start();
     const pid = await product.daemonPid();
     return {
