@@ -55,7 +55,7 @@ export class RootPaths {
   }
   /** Disk space that is given up when the disk is full, so that it can be cleaned. */
   get storeReserve(): string {
-    return join(this.chunks, 'reserve');
+    return join(this.root, 'reserve');
   }
   get indexDb(): string {
     return join(this.root, 'index.db');

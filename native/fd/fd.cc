@@ -83,6 +83,50 @@ Napi::Value resident_pages(const Napi::CallbackInfo& info) {
       });
 }
 
+constexpr std::uint64_t kBlock = 4096;
+
+/** Adds the blocks of [start, end) that no data lies under; bytes. Errors: of lseek(2). */
+void add_holes(int fd, std::uint64_t start, std::uint64_t end, std::vector<double>& holes) {
+  while (start < end) {
+    const off_t hole = ::lseek(fd, static_cast<off_t>(start), SEEK_HOLE);
+    if (hole < 0) throw sys_error(errno, "lseek(2) to a hole of descriptor " + std::to_string(fd));
+    const std::uint64_t first = static_cast<std::uint64_t>(hole) / kBlock * kBlock;
+    if (first >= end) return;
+    const off_t data = ::lseek(fd, hole, SEEK_DATA);
+    // ENXIO: no data up to the end of the file.
+    if (data < 0 && errno != ENXIO) throw sys_error(errno, "lseek(2) to data of descriptor " + std::to_string(fd));
+    const std::uint64_t next = data < 0 ? end : (static_cast<std::uint64_t>(data) + kBlock - 1) / kBlock * kBlock;
+    start = std::min(end, next);
+    holes.push_back(static_cast<double>(first / kBlock));
+    holes.push_back(static_cast<double>((start - first) / kBlock));
+  }
+}
+
+/** findHoles(fd, ranges): ranges and result are first block and number of blocks, alternating. Moves the file's offset.
+ */
+Napi::Value find_holes(const Napi::CallbackInfo& info) {
+  const int fd = to_fd(info[0], "fd");
+  if (!info[1].IsTypedArray() || info[1].As<Napi::TypedArray>().TypedArrayType() != napi_float64_array)
+    throw Error("INVALID_ARGUMENT", "ranges must be a Float64Array");
+  const auto given = info[1].As<Napi::Float64Array>();
+  std::vector<double> ranges(given.Data(), given.Data() + given.ElementLength());
+  return run_on_thread(
+      info.Env(),
+      [fd, ranges = std::move(ranges)] {
+        std::vector<double> holes;
+        for (std::size_t i = 0; i + 1 < ranges.size(); i += 2) {
+          const auto start = static_cast<std::uint64_t>(ranges[i]) * kBlock;
+          add_holes(fd, start, start + static_cast<std::uint64_t>(ranges[i + 1]) * kBlock, holes);
+        }
+        return holes;
+      },
+      [](Napi::Env env, const std::vector<double>& holes) -> Napi::Value {
+        auto result = Napi::Float64Array::New(env, holes.size());
+        std::copy(holes.begin(), holes.end(), result.Data());
+        return result;
+      });
+}
+
 }  // namespace
 
 void register_fd(Napi::Env env, Napi::Object exports) {
@@ -90,6 +134,7 @@ void register_fd(Napi::Env env, Napi::Object exports) {
   export_function<aligned_buffer>(env, exports, "alignedBuffer");
   export_async<punch_hole>(env, exports, "punchHole");
   export_async<resident_pages>(env, exports, "residentPages");
+  export_async<find_holes>(env, exports, "findHoles");
 }
 
 }  // namespace dedup

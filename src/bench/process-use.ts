@@ -48,6 +48,26 @@ export function writtenBytes(pid: number | 'self'): number {
   return Number(/^write_bytes: (\d+)/m.exec(read(`/proc/${pid}/io`))?.[1] ?? 0);
 }
 
+/** SCHED_IDLE of sched(7): runs when nobody else wants the processor. */
+const POLICY_IDLE = '5';
+
+/** User and system time of the process's living threads of the policy SCHED_IDLE, seconds. */
+export function idleThreadSeconds(pid: number): number {
+  let tasks: string[];
+  try {
+    tasks = readdirSync(`/proc/${pid}/task`);
+  } catch {
+    return 0; // It has ended.
+  }
+  let ticks = 0;
+  for (const task of tasks) {
+    const text = read(`/proc/${pid}/task/${task}/stat`);
+    const fields = text.slice(text.lastIndexOf(')') + 2).split(' ');
+    if (fields[38] === POLICY_IDLE) ticks += Number(fields[11]) + Number(fields[12]);
+  }
+  return ticks / TICKS_PER_SECOND;
+}
+
 function children(pid: number): number[] {
   const found: number[] = [];
   let tasks: string[];
@@ -72,6 +92,7 @@ function family(pid: number, others: ReadonlySet<number>): number[] {
 
 interface Reading {
   readonly cpuSeconds: number;
+  readonly idleSeconds: number;
   readonly writtenBytes: number;
 }
 
@@ -89,12 +110,13 @@ export class ProcessMeter {
 
   #reading(pid: number): Reading {
     const others = new Set(this.#daemons.map((daemon) => daemon.pid).filter((other) => other !== pid));
-    let [cpu, written] = [0, 0];
+    let [cpu, idle, written] = [0, 0, 0];
     for (const member of family(pid, others)) {
       cpu += cpuSeconds(member);
+      idle += idleThreadSeconds(member);
       written += writtenBytes(member);
     }
-    return { cpuSeconds: cpu, writtenBytes: written };
+    return { cpuSeconds: cpu, idleSeconds: idle, writtenBytes: written };
   }
 
   /** Consumption since the constructor, memory now; "commands" is what this process ran (ctr, pull commands). */
@@ -105,6 +127,7 @@ export class ProcessMeter {
       return {
         name,
         cpuSeconds: Math.max(0, now.cpuSeconds - (before?.cpuSeconds ?? 0)),
+        idleCpuSeconds: Math.max(0, now.idleSeconds - (before?.idleSeconds ?? 0)),
         pssBytes: pssBytes(pid),
         writtenBytes: Math.max(0, now.writtenBytes - (before?.writtenBytes ?? 0)),
       };

@@ -38,6 +38,8 @@ export interface BenchLink {
 export interface ProcessUse {
   readonly name: string;
   readonly cpuSeconds: number;
+  /** Of it by threads that only get what nobody else wants (SCHED_IDLE) and are alive at the end. */
+  readonly idleCpuSeconds?: number;
   /** Proportional set size when the container was ready, bytes. */
   readonly pssBytes: number;
   /** Bytes it caused to be written to disks (proc(5), io: write_bytes). */

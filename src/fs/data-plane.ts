@@ -46,7 +46,7 @@ import { type Credentials, parseUserPassword } from './registry/credentials.ts';
 import type { LocalBlobs } from './registry/local-blobs.ts';
 import { RegistryPool, type RepositoryName } from './registry/pool.ts';
 import { collectGarbage, reportSpace } from './space-report.ts';
-import { dataDeviceName, detachOrphans, imagesInUse, storeReaders } from './transport/erofs-mount.ts';
+import { dataDeviceName, detachOrphans, imageDevices, imagesInUse } from './transport/erofs-mount.ts';
 import { inspectMachine } from './transport/machine.ts';
 import { chooseTransport, openTransport, type TransportChoice } from './transport/select.ts';
 import type { ErofsLayoutKind, Transport } from './transport/transport.ts';
@@ -97,6 +97,8 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
   /** Layers that snapshots named last, and those that were here then. */
   #named: NamedLayers | undefined;
   #idleTimer: NodeJS.Timeout | undefined;
+  /** Calls that a container or a pull waits for. */
+  #mountsAsked = 0;
   readonly #stop = new AbortController();
 
   private constructor(
@@ -127,7 +129,8 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
     this.#credentials = parts.credentials;
     const store = parts.store;
     const idle = new IdleGate(
-      () => parts.loader.stats().misses,
+      // A pull asks registries before anybody reads, and a mount builds before that.
+      () => parts.loader.stats().misses + parts.registry.traffic.requests + this.#mountsAsked,
       () => parts.loader.stats().waiting > 0 || this.#intake.isReading,
     );
     this.#mounts = new MountTable({
@@ -219,7 +222,7 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
       native: native(),
       quotaBytes: config.quota_bytes,
       livingImages: imagesInUse,
-      readers: storeReaders,
+      devices: imageDevices,
       log,
     });
     const opened: AsyncDisposable[] = [registry, { [Symbol.asyncDispose]: () => store.close() }];
@@ -416,6 +419,7 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
     bottom: boolean,
     below: readonly BelowMessage[],
   ): Promise<{ path: string; mountId: number; rootUid: number; rootGid: number }> {
+    this.#mountsAsked++;
     const lowers: MountableBelow[] = [];
     for (const { directory, layers } of bottom ? [] : below) {
       if (layers.length > 0) lowers.push({ kind: 'layers', layers: await this.#intake.mountableLayers(layers) });

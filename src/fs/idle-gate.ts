@@ -5,7 +5,7 @@ import { setTimeout as sleep } from 'node:timers/promises';
 /** How often it is looked whether the node is still busy, milliseconds. */
 const LOOK_MS = 100;
 /** Nothing may have happened for this long, milliseconds: a start reads in bursts. */
-const QUIET_MS = 500;
+const QUIET_MS = 2_000;
 /** A node that is never quiet gets one batch done this often, milliseconds. */
 const PATIENCE_MS = 10_000;
 

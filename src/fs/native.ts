@@ -230,6 +230,11 @@ interface Addon {
   readXattrs(path: Uint8Array): { name: string; value: Buffer }[];
   /** fallocate(2) PUNCH_HOLE | KEEP_SIZE. */
   punchHole(fd: number, offset: number, length: number): Promise<void>;
+  /**
+   * Blocks of 4 KiB without data in ranges of a file (lseek(2), SEEK_HOLE); ranges and result are first block and number
+   * of blocks, alternating. Moves the offset of the descriptor. Errors: KERNEL.
+   */
+  findHoles(fd: number, ranges: Float64Array): Promise<Float64Array>;
   /** One byte per page of an open file: 1 when the page cache holds it (mincore(2)). Reads none of it. */
   residentPages(fd: number, length: number): Promise<Uint8Array>;
   /** Shared memory (memfd) for one bit per 4 KiB block of `storeBytes`, all zero; pages appear when touched. */

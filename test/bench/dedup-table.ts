@@ -40,6 +40,9 @@ const TARGET = 1.1;
 /** What index.db says and what `du` says may differ by this. */
 const AGREEMENT = 0.01;
 
+// Takes effect between two images: what was made is then removed in order.
+const interrupt = new AbortController();
+for (const signal of ['SIGINT', 'SIGTERM'] as const) process.once(signal, () => interrupt.abort());
 const say = (text: string): void => void process.stderr.write(`${text}\n`);
 
 /** Our own disk space after an image, all of those before it included. */
@@ -75,6 +78,7 @@ async function ownSpaces(product: Product, pushed: readonly Pushed[]): Promise<O
   try {
     const spaces: OwnSpace[] = [];
     for (const { image, plain, lazy } of pushed) {
+      interrupt.signal.throwIfAborted();
       say(`${image.tag}: bringing it in (${how})`);
       await bringIn({ containerd, product }, how!, { plain, lazy, chainId: image.layers.at(-1)!.chainId });
       const contentBytes = await diskBytes([`${containerd.root}/io.containerd.content.v1.content`]);
@@ -127,7 +131,7 @@ function partsTable(last: OwnSpace): string {
   const parts: [string, number][] = [
     ['chunks/store', last.store],
     ['chunks/sums', last.sums],
-    ['chunks/reserve', last.reserve],
+    ['reserve', last.reserve],
     ['images/', last.images],
     ['index.db and metadata.db', last.indexDb],
     ['snapshots/', last.snapshots],

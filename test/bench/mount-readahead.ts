@@ -28,7 +28,7 @@ function queues(root: string): string[] {
 }
 
 const registry = await RegistryProcess.start();
-const product = await Product.create({ log_level: 'info' });
+const product = await Product.create({ log_level: 'info', direct_mounts: false });
 try {
   const { dir } = await debianImages([PYTHON_IMAGE], console.log);
   const plain = await pushLayout(dir, PYTHON_IMAGE.tag, registry.host, 'python', 'plain');

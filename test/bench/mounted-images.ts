@@ -58,7 +58,8 @@ async function each<T>(items: readonly T[], width: number, work: (item: T) => Pr
 }
 
 const node = await LazyNode.start({
-  config: { log_level: 'info' },
+  // Every image has its part in dedupd, also once it is here completely.
+  config: { log_level: 'info', direct_mounts: false },
   containerd: { lifetimeSeconds: LIFETIME_SECONDS },
 });
 const client = new SnapshotsClient(node.containerd.address, {

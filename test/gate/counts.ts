@@ -157,7 +157,8 @@ class Counts {
 /** Errors: those of the commands; AssertionError when a byte is wrong. */
 export async function measureCounts(): Promise<Figures> {
   await using probe = await Probe.create();
-  const config = { log_level: 'info', prefetch: { enabled: false } };
+  // The kernel's reads are counted also of what is here completely.
+  const config = { log_level: 'info', direct_mounts: false, prefetch: { enabled: false } };
   const node = await LazyNode.start({ config, inside: probe.words });
   try {
     const counts = new Counts(node, probe);

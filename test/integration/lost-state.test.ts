@@ -25,7 +25,8 @@ describe('damaged and replaced state', () => {
   let two: PublishedImage;
 
   before(async () => {
-    node = await LazyNode.start();
+    // What the disk changes is told where dedupd is in between, in what it reads itself.
+    node = await LazyNode.start({ config: { direct_mounts: false } });
     one = await node.publish('team/one', await smallLayers('one'));
     two = await node.publish('team/two', await smallLayers('two'));
   });

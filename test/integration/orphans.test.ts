@@ -8,9 +8,11 @@ import { tmpdir } from 'node:os';
 import { dirname, join } from 'node:path';
 import { after, before, describe, test } from 'node:test';
 import { setImmediate } from 'node:timers/promises';
+import Database from 'better-sqlite3';
 import { parseConfig } from '../../src/config.ts';
 import { DataPlane } from '../../src/fs/data-plane.ts';
 import { MNT_DETACH, MS_RDONLY, native } from '../../src/fs/native.ts';
+import { imageDevices } from '../../src/fs/transport/erofs-mount.ts';
 import { createLogger } from '../../src/log.ts';
 import { RootPaths, RunPaths } from '../../src/paths.ts';
 import { mountsBelow, run, unmountBelow, waitFor } from '../support/containerd.ts';
@@ -231,7 +233,22 @@ describe('a dedupd that is killed while it mounts', () => {
     for (let i = 0; i < IMAGES; i++) assert.ok(await show(i));
     await hide();
 
+    const rows = (): unknown[] => {
+      const db = new Database(paths.indexDb, { readonly: true });
+      try {
+        return db.prepare('SELECT mount_id FROM direct_mounts ORDER BY 1').pluck().all();
+      } finally {
+        db.close();
+      }
+    };
+    /** Images that are read from the store itself: every one of these is here completely. */
+    const direct = async (): Promise<number[]> => {
+      const devices = (await imageDevices(storeId)).filter((device) => device.direct);
+      return devices.map(({ imageId }) => imageId).sort((a, b) => a - b);
+    };
+
     let kills = 0;
+    let rowsLeft = 0;
     for (let round = 0; round < 10 * KILLS && kills < KILLS; round++) {
       const showing = Promise.all(references.map((_, i) => show(i)));
       const wanted = 1 + (round % (2 * IMAGES - 1));
@@ -246,8 +263,12 @@ describe('a dedupd that is killed while it mounts', () => {
         (path) => readFileSync(`/sys/block/${path.slice(5)}/loop/autoclear`, 'utf8').trim() === '0',
       );
       if (stays.length > 0) kills++;
+      const before = rows();
+      rowsLeft += before.length;
+      for (const id of await direct()) assert.ok(before.includes(id), 'no device reads the store without a row');
 
       await startDaemon();
+      assert.deepEqual(rows(), await direct());
       const mounted = mountsBelow(paths.mounts);
       assert.equal((await devicesOfStore(storeId)).length, 2 * mounted.length);
       for (let i = 0; i < IMAGES; i++) {
@@ -260,9 +281,11 @@ describe('a dedupd that is killed while it mounts', () => {
       await product.client.retainLayers([]);
       assert.deepEqual(await devicesOfStore(storeId), []);
       assert.deepEqual(mountsBelow(paths.mounts), []);
+      assert.deepEqual(rows(), []);
       for (let i = 0; i < IMAGES; i++) assert.ok(await show(i), `image ${i} can be mounted again`);
       await hide();
     }
+    assert.ok(rowsLeft > 0, 'no kill left a row');
     assert.ok(kills > 0, 'no kill left devices which nothing but the next start takes away');
   });
 });

@@ -1,4 +1,5 @@
-// Every transport and layout that this kernel can mount, held to one suite.
+// Every transport and layout that this kernel can mount, held to one suite; those that can let go of images that are here
+// completely also as they are without that.
 import { mkdir } from 'node:fs/promises';
 import { join } from 'node:path';
 import { parseConfig } from '../../src/config.ts';
@@ -9,12 +10,15 @@ import { RootPaths, RunPaths } from '../../src/paths.ts';
 import { descriptorsOf, type OpenTransport, transportSuite } from '../suites/transport.ts';
 import { Product } from '../support/product.ts';
 
+/** What is not read yet is not here. */
+const NO_GUESSES = { prefetch: { enabled: false } };
+
 /** In this process: our own session answers hits on threads of its own. */
-function inProcess(layout: ErofsLayoutKind): OpenTransport {
+function inProcess(layout: ErofsLayoutKind, direct: boolean): OpenTransport {
   return async ({ dir, chunkBytes }) => {
     await mkdir(join(dir, 'root'), { recursive: true });
     const plane = await DataPlane.open({
-      config: parseConfig({ transport: 'fuse', chunk_size: chunkBytes }),
+      config: parseConfig({ ...NO_GUESSES, transport: 'fuse', direct_mounts: direct, chunk_size: chunkBytes }),
       paths: new RootPaths(join(dir, 'root')),
       run: new RunPaths(join(dir, 'run')),
       log: createLogger('test', { level: 'error', fd: 2 }),
@@ -35,7 +39,7 @@ function inProcess(layout: ErofsLayoutKind): OpenTransport {
 /** As an operator runs it: fuse-native cannot give its thread back before the process ends. */
 function asProduct(config: Readonly<Record<string, unknown>>): OpenTransport {
   return async ({ dir, chunkBytes }) => {
-    const product = await Product.create({ ...config, root: join(dir, 'root'), chunk_size: chunkBytes });
+    const product = await Product.create({ ...NO_GUESSES, ...config, root: join(dir, 'root'), chunk_size: chunkBytes });
     await product.start();
     const pid = await product.daemonPid();
     return {
@@ -47,6 +51,7 @@ function asProduct(config: Readonly<Record<string, unknown>>): OpenTransport {
   };
 }
 
-transportSuite('transport fuse, device layout', inProcess('device'));
-transportSuite('transport fuse, flat layout of kernels before 5.16', inProcess('flat'));
+transportSuite('transport fuse, device layout', inProcess('device', false));
+transportSuite('transport fuse, flat layout of kernels before 5.16', inProcess('flat', false));
+transportSuite('transport fuse, images read directly, device layout', inProcess('device', true));
 transportSuite('transport fuse-native, device layout', asProduct({ transport: 'fuse-native' }));

@@ -10,6 +10,7 @@ import { run } from '../support/containerd.ts';
 import { FaultProxy } from '../support/fault-proxy.ts';
 import { makeImage, pushLayout } from '../support/images.ts';
 import { noise } from '../support/lazy-node.ts';
+import { PROGRAM } from '../support/product.ts';
 import { RegistryProcess } from '../support/registry.ts';
 
 /** A running data plane with the transport under test, on `root` and `run` below a directory of the suite. */
@@ -77,8 +78,10 @@ export function transportSuite(title: string, openTransport: OpenTransport): voi
         { entries: [...files].slice(3).map(([name, content]) => ({ name, content })) },
       ];
       const image = await makeImage({ layers, into: join(dir, 'layout') });
-      await pushLayout(image.dir, image.tag, registry.host, 'files');
-      reference = `${proxy.host}/files:latest`;
+      // With an index: what is read whole to make one would be here already.
+      const pushed = await pushLayout(image.dir, image.tag, registry.host, 'files');
+      await run(PROGRAM, ['index', pushed, '--annotate', `${registry.host}/files:lazy`]);
+      reference = `${proxy.host}/files:lazy`;
       plane = await open();
       await plane.mount(reference, join(dir, 'mnt'));
     });

@@ -20,7 +20,7 @@ function layers(bottom: LayerSource, seed: string, count: number): LayerSource[]
 }
 
 /** SHA-256 of a file, or 'EIO'. Errors: any other; a read that hangs. */
-async function sumOfFile(path: string): Promise<string> {
+export async function sumOfFile(path: string): Promise<string> {
   const hash = createHash('sha256');
   const stream = createReadStream(path);
   const timer = setTimeout(
@@ -99,7 +99,7 @@ export class ColdContainer {
 }
 
 /** Undefined unless the container's task runs. */
-async function pidOf(node: LazyNode, name: string): Promise<number | undefined> {
+export async function pidOf(node: LazyNode, name: string): Promise<number | undefined> {
   const { stdout } = await node.containerd.ctr(['task', 'ls']);
   const [, pid, status] = new RegExp(`^${name}\\s+(\\d+)\\s+(\\S+)`, 'm').exec(stdout) ?? [];
   return status === 'RUNNING' ? Number(pid) : undefined;

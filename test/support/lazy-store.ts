@@ -184,6 +184,7 @@ export function nativeWith(replaced: Partial<StoreNative>): StoreNative {
     presenceSet: addon.presenceSet,
     presenceTest: addon.presenceTest,
     presenceClearEpoch: addon.presenceClearEpoch,
+    findHoles: addon.findHoles,
     punchHole: addon.punchHole,
     storePieces: addon.storePieces,
     readStore: addon.readStore,

@@ -46,7 +46,15 @@ const start = z.object({
   }),
   requests: amount,
   wireBytes: amount,
-  processes: z.array(z.object({ name: z.string(), cpuSeconds: amount, pssBytes: amount, writtenBytes: amount })),
+  processes: z.array(
+    z.object({
+      name: z.string(),
+      cpuSeconds: amount,
+      idleCpuSeconds: amount.exactOptional(),
+      pssBytes: amount,
+      writtenBytes: amount,
+    }),
+  ),
   diskBytes: time,
   deviceBytes: time.exactOptional(),
   requestTimes: z

@@ -1,26 +1,35 @@
 // Mounts that read the store file without dedupd: who they are is a committed row before the kernel gets the file, and
 // stays one until its device was seen gone, across any crash. Used by NodeStore; knows devices by what it is told of them.
+import { LRUCache } from 'lru-cache';
 import type { Logger } from '../../log.ts';
-import { BLOCK_BYTES } from '../../units.ts';
+import { BLOCK_BYTES, MiB } from '../../units.ts';
 import type { DirectMount, LayerPresence } from './index-protocol.ts';
 
-/** A device of this machine whose backing file is the store itself. */
-export interface StoreReader {
+/** A device of this machine that an image of this store is read through. */
+export interface ImageDevice {
   readonly imageId: number;
-  /** Path of the device. */
-  readonly device: string;
+  readonly path: string;
+  /** Its backing file is the store itself. */
+  readonly direct: boolean;
 }
 
 /** What is needed of the store and its database. */
 export interface DirectTarget {
-  /** Every device that reads the store itself. Errors: when that cannot be told. */
-  readers(): Promise<readonly StoreReader[]>;
+  /** Errors: when it cannot be told of a device whether it reads the store. */
+  devices(): Promise<readonly ImageDevice[]>;
   rows(): Promise<readonly number[]>;
-  layerPresence(layerIds: readonly number[]): Promise<LayerPresence>;
+  /** Gives images that are made from now on higher numbers. */
+  numberAbove(imageId: number): Promise<void>;
+  layerPresence(layerId: number): Promise<LayerPresence>;
   /** On the disk when it resolves. */
   add(mount: DirectMount): Promise<void>;
   drop(imageId: number): Promise<void>;
   isPresent(address: number, length: number): boolean;
+  /**
+   * Makes blocks absent that the disk has nothing of although they are held to be present; true when there were any.
+   * Ranges are first block and number of blocks, alternating. Errors: KERNEL.
+   */
+  dropHoles(ranges: Float64Array): Promise<boolean>;
   /** How often blocks were made absent so far. */
   clearEpoch(): number;
   /** Everything that is present is durable; `metadata`: what lies below the chunks as well. */
@@ -37,6 +46,9 @@ export interface WantedDirect extends DirectMount {
   readonly metadataInStore: boolean;
 }
 
+/** Memory for where the chunks of layers lie, bytes. */
+const RANGES_BYTES = 4 * MiB;
+
 /** Blocks that are taken away while it is looked whether all are here make that begin anew, this often at most. */
 const ATTEMPTS = 4;
 
@@ -47,30 +59,32 @@ export class DirectMounts {
   readonly #rows = new Map<number, object>();
   /** Images whose row may be older than their device, and how often that is so. */
   readonly #underWay = new Map<number, number>();
+  /** The blocks of layers, which never change: looking for them takes a few microseconds a chunk. */
+  readonly #ranges = new LRUCache<number, Float64Array>({
+    maxSize: RANGES_BYTES,
+    sizeCalculation: (ranges) => Math.min(ranges.byteLength + 64, RANGES_BYTES),
+  });
   /** Blocks that an image was found to lack. */
   readonly #lacks = new Map<number, { readonly address: number; readonly length: number }>();
-  /** Devices of images that no row names; undefined when that could not be told. */
-  #strangers: ReadonlySet<string> | undefined;
+  /** Devices that read the store, of images that no row names. */
+  #strangers: readonly ImageDevice[] = [];
 
   private constructor(target: DirectTarget, log: Logger) {
     this.#target = target;
     this.#log = log;
   }
 
-  /** Every row counts as alive until its device is seen to be gone. Errors: STORE_IO. */
+  /** Every row counts as alive until its device is seen to be gone. Errors: STORE_IO, KERNEL. */
   static async open(target: DirectTarget, log: Logger): Promise<DirectMounts> {
     const direct = new DirectMounts(target, log);
     for (const imageId of await target.rows()) direct.#rows.set(imageId, {});
-    try {
-      const readers = await target.readers();
-      direct.#strangers = new Set(readers.filter(({ imageId }) => !direct.#rows.has(imageId)).map(nameOf));
-      await direct.#dropGone(new Map(direct.#rows), readers);
-    } catch (error) {
-      log.error({ err: error }, 'it cannot be told which devices read the store: nothing of it is freed');
-    }
-    if (direct.#strangers !== undefined && direct.#strangers.size > 0) {
+    const devices = await target.devices();
+    // A device whose image index.db has forgotten must never pass for another image's, now or after the next start.
+    if (devices.length > 0) await target.numberAbove(Math.max(...devices.map(({ imageId }) => imageId)));
+    await direct.#seen(new Map(direct.#rows), devices);
+    if (direct.hasStrangers) {
       log.warn(
-        { devices: [...direct.#strangers] },
+        { devices: direct.#strangers },
         'index.db does not know images that are read from the store: nothing of it is freed until they are gone',
       );
     }
@@ -82,7 +96,7 @@ export class DirectMounts {
    * then no address may be punched, evicted or given again.
    */
   get hasStrangers(): boolean {
-    return this.#strangers === undefined || this.#strangers.size > 0;
+    return this.#strangers.length > 0;
   }
 
   /**
@@ -110,11 +124,15 @@ export class DirectMounts {
     const target = this.#target;
     for (let attempt = 0; attempt < ATTEMPTS; attempt++) {
       const epoch = target.clearEpoch();
-      const { missing, ranges } = await target.layerPresence(wanted.layers);
-      if (this.#anyAbsent(wanted.imageId, missing) || this.#anyAbsent(wanted.imageId, ranges)) return false;
+      const ranges = await this.#presentRanges(wanted);
+      if (ranges === undefined) return false;
       // Covers every byte that was just seen to be present, whenever it was written.
       await target.flush(wanted.metadataInStore);
-      if (missing.length > 0) continue; // Recorded now, unless that failed.
+      if (ranges === 'unrecorded') continue; // Recorded now, unless that failed.
+      // Nobody compares with sums any more what is read: at least no zeros may stand for bytes.
+      let holes = false;
+      for (const ofLayer of ranges) holes = (await target.dropHoles(ofLayer)) || holes;
+      if (holes) continue;
       const claimed = await target.serially(async () => {
         if (target.clearEpoch() !== epoch) return false;
         await target.add(wanted);
@@ -126,7 +144,29 @@ export class DirectMounts {
     return false;
   }
 
-  #anyAbsent(imageId: number, ranges: ArrayLike<number>): boolean {
+  /** The blocks of the image's layers, all present; 'unrecorded' where index.db does not know so; undefined: some are absent. */
+  async #presentRanges({ imageId, layers }: WantedDirect): Promise<Float64Array[] | 'unrecorded' | undefined> {
+    const found: Float64Array[] = [];
+    let unrecorded = false;
+    for (const layerId of layers) {
+      let ranges = this.#ranges.get(layerId);
+      if (ranges === undefined) {
+        const presence = await this.#target.layerPresence(layerId);
+        if (this.#anyAbsent(imageId, presence.missing)) return undefined;
+        if (presence.missing.length > 0) {
+          unrecorded = true;
+          continue;
+        }
+        ranges = presence.ranges;
+        this.#ranges.set(layerId, ranges);
+      }
+      if (this.#anyAbsent(imageId, ranges)) return undefined;
+      found.push(ranges);
+    }
+    return unrecorded ? 'unrecorded' : found;
+  }
+
+  #anyAbsent(imageId: number, ranges: Float64Array): boolean {
     for (let i = 0; i + 1 < ranges.length; i += 2) {
       const range = { address: ranges[i]! * BLOCK_BYTES, length: ranges[i + 1]! * BLOCK_BYTES };
       if (this.#target.isPresent(range.address, range.length)) continue;
@@ -148,22 +188,20 @@ export class DirectMounts {
    */
   async look(mounted: (imageId: number) => boolean = () => false): Promise<void> {
     const asked = new Map([...this.#rows].filter(([id]) => !mounted(id) && !this.#underWay.has(id)));
-    if (asked.size === 0 && !this.hasStrangers) return;
+    const hadStrangers = this.hasStrangers;
+    if (asked.size === 0 && !hadStrangers) return;
     try {
-      const readers = await this.#target.readers();
-      const hadStrangers = this.hasStrangers;
-      const unknown = readers.filter(
-        (reader) => !this.#rows.has(reader.imageId) || this.#strangers?.has(nameOf(reader)) === true,
-      );
-      this.#strangers = new Set(unknown.map(nameOf));
-      await this.#dropGone(asked, readers);
+      await this.#seen(asked, await this.#target.devices());
       if (hadStrangers && !this.hasStrangers) await this.#target.strangersGone();
     } catch (error) {
       this.#log.error({ err: error }, 'devices that read the store cannot be looked at');
     }
   }
 
-  async #dropGone(asked: ReadonlyMap<number, object>, readers: readonly StoreReader[]): Promise<void> {
+  async #seen(asked: ReadonlyMap<number, object>, devices: readonly ImageDevice[]): Promise<void> {
+    const readers = devices.filter(({ direct }) => direct);
+    // Devices of our own had their rows before they were attached.
+    this.#strangers = readers.filter(({ imageId }) => !this.#rows.has(imageId));
     const alive = new Set(readers.map(({ imageId }) => imageId));
     for (const [imageId, token] of asked) {
       // A row made meanwhile belongs to a device that was attached after the list was made.
@@ -172,8 +210,4 @@ export class DirectMounts {
       if (this.#rows.get(imageId) === token) this.#rows.delete(imageId);
     }
   }
-}
-
-function nameOf({ imageId, device }: StoreReader): string {
-  return `${device} (image ${imageId})`;
 }

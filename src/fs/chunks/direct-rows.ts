@@ -27,21 +27,19 @@ function isDurable(size: number, pieceBytes: number, mask: number): boolean {
   return (mask & all) === all;
 }
 
-/** Which blocks the chunks of these layers take, if every piece of them is durable; else some chunks of which one is not. */
-export function layerPresence(db: Database.Database, layerIds: readonly number[]): LayerPresence {
+/** Which blocks the chunks of a layer take, if every piece of them is durable; else some chunks of which one is not. */
+export function layerPresence(db: Database.Database, layerId: number): LayerPresence {
   const rows = db.prepare(CHUNKS_OF_LAYER).raw();
   const lengths = new Map<number, number>();
   const missing: number[] = [];
-  for (const layerId of layerIds) {
-    for (const [block, size, pieceBytes, mask] of rows.iterate(layerId, layerId) as IterableIterator<ChunkRow>) {
-      const blocks = Math.ceil(size / BLOCK_BYTES);
-      lengths.set(block, blocks);
-      if (isDurable(size, pieceBytes, mask)) continue;
-      missing.push(block, blocks);
-      if (missing.length === 2 * MOST_MISSING) return { missing, ranges: new Float64Array(0) };
-    }
+  for (const [block, size, pieceBytes, mask] of rows.iterate(layerId, layerId) as IterableIterator<ChunkRow>) {
+    const blocks = Math.ceil(size / BLOCK_BYTES);
+    lengths.set(block, blocks);
+    if (isDurable(size, pieceBytes, mask)) continue;
+    missing.push(block, blocks);
+    if (missing.length === 2 * MOST_MISSING) break;
   }
-  if (missing.length > 0) return { missing, ranges: new Float64Array(0) };
+  if (missing.length > 0) return { missing: Float64Array.from(missing), ranges: new Float64Array(0) };
   const ranges: number[] = [];
   let end = -1;
   for (const block of Float64Array.from(lengths.keys()).sort()) {
@@ -50,7 +48,7 @@ export function layerPresence(db: Database.Database, layerIds: readonly number[]
     else ranges.push(block, blocks);
     end = block + blocks;
   }
-  return { missing, ranges: Float64Array.from(ranges) };
+  return { missing: new Float64Array(0), ranges: Float64Array.from(ranges) };
 }
 
 /** Records a mount and pins its layers. The transaction is on the disk before the device reads the store. */
@@ -71,6 +69,12 @@ export function dropDirect(db: Database.Database, imageId: number, pinned: boole
 /** Images with a row. */
 export function directMounts(db: Database.Database): number[] {
   return db.prepare('SELECT mount_id FROM direct_mounts ORDER BY mount_id').pluck().all() as number[];
+}
+
+/** Has AUTOINCREMENT continue after this number, if it has not come so far. */
+export function numberImagesAbove(db: Database.Database, imageId: number): void {
+  const raised = db.prepare("UPDATE sqlite_sequence SET seq = max(seq, ?) WHERE name = 'images'").run(imageId);
+  if (raised.changes === 0) db.prepare("INSERT INTO sqlite_sequence (name, seq) VALUES ('images', ?)").run(imageId);
 }
 
 /** Rows of another history of this store: what their numbers mean is not known here. */

@@ -92,7 +92,7 @@ export interface OpenRequest {
   readonly reuseGeneration: number;
   /** Numbers of images that are in use on this machine: none of them is given again. Undefined: not known. */
   readonly livingImages: readonly number[] | undefined;
-  /** True when a device of this machine reads the store file itself, or that is not known. */
+  /** True when a device of this machine reads the store file itself. */
   readonly directReaders: boolean;
   /** False when the sums of the store's blocks are new: recorded presence cannot be checked. */
   readonly summed: boolean;
@@ -191,10 +191,10 @@ export interface DirectMount {
   readonly layers: readonly number[];
 }
 
-/** What of some layers is durable: first block and number of blocks, alternating. */
+/** What of a layer is durable: first block and number of blocks, alternating. */
 export interface LayerPresence {
   /** Chunks that are not wholly durable, but not more than tell; empty when all are. */
-  readonly missing: readonly number[];
+  readonly missing: Float64Array;
   /** If all are: the blocks they take, ascending and joined. */
   readonly ranges: Float64Array;
 }
@@ -255,11 +255,13 @@ export interface IndexCalls {
   unpin: { args: { mountId: number }; result: null };
   /** Pins of mounts that read the store themselves stay, here and above. */
   unpinAll: { args: Record<string, never>; result: null };
-  layerPresence: { args: { layerIds: readonly number[] }; result: LayerPresence };
+  layerPresence: { args: { layerId: number }; result: LayerPresence };
   /** Committed with synchronous=FULL, pins included. */
   addDirect: { args: DirectMount; result: null };
   /** `pinned`: the image is mounted otherwise, and stays pinned. */
   dropDirect: { args: { imageId: number; pinned: boolean }; result: null };
+  /** Images that are made from now on get higher numbers. */
+  numberImagesAbove: { args: { imageId: number }; result: null };
   directMounts: { args: Record<string, never>; result: readonly number[] };
   totals: { args: Record<string, never>; result: ChunkTotals };
   checkpoint: { args: Record<string, never>; result: null };

@@ -183,11 +183,8 @@ export class IndexWriter {
    * history, which somebody still has mounted, is told from those to come.
    */
   #neverNumber(images: readonly number[]): number {
-    const given = this.#db.prepare("SELECT seq FROM sqlite_sequence WHERE name = 'images'").pluck().get();
-    const last = Math.max((given as number | undefined) ?? 0, ...images);
-    this.#db.prepare("DELETE FROM sqlite_sequence WHERE name = 'images'").run();
-    this.#db.prepare("INSERT INTO sqlite_sequence (name, seq) VALUES ('images', ?)").run(last);
-    return last;
+    direct.numberImagesAbove(this.#db, Math.max(0, ...images));
+    return this.#db.prepare("SELECT seq FROM sqlite_sequence WHERE name = 'images'").pluck().get() as number;
   }
 
   /** Runs `work` in a transaction that is on the disk when this returns (synchronous=FULL). */
@@ -480,8 +477,8 @@ export class IndexWriter {
     direct.unpin(this.#db);
   }
 
-  layerPresence(layerIds: readonly number[]): LayerPresence {
-    return direct.layerPresence(this.#db, layerIds);
+  layerPresence(layerId: number): LayerPresence {
+    return direct.layerPresence(this.#db, layerId);
   }
 
   addDirect(mount: DirectMount): void {
@@ -490,6 +487,10 @@ export class IndexWriter {
 
   dropDirect(imageId: number, pinned: boolean): void {
     this.#db.transaction(() => direct.dropDirect(this.#db, imageId, pinned))();
+  }
+
+  numberImagesAbove(imageId: number): void {
+    this.#db.transaction(() => direct.numberImagesAbove(this.#db, imageId))();
   }
 
   directMounts(): number[] {

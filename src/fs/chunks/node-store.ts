@@ -142,8 +142,8 @@ export class NodeStore {
       await file.writeHeader({ pendingGeneration: nextGeneration });
       const living = await options.livingImages?.(file.name);
       const livingImages = living === undefined ? undefined : [...living];
-      const readers = options.readers === undefined ? [] : await options.readers(file.name).catch(() => undefined);
-      const directReaders = readers === undefined || readers.length > 0;
+      const devices = options.devices === undefined ? [] : await options.devices(file.name);
+      const directReaders = devices.some(({ direct }) => direct);
       const opened = await IndexDb.open({
         file: paths.indexDb,
         ...header,
@@ -167,7 +167,7 @@ export class NodeStore {
       }
       const store = new NodeStore(options, file, db, presence, answer);
       // Before anything is punched: what an earlier process let the kernel read without it may still be read.
-      store.#direct = await DirectMounts.open(store.#directTarget(options.readers), log);
+      store.#direct = await DirectMounts.open(store.#directTarget(options.devices), log);
       await store.#space.punchFreed(answer.toPunch);
       await store.#space.punchEvicted(answer.evicted);
       if (!(await store.#reserve.fill())) log.warn('the disk has no room for the space that cleaning a full one takes');
@@ -180,20 +180,36 @@ export class NodeStore {
     }
   }
 
-  #directTarget(readers: NodeStoreOptions['readers']): DirectTarget {
+  #directTarget(devices: NodeStoreOptions['devices']): DirectTarget {
     const db = this.#db;
     return {
-      readers: async () => (await readers?.(this.id)) ?? [],
+      devices: async () => (await devices?.(this.id)) ?? [],
+      numberAbove: async (imageId) => void (await db.call('numberImagesAbove', { imageId })),
       rows: () => db.call('directMounts', {}),
-      layerPresence: (layerIds) => db.call('layerPresence', { layerIds }),
+      layerPresence: (layerId) => db.call('layerPresence', { layerId }),
       add: async (mount) => void (await db.call('addDirect', mount)),
       drop: async (imageId) => void (await db.call('dropDirect', { imageId, pinned: this.#pinned.has(imageId) })),
       isPresent: (address, length) => this.isPresent(address, length),
+      dropHoles: (ranges) => this.#dropHoles(ranges),
       clearEpoch: () => this.#native.presenceClearEpoch(),
-      flush: (metadata) => this.flush(metadata),
+      flush: async (metadata) => {
+        this.#mustBeOpen();
+        // What a call has written is present before the call has returned and handed it on to be flushed.
+        await Promise.allSettled(this.#using);
+        await this.#durability.flush(metadata);
+      },
       serially: (work) => this.#serially(work),
       strangersGone: () => this.#serially(() => this.#space.punchPostponed()),
     };
+  }
+
+  async #dropHoles(ranges: Float64Array): Promise<boolean> {
+    const holes = await this.#track(this.#native.findHoles(this.fd, ranges));
+    for (let i = 0; i + 1 < holes.length; i += 2) {
+      this.#clear(holes[i]!, holes[i + 1]!);
+      this.damaged(holes[i]! * BLOCK_BYTES, holes[i + 1]! * BLOCK_BYTES);
+    }
+    return holes.length > 0;
   }
 
   /** The mounts that read the store file without this process. */
@@ -636,12 +652,10 @@ export class NodeStore {
     if (!stored.every((good) => good === 1)) throw new DedupError('STORE_IO', `metadata ${file} could not be stored`);
   }
 
-  /** Makes everything that is present now durable; `metadata`: that of flat images too. Errors: STORE_IO, STORE_FULL. */
-  async flush(metadata = false): Promise<void> {
+  /** Makes everything that is present now durable. Errors: STORE_IO, STORE_FULL. */
+  flush(): Promise<void> {
     this.#mustBeOpen();
-    // What a call has written is present before the call has returned and handed it on to be flushed.
-    await Promise.allSettled(this.#using);
-    await this.#durability.flush(metadata);
+    return this.#durability.flush();
   }
 
   /** The image with this key (a digest over its layers and layout), made when it is new: then its state is `building`. */

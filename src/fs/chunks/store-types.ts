@@ -2,7 +2,7 @@
 import type { Logger } from '../../log.ts';
 import type { RootPaths } from '../../paths.ts';
 import type { ReadStoreJob, StorePiecesJob, StoreRead } from '../native.ts';
-import type { StoreReader } from './direct-mounts.ts';
+import type { ImageDevice } from './direct-mounts.ts';
 import type { ChunkTotals, LayerSourceName, LayerTrust } from './index-protocol.ts';
 
 /** What the store needs of the native addon. */
@@ -12,6 +12,7 @@ export interface StoreNative {
   presenceSet(presence: Uint8Array, firstBlock: number, count: number, value: boolean): void;
   presenceTest(presence: Uint8Array, firstBlock: number, count: number): boolean;
   presenceClearEpoch(): number;
+  findHoles(fd: number, ranges: Float64Array): Promise<Float64Array>;
   punchHole(fd: number, offset: number, length: number): Promise<void>;
   storePieces(job: StorePiecesJob): Promise<Uint8Array>;
   readStore(job: ReadStoreJob): Promise<StoreRead>;
@@ -37,8 +38,8 @@ export interface NodeStoreOptions {
    * a row or not. Absent: not known, and no address is ever given again. Errors: whatever keeps it from being known.
    */
   readonly livingImages?: (storeId: string) => Promise<ReadonlySet<number>>;
-  /** Devices whose backing file is the store called so. Absent: nothing reads the store but this process. */
-  readonly readers?: (storeId: string) => Promise<readonly StoreReader[]>;
+  /** Devices of this machine that images of the store called so are read through. Absent: there are none. */
+  readonly devices?: (storeId: string) => Promise<readonly ImageDevice[]>;
   /** Disk space kept back so that a full disk can still be cleaned, bytes. Default 16 MiB. */
   readonly reserveBytes?: number;
 }

@@ -168,10 +168,11 @@ function isAttached(device: string): boolean {
   return backingFileOf(device) !== undefined;
 }
 
-/** The devices that read the store file itself, whoever attached them. Errors: KERNEL when that cannot be told. */
-export async function storeReaders(storeId: string): Promise<{ imageId: number; device: string }[]> {
-  const devices = await devicesOf(storeId);
-  return devices.filter(({ direct }) => direct).map(({ imageId, path }) => ({ imageId, device: path }));
+/** The data devices of a store's images, whoever attached them. Errors: KERNEL when one may read the store itself. */
+export async function imageDevices(
+  storeId: string,
+): Promise<{ readonly imageId: number; readonly path: string; readonly direct: boolean }[]> {
+  return (await devicesOf(storeId)).filter(({ kind }) => kind === 'data');
 }
 
 /** What the data device of an image is called. */

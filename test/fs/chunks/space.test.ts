@@ -325,8 +325,8 @@ describe('addresses whose chunks are gone', () => {
     const { nextAddress } = await test.node.store.stats();
     const { id } = await test.node.store.createImage('newer', [newer.layerId]);
     living.add(id);
-    let reading = [{ imageId: id, device: '/dev/none' }];
-    await putBack(test, before, { readers: async () => reading });
+    let reading = [{ imageId: id, path: '/dev/none', direct: true }];
+    await putBack(test, before, { devices: async () => reading });
     // What the copy says lies there would be written over what the stranger reads.
     assert.deepEqual(await test.node.store.layers(), []);
     const again = await addRead(test, stays.layer);
