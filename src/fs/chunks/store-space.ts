@@ -7,7 +7,7 @@ import { BLOCK_BYTES, MiB, roundUp } from '../../units.ts';
 import { type ColdPiece, ColdPieces } from './cold-pieces.ts';
 import type { Durability } from './durability.ts';
 import type { IndexDb } from './index-db.ts';
-import type { StoreRange } from './index-protocol.ts';
+import type { ColdChunks, ColdChunksRequest, StoreRange } from './index-protocol.ts';
 import { countPresent, isAnyPresent } from './presence.ts';
 import type { SpaceReserve } from './space-reserve.ts';
 import type { StoreFile } from './store-file.ts';
@@ -273,7 +273,6 @@ export class StoreSpace {
   /** Makes room on a full disk for a write of so many bytes. False when nothing could be evicted. */
   async makeRoom(bytes: number): Promise<boolean> {
     try {
-      await this.#parts.reserve.release();
       const freed = await this.evict(Math.max(FULL_DISK_BYTES, 4 * bytes));
       if (freed === 0) return false;
       this.#log.warn({ freed }, 'the disk is full: what was not used for longest was evicted');
@@ -284,6 +283,7 @@ export class StoreSpace {
       this.#log.warn({ err: error }, 'no room could be made on a full disk');
       return false;
     } finally {
+      // Where there is room for it again.
       await this.#parts.reserve.fill();
     }
   }
@@ -302,7 +302,7 @@ export class StoreSpace {
     // What is not durable yet is in no order.
     await this.#parts.durability.flush();
     const cold = new ColdPieces({
-      page: (request) => this.#parts.db.call('coldChunks', request),
+      page: (request) => this.#page(request),
       latestUse: (address, length) => this.#parts.touched.latest(address, length),
       isPresent: (address, length) =>
         isAnyPresent(this.#parts.presence, address / BLOCK_BYTES, roundUp(length, BLOCK_BYTES) / BLOCK_BYTES),
@@ -318,6 +318,15 @@ export class StoreSpace {
     }
     await cold.finish();
     return freed;
+  }
+
+  async #page(request: ColdChunksRequest): Promise<ColdChunks> {
+    const { db, reserve } = this.#parts;
+    return await db.call('coldChunks', request).catch(async (error: unknown) => {
+      if (errorCode(error) !== 'STORE_FULL') throw error;
+      await reserve.release();
+      return await db.call('coldChunks', request);
+    });
   }
 
   /** Commits the loss of pieces, makes them absent, and punches them. */
