@@ -143,7 +143,8 @@ export class LayerIntake {
   constructor(options: LayerIntakeOptions) {
     this.#options = options;
     this.#eager = new EagerLayers({
-      takeIn: (wanted, blob, source, progress, signal) => this.takeIn(wanted, blob, source, progress, signal),
+      // The pull that waits for it keeps it from then on; when none does any more, nothing has to.
+      takeIn: (wanted, blob, source, progress, signal) => this.takeIn(wanted, blob, source, progress, signal, true),
       stop: options.stop,
     });
     this.#catalog = options.catalog;
@@ -411,7 +412,7 @@ export class LayerIntake {
 
   /**
    * Reads a whole layer from `source`: indexes it, keeps its chunks where the layout allows, and adds it. It is kept for
-   * whoever is about to use it. Errors: LAYER_NOT_LAZY, LAYER_INVALID, STORE_IO, STORE_FULL, and those of the stream.
+   * whoever is about to use it; `forSnapshot`: for a moment, as expect() says. Errors: LAYER_NOT_LAZY, LAYER_INVALID, STORE_IO, STORE_FULL, and those of the stream.
    */
   takeIn(
     wanted: WantedLayer,
@@ -419,8 +420,9 @@ export class LayerIntake {
     source: LayerStream,
     progress: (bytesDone: number) => void,
     signal: AbortSignal,
+    forSnapshot = false,
   ): Promise<LayerRecord> {
-    return this.takeInBuilt(wanted, (sizes, onPiece) =>
+    const build: BuildLayer = (sizes, onPiece) =>
       buildLayerIndex({
         ...source,
         ...sizes,
@@ -429,12 +431,12 @@ export class LayerIntake {
         onProgress: progress,
         onPiece,
         signal,
-      }),
-    );
+      });
+    return this.takeInBuilt(wanted, build, forSnapshot);
   }
 
   /** The same for what `build` reads, in whatever form. */
-  async takeInBuilt(wanted: WantedLayer, build: BuildLayer): Promise<LayerRecord> {
+  async takeInBuilt(wanted: WantedLayer, build: BuildLayer, forSnapshot = false): Promise<LayerRecord> {
     const chunkBytes = this.#options.config.chunk_size;
     const sizes = { chunkBytes, pieceBytes: Math.min(MiB, chunkBytes) };
     // Files in one run each have no place before their size in the store is known.
@@ -450,7 +452,7 @@ export class LayerIntake {
       this.#keeping.add(keeping);
       try {
         const row = await keeping;
-        this.expect(row);
+        this.expect(row, forSnapshot);
         if (wanted.sources.length > 0) await this.#keepIndex(row, indexBlob.length + restartBlob.length);
         return row;
       } finally {

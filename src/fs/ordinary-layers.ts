@@ -9,7 +9,7 @@ import type { NodeStore } from './chunks/node-store.ts';
 import { type BuiltIndex, buildLayerIndex } from './index/builder.ts';
 import type { OnPiece } from './index/chunker.ts';
 import { EntryType } from './index/layer-index.ts';
-import type { LayerIntake, WantedLayer } from './layer-intake.ts';
+import type { BuildLayer, LayerIntake, WantedLayer } from './layer-intake.ts';
 import type { LocalBlobs } from './registry/local-blobs.ts';
 
 /** An unpacked layer, with what its client said of it; "" where it said nothing. */
@@ -101,19 +101,23 @@ export class OrdinaryLayers {
         manifest,
         reference: '',
       };
-      const row = await intake.takeInBuilt(wanted, async (sizes, onPiece) => {
-        const built = await buildLayerIndex({
-          stream: this.#held(blob.stream, signal),
-          layerDigest: digest,
-          layerBytes: blob.size,
-          ...sizes,
-          onPiece,
-          onProgress: (bytes) => progress(bytes, 0),
-          signal,
-        });
-        requireSelfContained(built);
-        return built;
-      });
+      const row = await intake.takeInBuilt(
+        wanted,
+        async (sizes, onPiece) => {
+          const built = await buildLayerIndex({
+            stream: this.#held(blob.stream, signal),
+            layerDigest: digest,
+            layerBytes: blob.size,
+            ...sizes,
+            onPiece,
+            onProgress: (bytes) => progress(bytes, 0),
+            signal,
+          });
+          requireSelfContained(built);
+          return built;
+        },
+        true,
+      );
       if (isDigest(manifest)) this.#options.indexed(manifest, source);
       return row;
     } catch (error) {
@@ -148,7 +152,7 @@ export class OrdinaryLayers {
     };
     const { directory } = layer;
     const gate = (): Promise<void> | undefined => this.#options.gate(signal);
-    return await intake.takeInBuilt(wanted, (sizes, onPiece) => {
+    const build: BuildLayer = (sizes, onPiece) => {
       if (onPiece === undefined) throw new DedupError('LAYER_NOT_LAZY', 'kernels before 5.16 keep ordinary layers');
       return this.#options.readDirectory({
         directory,
@@ -159,7 +163,8 @@ export class OrdinaryLayers {
         gate,
         signal,
       });
-    });
+    };
+    return await intake.takeInBuilt(wanted, build, true);
   }
 }
 

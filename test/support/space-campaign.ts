@@ -217,7 +217,7 @@ export class SpaceCampaign {
     await containerd.ctr(['container', 'rm', target.name]);
     this.#result.removals++;
     // Another container of the same image goes on without its record.
-    if (this.#random(3) > 0) await containerd.ctr(['images', 'rm', target.reference], { allowFailure: true });
+    if (this.#random(3) > 0) await containerd.ctr(['images', 'rm', '--sync', target.reference], { allowFailure: true });
   }
 
   async #collect(): Promise<void> {
@@ -276,7 +276,7 @@ export class SpaceCampaign {
     for (const target of [...this.#targets]) await this.#remove(target);
     for (const { published } of this.#pool) {
       for (const reference of [published.lazy, published.plain])
-        await containerd.ctr(['images', 'rm', reference], { allowFailure: true });
+        await containerd.ctr(['images', 'rm', '--sync', reference], { allowFailure: true });
     }
     await waitFor(
       'nothing to be left',
