@@ -1,7 +1,6 @@
 // Everything dedupd does, put together: layers and their indexes, the node store, the LazyLoader, one transport, the
 // mounted images. The control server calls it; it decides nothing about snapshots.
-import { readdir, rm } from 'node:fs/promises';
-import { isAbsolute, join } from 'node:path';
+import { isAbsolute } from 'node:path';
 import type { Config } from '../config.ts';
 import { type Digest, isDigest } from '../digest.ts';
 import { DedupError } from '../errors.ts';
@@ -28,13 +27,14 @@ import type {
 import { buildDirectoryIndex } from './directory/build-index.ts';
 import { IdleGate } from './idle-gate.ts';
 import { buildImage, prepareBuilder } from './image/build-image.ts';
+import { type ImageAhead, ImagesAhead, type ManifestLayer, type ReadProgress } from './image-ahead.ts';
 import { IndexCatalog } from './index/discovery.ts';
 import { IndexPublisher } from './index/index-publisher.ts';
 import { KeptIndexes } from './index/kept-indexes.ts';
 import type { LayerIndex } from './index/layer-index.ts';
 import { RestartReader, WindowCache } from './index/restart-reader.ts';
 import { LayerBook } from './layer-book.ts';
-import { type ImageAhead, LayerIntake, type ManifestLayer, type ReadProgress } from './layer-intake.ts';
+import { LayerIntake } from './layer-intake.ts';
 import { LazyLoader } from './lazy-loader.ts';
 import { type MountableBelow, type MountableLayer, MountTable } from './mount-table.ts';
 import { native } from './native.ts';
@@ -45,6 +45,7 @@ import type { Repository } from './registry/blob-reader.ts';
 import { type Credentials, parseUserPassword } from './registry/credentials.ts';
 import type { LocalBlobs } from './registry/local-blobs.ts';
 import { RegistryPool, type RepositoryName } from './registry/pool.ts';
+import { Retention } from './retention.ts';
 import { collectGarbage, reportSpace } from './space-report.ts';
 import { dataDeviceName, detachOrphans, imageDevices, imagesInUse } from './transport/erofs-mount.ts';
 import { inspectMachine } from './transport/machine.ts';
@@ -56,12 +57,6 @@ const WINDOW_CACHE_BYTES = 4 * MiB;
 
 /** A burst of reads is over when none came for this long. */
 const IDLE_CHECK_MS = 1_000;
-
-/** Layers that snapshots name, and those that were here when the list was made. */
-interface NamedLayers {
-  readonly layers: readonly LayerKeyMessage[];
-  readonly before: ReadonlySet<number>;
-}
 
 export interface DataPlaneOptions {
   readonly config: Config;
@@ -87,15 +82,12 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
   readonly #transport: Transport;
   readonly #mounts: MountTable;
   readonly #intake: LayerIntake;
-  readonly #kept: KeptIndexes;
   readonly #publisher: IndexPublisher;
+  readonly #ahead: ImagesAhead;
   readonly #ordinary: OrdinaryLayers;
+  readonly #retention: Retention;
   readonly #references: ReferenceMounts;
   readonly #credentials: Map<string, Credentials>;
-  /** Mount ids that keys of the snapshotter were given, as told last. */
-  #inUse: ReadonlySet<number> = new Set();
-  /** Layers that snapshots named last, and those that were here then. */
-  #named: NamedLayers | undefined;
   #idleTimer: NodeJS.Timeout | undefined;
   /** Calls that a container or a pull waits for. */
   #mountsAsked = 0;
@@ -123,7 +115,6 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
     this.#repository = parts.repository;
     this.#store = parts.store;
     this.#book = parts.book;
-    this.#kept = parts.kept;
     this.#loader = parts.loader;
     this.#transport = parts.transport;
     this.#credentials = parts.credentials;
@@ -131,7 +122,7 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
     const idle = new IdleGate(
       // A pull asks registries before anybody reads, and a mount builds before that.
       () => parts.loader.stats().misses + parts.registry.traffic.requests + this.#mountsAsked,
-      () => parts.loader.stats().waiting > 0 || this.#intake.isReading,
+      () => parts.loader.stats().waiting > 0 || this.#ahead.isReading,
     );
     this.#mounts = new MountTable({
       paths: options.paths,
@@ -167,11 +158,28 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
       kept: parts.kept,
       paths: options.paths,
       contiguousFiles: parts.choice.layout === 'flat',
+      stop: this.#stop.signal,
+      log: options.log,
+    });
+    this.#ahead = new ImagesAhead({
+      intake: this.#intake,
+      book: parts.book,
+      repository: parts.repository,
+      readsWhole: parts.choice.layout !== 'flat' && options.config.index_trust.includes('local'),
       expectBuild: prepareBuilder,
       prebuild: (layers, config) => this.#prebuild(layers, config),
       indexed: (manifest, source) => this.#indexed(manifest, source),
       stop: this.#stop.signal,
       log: options.log,
+    });
+    this.#retention = new Retention({
+      paths: options.paths,
+      store,
+      book: parts.book,
+      kept: parts.kept,
+      intake: this.#intake,
+      ahead: this.#ahead,
+      mounts: this.#mounts,
     });
     this.#ordinary = new OrdinaryLayers({
       store,
@@ -197,7 +205,7 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
       scopeOf: (source) => this.#intake.scopeOf(source),
       known: async (wanted, signal) => {
         const row = await this.#intake.layer(wanted, signal);
-        this.#intake.expect(row);
+        this.#intake.expected.forMount(row.id);
         return row;
       },
       indexHere: (wanted, blob, repository, progress, signal) =>
@@ -290,7 +298,7 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
       plane.#watchForIdleTimes();
       await store.unpinAll();
       // First: what has no metadata any more is not taken over.
-      await plane.#removeOrphanFiles();
+      await plane.#retention.removeOrphanFiles();
       await plane.#references.resume(await plane.#mounts.resume());
       await detachOrphans(store.id, log);
       await store.direct.look();
@@ -373,7 +381,7 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
     ours: Promise<boolean>,
   ): ImageAhead {
     const from = { host: source.host, repository: source.path };
-    return this.#intake.imageAhead(manifest, layers, config, from, onRead, ours);
+    return this.#ahead.ofPull(manifest, layers, config, from, onRead, ours);
   }
 
   /** Builds an image's file system ahead of its mount, and has the files of its start fetched. Errors: those of the layers. */
@@ -402,7 +410,8 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
   ): Promise<string> {
     const path = await this.#references.mount(request, progress, AbortSignal.any([signal, this.#stop.signal]));
     // The mount keeps its layers now.
-    for (const image of this.#mounts.list()) this.#intake.arrived(image.layers.map(({ layerId }) => layerId));
+    for (const image of this.#mounts.list())
+      for (const { layerId } of image.layers) this.#intake.expected.arrived(layerId);
     return path;
   }
 
@@ -411,6 +420,7 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
   }
 
   prepareLayer(request: PrepareLayerMessage): Promise<{ lazy: boolean; reason: string; layer: LayerKeyMessage }> {
+    if (isDigest(request.manifest)) this.#ahead.ofPrepare(request.manifest, request.sources);
     return this.#intake.prepareLayer(request);
   }
 
@@ -454,57 +464,12 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
     return { digest: row.digest, index: row.indexDigest, scope: row.scope };
   }
 
-  async releaseImages(inUse: readonly number[]): Promise<number> {
-    this.#inUse = new Set(inUse);
-    return await this.#mounts.release(this.#inUse, () => true);
+  releaseImages(inUse: readonly number[]): Promise<number> {
+    return this.#retention.releaseImages(inUse);
   }
 
-  async retainLayers(layers: readonly LayerKeyMessage[]): Promise<number> {
-    const startedMs = performance.now();
-    const before = new Set(this.#book.all().map(({ id }) => id));
-    this.#intake.forgetPromisesBefore(startedMs);
-    this.#named = { layers, before };
-    return await this.#retain(this.#named, (kept) => this.#mounts.release(this.#inUse, kept));
-  }
-
-  /**
-   * Drops layers that were here when the list was made and that neither it nor anybody since names; before, unmounts
-   * images by `release`, which is told what is kept.
-   */
-  async #retain(
-    { layers, before }: NamedLayers,
-    release: (kept: (layerId: number) => boolean) => Promise<unknown>,
-  ): Promise<number> {
-    const keep = new Set<number>();
-    for (const key of layers) {
-      const row = this.#book.find(key);
-      if (row !== undefined) keep.add(row.id);
-    }
-    // The caller may give up waiting and let others prepare: what they are told meanwhile is not on its list.
-    const kept = (id: number): boolean => keep.has(id) || this.#intake.isPromised(id) || !before.has(id);
-    await release(kept);
-    const named = new Set(keep);
-    for (const image of this.#mounts.list()) for (const layer of image.layers) keep.add(layer.layerId);
-    // Layers of an image that is just being pulled have no snapshot yet.
-    for (const adding of this.#intake.underWay()) await adding.then((row) => keep.add(row.id)).catch(() => undefined);
-    for (const layerId of this.#intake.stillExpected(named)) keep.add(layerId);
-    let asked = false;
-    let dropped: number[] = [];
-    try {
-      dropped = await this.#store.retainLayers((id) => {
-        asked = true;
-        const stays = kept(id) || this.#intake.isExpected(id);
-        // Nobody is told any more that it is here.
-        if (!stays) this.#book.forget(id);
-        return stays;
-      });
-    } finally {
-      if (asked) await this.#book.reload();
-    }
-    if (dropped.length === 0) return 0;
-    this.#intake.dropped();
-    await this.#removeOrphanFiles();
-    return dropped.length;
+  retainLayers(layers: readonly LayerKeyMessage[]): Promise<number> {
+    return this.#retention.retainLayers(layers);
   }
 
   /** What the store takes, and what each image needs of it. */
@@ -523,49 +488,10 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
       {
         store: this.#store,
         releaseIdle: () => this.#mounts.releaseIdle(),
-        // Which images are in use is told together with a list only.
-        dropUnnamed: async () =>
-          this.#named === undefined ? 0 : await this.#retain(this.#named, () => Promise.resolve()),
+        dropUnnamed: () => this.#retention.dropUnnamed(),
       },
       show,
     );
-  }
-
-  /** Deletes metadata and index files that no row names any more. */
-  async #removeOrphanFiles(): Promise<void> {
-    const { paths } = this.#options;
-    // Files are listed before rows are looked at: one that is being made has its row by then.
-    const metadata = await readdir(paths.images).catch(() => []);
-    const indexes = await readdir(paths.layers).catch(() => []);
-    await Promise.allSettled(this.#intake.underWay());
-    const images = new Set((await this.#store.images()).map((image) => `${image.id}.erofs`));
-    for (const name of metadata) {
-      // N.erofs.tmp-PID is what the build of image N is writing.
-      const file = /^\d+\.erofs/.exec(name)?.[0];
-      if (file !== undefined && !images.has(file)) await rm(join(paths.images, name), { force: true });
-    }
-    const kept = this.#namedIndexFiles();
-    for (const name of indexes) {
-      const path = join(paths.layers, name);
-      if (kept.has(path) || !/\.(index|restart)$/.test(name)) continue;
-      // A file may be here already whose row comes in a moment, or has come since; looked at anew for each that may go.
-      const arriving = this.#intake.arriving();
-      if (arriving === undefined) return;
-      const comes = [...arriving].some((index) => isDigest(index) && path === paths.layerIndex(index));
-      if (!comes && !this.#namedIndexFiles().has(path)) await rm(path, { force: true });
-    }
-  }
-
-  /** Files of index and restart blobs that rows name, or that are kept. */
-  #namedIndexFiles(): Set<string> {
-    const { paths } = this.#options;
-    const named = new Set<string>();
-    for (const row of this.#book.all()) {
-      named.add(paths.layerIndex(row.indexDigest as Digest)).add(paths.layerRestart(row.restartDigest as Digest));
-    }
-    for (const { index, restart } of this.#kept.all())
-      named.add(paths.layerIndex(index)).add(paths.layerRestart(restart));
-    return named;
   }
 
   async layerUsage(key: LayerKeyMessage): Promise<{ bytes: number; inodes: number }> {

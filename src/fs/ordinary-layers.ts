@@ -38,7 +38,7 @@ export type DirectoryReader = (options: {
 
 export interface OrdinaryLayersOptions {
   readonly store: NodeStore;
-  readonly intake: Pick<LayerIntake, 'takeInBuilt' | 'expect' | 'scopeOf'>;
+  readonly intake: Pick<LayerIntake, 'takeInBuilt' | 'expected' | 'scopeOf'>;
   readonly readDirectory: DirectoryReader;
   /** Absent: layers are read from their directories only. */
   readonly blobs: LocalBlobs | undefined;
@@ -75,7 +75,7 @@ export class OrdinaryLayers {
         (await this.#fromBlob(layer, progress, signal)) ?? (await this.#fromDirectory(layer, progress, signal));
       await store.flush();
       if (await store.confirmLayer(row.id)) {
-        this.#options.intake.expect(row, true);
+        this.#options.intake.expected.forAMoment(row.id);
         return row;
       }
       if (attempt === 3) throw new DedupError('STORE_IO', `pieces of ${layer.name} do not stay in the store`);

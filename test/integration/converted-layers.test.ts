@@ -49,7 +49,7 @@ describe('ordinary layers', () => {
   let node: LazyNode;
 
   before(async () => {
-    node = await LazyNode.start();
+    node = await LazyNode.start({ config: { convert_ordinary: true } });
   });
   after(() => node?.stop());
 
@@ -232,7 +232,7 @@ describe('ordinary layers that are converted while others are unpacked', () => {
   const images: PublishedImage[] = [];
 
   before(async () => {
-    node = await LazyNode.start();
+    node = await LazyNode.start({ config: { convert_ordinary: true } });
     for (const mark of ['p', 'q', 'r']) {
       const layers: LayerSource[] = [{ entries: await busyboxEntries(['sh', 'cat']) }];
       for (let i = 1; i < LAYERS; i++) {

@@ -108,7 +108,9 @@ export class LazyNode {
   static async start(options: LazyNodeOptions = {}, login?: string): Promise<LazyNode> {
     const registry = await RegistryProcess.start(options.registry);
     const proxy = await FaultProxy.start(`http://${registry.host}`);
-    const product = await Product.create(options.config, { inside: options.inside ?? [] });
+    // Most tests look at what was unpacked; those of conversions say so.
+    const config = { convert_ordinary: false, ...options.config };
+    const product = await Product.create(config, { inside: options.inside ?? [] });
     try {
       await product.start();
       const more = (await options.prepare?.({ registry, proxy })) ?? {};

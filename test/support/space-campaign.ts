@@ -94,7 +94,7 @@ export class SpaceCampaign {
 
   static async run(options: SpaceCampaignOptions): Promise<SpaceCampaignResult> {
     const node = await LazyNode.start({
-      config: { quota_bytes: QUOTA_BYTES, publish_index: 'off', log_level: 'info' },
+      config: { convert_ordinary: true, quota_bytes: QUOTA_BYTES, publish_index: 'off', log_level: 'info' },
       containerd: { lifetimeSeconds: options.seconds + 1200 },
     });
     try {

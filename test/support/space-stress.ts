@@ -302,6 +302,7 @@ class Stress {
       running = false;
       await Promise.all(readers);
     }
+    if (this.#wrong.length > 0) return;
     // At last all that is left, whole.
     for (const image of this.#images.values()) if (!image.removed) await this.#rig.mustEqual(image.stored);
   }
