@@ -61,7 +61,7 @@ bench: setup build ## cold starts on emulated links beside overlayfs; ARGS="--he
 gate: setup build ## compare what the product uses with the committed baseline; ARGS=--update rewrites that (needs root)
 	@$(NODE) test/gate/gate.ts $(ARGS)
 
-soak: setup build ## rounds of pull, run, remove; then kills of the processes (needs root); ARGS="--rounds N --kills N"
+soak: setup build ## rounds of pull, run, remove; kills of the processes; too little room (needs root); ARGS="--rounds N --kills N --space MINUTES"
 	@$(NODE) test/soak/soak.ts $(ARGS)
 
 compat: setup build ## run the tests that meet containerd against 1.7 and 2.x, downloaded; ARGS="--only sid" (needs root)
