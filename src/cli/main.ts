@@ -14,6 +14,7 @@ Examples:
   dedup-snapshotter rpull REGISTRY/app:1-lazy    pull it without its layers; then: ctr run --snapshotter dedup …
   dedup-snapshotter mount REGISTRY/app:1 /mnt/app
                                                  look into an image without containerd
+  dedup-snapshotter stats                        what the chunks take, and what sharing them saves
   dedup-snapshotter bench REGISTRY/app:1 --lazy-image REGISTRY/app:1-lazy
                                                  measure how fast it starts here, beside overlayfs
 `;
