@@ -297,7 +297,8 @@ export class LazyLoader {
       () => this.#pieces.delete(address),
       (error: unknown) => {
         this.#pieces.delete(address);
-        if (errorCode(error) === 'CLOSED') return;
+        // What was taken away says nothing of who asks next, nor of the next chunk at this address.
+        if (errorCode(error) === 'CLOSED' || isTakenAway(error)) return;
         this.#failed.set(address, error instanceof DedupError ? error : wrapError(error, `loading ${address}`));
       },
     );
@@ -354,7 +355,7 @@ export class LazyLoader {
     const running = this.#opening.get(layerId);
     if (running !== undefined) return running;
     const work = this.#provider.openLayer(layerId).then((layer) => {
-      if (this.#dropped.has(layerId)) throw new DedupError('UNAVAILABLE', `layer ${layerId} was dropped`);
+      if (this.#dropped.has(layerId)) throw takenAway('UNAVAILABLE', `layer ${layerId} was dropped`);
       const map = new LayerMap(layerId, layer);
       this.#maps.set(layerId, map);
       return map;

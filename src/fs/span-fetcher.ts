@@ -4,6 +4,7 @@ import PQueue from 'p-queue';
 import { DedupError, errorCode, wrapError } from '../errors.ts';
 import type { Logger } from '../log.ts';
 import { MiB } from '../units.ts';
+import { takenAway } from './chunks/taken-away.ts';
 import { LinkEstimate } from './link-estimate.ts';
 import { type LayerBlobSource, type LayerMap, nameOf } from './loadable-layer.ts';
 import type { BlobReader } from './registry/blob-reader.ts';
@@ -292,7 +293,8 @@ export class SpanFetcher {
       this.#abort.signal.aborted ||
       run.dropped.signal.aborted
     ) {
-      const wrapped = wrapError(error, `reading layer ${run.map.blob.digest}`);
+      const dropped = run.dropped.signal.aborted ? droppedError(run.map) : undefined;
+      const wrapped = dropped ?? wrapError(error, `reading layer ${run.map.blob.digest}`);
       for (const flight of run.flights) flight.reject(wrapped);
       return;
     }
@@ -451,9 +453,9 @@ export class SpanFetcher {
   }
 }
 
-/** For those who wait for a layer that is dropped: another one with the same chunk may still be asked. */
+/** For those who wait for a layer that is dropped: whoever asks again gets it of another one with the same chunk. */
 function droppedError(map: LayerMap): DedupError {
-  return new DedupError('UNAVAILABLE', `layer ${map.blob.digest} was dropped`);
+  return takenAway('UNAVAILABLE', `layer ${map.blob.digest} was dropped`);
 }
 
 /** True when the layer is not known to the node any more. */

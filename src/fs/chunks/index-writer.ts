@@ -312,14 +312,9 @@ export class IndexWriter {
   }
 
   confirmLayer(layerId: number): boolean {
-    const missing = this.#db.prepare(
-      `SELECT 1 FROM layer_chunks l JOIN chunks c ON c.id = l.chunk_id
-       WHERE l.layer_id = ? AND c.durable <> -1 AND c.durable <> (1 << ((c.size + c.piece_bytes - 1) / c.piece_bytes)) - 1
-       LIMIT 1`,
-    );
     const exists = this.#db.prepare('SELECT 1 FROM layers WHERE id = ?');
     return this.#full(() => {
-      if (exists.get(layerId) === undefined || missing.get(layerId) !== undefined) return false;
+      if (exists.get(layerId) === undefined || this.layerPresence(layerId).missing.length > 0) return false;
       // Something must be written for the log to be synced, with all that was committed before.
       this.#set('clean', 0);
       return true;
