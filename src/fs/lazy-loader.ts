@@ -82,6 +82,8 @@ export class LazyLoader {
   readonly #dropped = new Set<number>();
   readonly #pieces = new Map<number, Promise<PieceBytes>>();
   readonly #failed: LRUCache<number, DedupError>;
+  /** How often layers were dropped. */
+  #drops = 0;
   readonly #ahead: FetchAhead;
   readonly #abort = new AbortController();
   #reads = 0;
@@ -204,6 +206,8 @@ export class LazyLoader {
       this.#maps.delete(layerId);
       this.#ahead.forget(layerId);
     }
+    this.#drops++;
+    this.#failed.clear();
     this.#fetcher.forget(layerIds);
   }
 
@@ -291,14 +295,15 @@ export class LazyLoader {
       if (priority >= Priority.onDemand) this.#promote(slot);
       return known;
     }
+    const drops = this.#drops;
     const work = this.#load(slot, layers, priority);
     this.#pieces.set(address, work);
     work.then(
       () => this.#pieces.delete(address),
       (error: unknown) => {
         this.#pieces.delete(address);
-        // What was taken away says nothing of who asks next, nor of the next chunk at this address.
-        if (errorCode(error) === 'CLOSED' || isTakenAway(error)) return;
+        // What a dropped layer made fail says nothing of the chunk that lies there next, or of another layer with this one.
+        if (errorCode(error) === 'CLOSED' || this.#drops !== drops) return;
         this.#failed.set(address, error instanceof DedupError ? error : wrapError(error, `loading ${address}`));
       },
     );
@@ -311,8 +316,23 @@ export class LazyLoader {
     for (const span of spansOf(slot.ref)) this.#fetcher.promote(slot.ref.map, span, Priority.onDemand);
   }
 
-  /** Brings one piece here, from whichever layer can deliver it: those of the image first. */
+  /** Brings one piece here; once more where a layer was dropped under it, as another one may have come to have the chunk. */
   async #load(slot: Slot, layers: readonly number[], priority: number): Promise<PieceBytes> {
+    let from = slot;
+    for (let attempt = 1; ; attempt++) {
+      const drops = this.#drops;
+      try {
+        return await this.#loadOnce(from, layers, priority);
+      } catch (error) {
+        const again = this.#drops !== drops && attempt < READ_ATTEMPTS && !this.#abort.signal.aborted;
+        if (!again || this.#store.find(slot.address) === undefined) throw error;
+        from = { ...slot, chunkId: undefined, ref: undefined };
+      }
+    }
+  }
+
+  /** From whichever layer can deliver it: those of the image first. */
+  async #loadOnce(slot: Slot, layers: readonly number[], priority: number): Promise<PieceBytes> {
     if (slot.ref !== undefined) {
       try {
         return await this.#loadFrom(slot.ref, priority);

@@ -96,6 +96,8 @@ export class SpanFetcher {
   readonly #links = new Map<string, LinkEstimate>();
   readonly #distrusted = new Map<string, number>();
   readonly #touched = new Map<number, Uint8Array>();
+  /** Layers that were dropped; a number is never used twice. */
+  readonly #dropped = new Set<number>();
   readonly #abort = new AbortController();
   /** Runs whose bytes are on their way, until they are stored or given up. */
   readonly #runs = new Set<Run>();
@@ -133,6 +135,8 @@ export class SpanFetcher {
    */
   fetch(map: LayerMap, span: number, priority: number): Promise<RunOutput> {
     if (this.#abort.signal.aborted) return Promise.reject(new DedupError('CLOSED', 'the loader is closed'));
+    // Also for who had begun to read before: nothing may come to be under way after `drained` was asked.
+    if (this.#dropped.has(map.layerId)) return Promise.reject(droppedError(map));
     const key = `${map.layerId}:${span}`;
     this.#touch(map, span, priority >= WANTED_PRIORITY ? TOUCHED.waitedFor : TOUCHED.ahead);
     const known = this.#flights.get(key);
@@ -218,7 +222,10 @@ export class SpanFetcher {
 
   /** Forgets layers that were dropped, whose requests end at once, and distrust that has ended. */
   forget(layerIds: readonly number[]): void {
-    for (const layerId of layerIds) this.#touched.delete(layerId);
+    for (const layerId of layerIds) {
+      this.#touched.delete(layerId);
+      this.#dropped.add(layerId);
+    }
     for (const flight of this.#flights.values()) {
       if (!flight.queued || !layerIds.includes(flight.map.layerId)) continue;
       flight.queued = false;

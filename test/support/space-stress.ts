@@ -3,7 +3,7 @@
 // that is read is compared. An "image" here is a loop device over its file of a FUSE session, at whose addresses the
 // chunks of one layer lie; a removed one may stay in use for a while, as a mount that somebody holds.
 import { createHash } from 'node:crypto';
-import { closeSync, copyFileSync, existsSync, openSync, rmSync } from 'node:fs';
+import { closeSync, copyFileSync, existsSync, openSync, rmSync, statSync } from 'node:fs';
 import { mkdir } from 'node:fs/promises';
 import { join } from 'node:path';
 import { DedupError, errorCode } from '../../src/errors.ts';
@@ -210,9 +210,15 @@ class Stress {
     this.#serving = false;
     loader.close();
     await this.#transport.close();
-    for (const suffix of ['', '-wal']) {
-      if (existsSync(indexDb + suffix)) copyFileSync(indexDb + suffix, `${node.root}/killed${suffix}`);
-    }
+    // What is under way ends without the database that is put back, which must be of one moment: its log may just be moved
+    // into it.
+    let before: bigint;
+    do {
+      before = statSync(indexDb, { bigint: true }).mtimeNs;
+      for (const suffix of ['', '-wal']) {
+        if (existsSync(indexDb + suffix)) copyFileSync(indexDb + suffix, `${node.root}/killed${suffix}`);
+      }
+    } while (statSync(indexDb, { bigint: true }).mtimeNs !== before);
     await node.store.close();
     for (const suffix of ['', '-wal', '-shm']) rmSync(indexDb + suffix, { force: true });
     for (const suffix of ['', '-wal']) {

@@ -14,6 +14,7 @@ import type { StoreFile } from './store-file.ts';
 import { BYTES_PER_SUM, FIRST_CHUNK_ADDRESS } from './store-layout.ts';
 import type { NodeStoreOptions, PieceToStore } from './store-types.ts';
 import type { Touched } from './touched.ts';
+import { WriteGate } from './write-gate.ts';
 
 /** What it needs of its store. */
 export interface SpaceParts {
@@ -62,10 +63,7 @@ export class StoreSpace {
   readonly #keepUsedMs: number;
   readonly #quarantineMs: number;
   readonly #livingImages: NodeStoreOptions['livingImages'];
-  /** Pieces that store() is writing, by address; how often each. */
-  readonly #writing = new Map<number, number>();
-  /** Evicted pieces that are not punched yet, by address. */
-  readonly #punching = new Map<number, Promise<void>>();
+  readonly #gate = new WriteGate();
   /** Ranges that are punched once no stranger reads the store. */
   #postponed: StoreRange[] = [];
   /** Ends of readers and writers of chunks that were dropped. */
@@ -105,22 +103,11 @@ export class StoreSpace {
   // --- Writers -------------------------------------------------------------------------------------------------------
 
   /** Runs a write of pieces: none of them is taken away meanwhile, and none that is being punched is written. */
-  async whileWriting<T>(pieces: readonly PieceToStore[], write: () => Promise<T>): Promise<T> {
-    for (;;) {
-      const punches = pieces.map(({ address }) => this.#punching.get(address)).filter((punch) => punch !== undefined);
-      if (punches.length === 0) break;
-      await Promise.all(punches);
-    }
-    for (const { address } of pieces) this.#writing.set(address, (this.#writing.get(address) ?? 0) + 1);
-    try {
-      return await write();
-    } finally {
-      for (const { address } of pieces) {
-        const left = this.#writing.get(address)! - 1;
-        if (left === 0) this.#writing.delete(address);
-        else this.#writing.set(address, left);
-      }
-    }
+  whileWriting<T>(pieces: readonly PieceToStore[], write: () => Promise<T>): Promise<T> {
+    return this.#gate.write(
+      pieces.map(({ address }) => address),
+      write,
+    );
   }
 
   /** Counts what was stored, and evicts in the background when there is too much. */
@@ -141,10 +128,15 @@ export class StoreSpace {
       this.#postponed.push(...ranges);
       return;
     }
-    for (const range of ranges) {
-      // What cannot be punched stays recorded and is punched at the next start; it is not given again meanwhile.
-      if (await this.#punch(range)) done.push(range);
-    }
+    const ascending = ranges.toSorted((a, b) => a.address - b.address);
+    await this.#gate.punch(ascending, async (hadWrites) => {
+      // For a layer that was dropped meanwhile.
+      if (hadWrites) for (const range of ranges) this.#takeAway(range);
+      for (const range of ranges) {
+        // What cannot be punched stays recorded and is punched at the next start; it is not given again meanwhile.
+        if (await this.#punch(range)) done.push(range);
+      }
+    });
     this.#freedAtMs = performance.now();
     if (done.length === 0) return;
     await this.#parts.db.call('punched', { ranges: done });
@@ -354,7 +346,7 @@ export class StoreSpace {
         });
         return await this.#punchGone(gone);
       } finally {
-        for (const { firstBlock } of gone) this.#punching.delete(firstBlock * BLOCK_BYTES);
+        for (const { firstBlock } of gone) this.#gate.openPiece(firstBlock * BLOCK_BYTES);
         punched.resolve();
       }
     });
@@ -364,12 +356,12 @@ export class StoreSpace {
     const { presence, durability } = this.#parts;
     const { firstBlock, blocks } = piece;
     const address = firstBlock * BLOCK_BYTES;
-    if (this.#writing.has(address)) {
+    if (this.#gate.isWriting(address)) {
       // Somebody found it here a moment ago, or is writing it: it stays, and is recorded again.
       if (piece.mask !== WHOLE) durability.add([piece], blocks * BLOCK_BYTES);
       return;
     }
-    this.#punching.set(address, punched);
+    this.#gate.closePiece(address, punched);
     this.#native.presenceSet(presence, firstBlock, blocks, false);
     gone.push(piece);
   }
