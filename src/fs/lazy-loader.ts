@@ -375,7 +375,7 @@ export class LazyLoader {
     const running = this.#opening.get(layerId);
     if (running !== undefined) return running;
     const work = this.#provider.openLayer(layerId).then((layer) => {
-      if (this.#dropped.has(layerId)) throw takenAway('UNAVAILABLE', `layer ${layerId} was dropped`);
+      if (this.#dropped.has(layerId)) throw new DedupError('UNAVAILABLE', `layer ${layerId} was dropped`);
       const map = new LayerMap(layerId, layer);
       this.#maps.set(layerId, map);
       return map;

@@ -4,7 +4,6 @@ import PQueue from 'p-queue';
 import { DedupError, errorCode, wrapError } from '../errors.ts';
 import type { Logger } from '../log.ts';
 import { MiB } from '../units.ts';
-import { takenAway } from './chunks/taken-away.ts';
 import { LinkEstimate } from './link-estimate.ts';
 import { type LayerBlobSource, type LayerMap, nameOf } from './loadable-layer.ts';
 import type { BlobReader } from './registry/blob-reader.ts';
@@ -460,9 +459,9 @@ export class SpanFetcher {
   }
 }
 
-/** For those who wait for a layer that is dropped: whoever asks again gets it of another one with the same chunk. */
+/** For those who wait for a layer that is dropped: another one with the same chunk may still be asked. */
 function droppedError(map: LayerMap): DedupError {
-  return takenAway('UNAVAILABLE', `layer ${map.blob.digest} was dropped`);
+  return new DedupError('UNAVAILABLE', `layer ${map.blob.digest} was dropped`);
 }
 
 /** True when the layer is not known to the node any more. */
