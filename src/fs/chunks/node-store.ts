@@ -261,8 +261,6 @@ export class NodeStore {
 
   /** Says, and counts, that a read met blocks which the disk had changed; they are absent now and will be fetched. */
   damaged(address: number, length: number): void {
-    // Of a chunk that was dropped while somebody still wrote it: who reads there has an image that was removed.
-    if (this.find(address) === undefined) return;
     this.#damagedReads++;
     this.#log.error({ address, length }, 'the disk changed bytes of the store: they are not served but fetched again');
   }

@@ -136,7 +136,7 @@ describe('a layer that is dropped', () => {
       return new Promise(() => undefined);
     };
     const stored = await test.add(layer, [{ host: 'one', reader: registry }]);
-    const reading = assert.rejects(test.readFile(stored, 'a'), /was dropped/);
+    const reading = assert.rejects(test.readFile(stored, 'a'), /was dropped|nothing is assigned/);
     await asked.promise;
     await test.node.store.retainLayers([]);
     await reading;
