@@ -49,7 +49,15 @@ export class Retention {
   async retainLayers(layers: readonly LayerKeyMessage[]): Promise<number> {
     const { book, intake, mounts } = this.#options;
     const startedMs = performance.now();
-    const before = new Set(book.all().map(({ id }) => id));
+    const named = new Set(layers.map((key) => book.find(key)?.id).filter((id) => id !== undefined));
+    // The list was made before this call: what somebody is about to name is not judged by it, however long it is kept.
+    const expected = new Set(intake.expected.still(named));
+    const before = new Set(
+      book
+        .all()
+        .map(({ id }) => id)
+        .filter((id) => !expected.has(id)),
+    );
     intake.forgetPromisesBefore(startedMs);
     this.#named = { layers, before };
     return await this.#retain(this.#named, (kept) => mounts.release(this.#inUse, kept));

@@ -78,7 +78,6 @@ const NOT_ITS_FAULT: ReadonlySet<ErrorCode> = new Set([
   'DEADLINE',
   'CLOSED',
   'UNIMPLEMENTED',
-  'FAILED_PRECONDITION',
   'STORE_FULL',
 ]);
 

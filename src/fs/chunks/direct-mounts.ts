@@ -202,7 +202,8 @@ export class DirectMounts {
     const readers = devices.filter(({ direct }) => direct);
     // Devices of our own had their rows before they were attached.
     this.#strangers = readers.filter(({ imageId }) => !this.#rows.has(imageId));
-    const alive = new Set(readers.map(({ imageId }) => imageId));
+    // Of whatever kind: a switch that took too long may still happen.
+    const alive = new Set(devices.map(({ imageId }) => imageId));
     for (const [imageId, token] of asked) {
       // A row made meanwhile belongs to a device that was attached after the list was made.
       if (alive.has(imageId) || this.#underWay.has(imageId) || this.#rows.get(imageId) !== token) continue;

@@ -421,6 +421,11 @@ export class IndexWriter {
       .transaction(() => {
         const known = this.#images('WHERE key = ?', key)[0];
         if (known !== undefined) return known;
+        const exists = this.#db.prepare('SELECT 1 FROM layers WHERE id = ?');
+        // An image that has a row has only layers with rows (docs/decisions/0021-addresses-given-again.md).
+        for (const layerId of layers)
+          if (exists.get(layerId) === undefined)
+            throw new DedupError('NOT_FOUND', `layer ${layerId} is not in the store`);
         const insert = this.#db.prepare(
           "INSERT INTO images (key, state, reference, created_at) VALUES (?, 'building', ?, ?)",
         );

@@ -333,6 +333,7 @@ export class StoreSpace {
       durability.forget(({ firstBlock, placementBlock }) => first.has(firstBlock) || wholes.has(placementBlock));
       const punched = Promise.withResolvers<void>();
       const gone: ColdPiece[] = [];
+      const stays: ColdPiece[] = [];
       try {
         await this.#parts.underGeneration(async (generation) => {
           const taken = await db.call('evict', {
@@ -342,8 +343,11 @@ export class StoreSpace {
             generation,
           });
           // In this turn: whoever holds one of these chunks after us finds it absent.
-          for (const [i, piece] of batch.entries()) if (taken[i] === 1) this.#makeAbsent(piece, punched.promise, gone);
+          for (const [i, piece] of batch.entries())
+            if (taken[i] === 1) this.#makeAbsent(piece, punched.promise, gone, stays);
         });
+        if (stays.length > 0)
+          await db.call('evictedPunched', { blocks: Float64Array.from(stays, ({ firstBlock }) => firstBlock) });
         return await this.#punchGone(gone);
       } finally {
         for (const { firstBlock } of gone) this.#gate.openPiece(firstBlock * BLOCK_BYTES);
@@ -352,15 +356,18 @@ export class StoreSpace {
     });
   }
 
-  #makeAbsent(piece: ColdPiece, punched: Promise<void>, gone: ColdPiece[]): void {
+  #makeAbsent(piece: ColdPiece, punched: Promise<void>, gone: ColdPiece[], stays: ColdPiece[]): void {
     const { presence, durability } = this.#parts;
     const { firstBlock, blocks } = piece;
     const address = firstBlock * BLOCK_BYTES;
     if (this.#gate.isWriting(address)) {
       // Somebody found it here a moment ago, or is writing it: it stays, and is recorded again.
       if (piece.mask !== WHOLE) durability.add([piece], blocks * BLOCK_BYTES);
+      stays.push(piece);
       return;
     }
+    // What was stored anew while the loss was committed is lost, too.
+    durability.forget((fresh) => fresh.firstBlock === firstBlock);
     this.#gate.closePiece(address, punched);
     this.#native.presenceSet(presence, firstBlock, blocks, false);
     gone.push(piece);

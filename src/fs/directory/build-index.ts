@@ -159,8 +159,10 @@ class Conversion {
   /** Waits until the caller lets the build go on, or ends it. */
   async #passGate(): Promise<void> {
     const { gate, signal } = this.#options;
+    if (signal?.aborted === true) return;
     const open = gate?.();
-    if (open === undefined || signal?.aborted === true) return;
+    if (open === undefined) return;
+    open.catch(() => undefined); // When the signal comes first, nobody waits for it any more.
     const aborted = Promise.withResolvers<void>();
     const abort = (): void => aborted.resolve();
     signal?.addEventListener('abort', abort, { once: true });
