@@ -114,6 +114,7 @@ export interface ConvertLayerMessage {
   readonly sources: readonly SourceMessage[];
   readonly namespace: string;
   readonly chain_id: string;
+  readonly parent_chain_id: string;
 }
 
 export interface ConvertProgressMessage {
@@ -146,6 +147,7 @@ export interface ControlledPlane {
     signal: AbortSignal,
   ): Promise<LayerKeyMessage>;
   prebuildImage(layers: readonly LayerKeyMessage[]): Promise<void>;
+  confirmLayer(layer: LayerKeyMessage): Promise<void>;
   layerUsage(layer: LayerKeyMessage): Promise<{ bytes: number; inodes: number }>;
   listImages(): Promise<ImageInfoMessage[]>;
   stats(): Promise<StatsMessage>;
@@ -340,6 +342,10 @@ export async function startControlServer(options: ControlServerOptions): Promise
     RetainLayers: unary('RetainLayers', log, async (request: { layers: LayerKeyMessage[] }) => ({
       dropped: await plane.retainLayers(request.layers),
     })),
+    ConfirmLayer: unary('ConfirmLayer', log, async (request: { layer: LayerKeyMessage }) => {
+      await plane.confirmLayer(request.layer);
+      return {};
+    }),
     LayerUsage: unary('LayerUsage', log, (request: { layer: LayerKeyMessage }) => plane.layerUsage(request.layer)),
     ListImages: unary('ListImages', log, async () => ({ images: await plane.listImages() })),
     Stats: unary('Stats', log, () => plane.stats()),

@@ -51,6 +51,7 @@ import { dataDeviceName, detachOrphans, imageDevices, imagesInUse } from './tran
 import { inspectMachine } from './transport/machine.ts';
 import { chooseTransport, openTransport, type TransportChoice } from './transport/select.ts';
 import type { ErofsLayoutKind, Transport } from './transport/transport.ts';
+import { verifyAnew } from './verify-anew.ts';
 
 /** Memory for decompressed windows of gzip restart points, bytes. */
 const WINDOW_CACHE_BYTES = 4 * MiB;
@@ -244,6 +245,7 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
       const windows = (index: LayerIndex): RestartReader =>
         new RestartReader(index, paths.layerRestart(index.restart.digest), windowCache);
       const book = await LayerBook.open({ paths, store, repository, windows });
+      if (store.presenceLost) await verifyAnew(store, book, log);
       const kept = await KeptIndexes.open(paths.keptIndexes, log);
       const limits = {
         requestsPerHost: config.dedupd.workers,
@@ -455,9 +457,18 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
     progress: (message: ConvertProgressMessage) => void,
     signal: AbortSignal,
   ): Promise<LayerKeyMessage> {
-    const { snapshot, directory, layer, manifest, sources, namespace, chain_id } = request;
+    const { snapshot, directory, bottom, layer, manifest, sources, namespace, chain_id, parent_chain_id } = request;
     const row = await this.#ordinary.convert(
-      { directory, name: `${snapshot} ${chain_id}`, digest: layer, sources, manifest, namespace },
+      {
+        directory,
+        name: `${snapshot} ${chain_id}`,
+        digest: layer,
+        sources,
+        manifest,
+        namespace,
+        chainId: chain_id,
+        parentChainId: bottom ? undefined : parent_chain_id,
+      },
       (bytes, entries) => progress({ bytes, entries }),
       AbortSignal.any([signal, this.#stop.signal]),
     );
@@ -492,6 +503,14 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
       },
       show,
     );
+  }
+
+  /** Errors: NOT_FOUND unless the layer is known and can be had: from a registry, or because all of it is here. */
+  async confirmLayer(key: LayerKeyMessage): Promise<void> {
+    const row = this.#book.find(key);
+    if (row === undefined) throw new DedupError('NOT_FOUND', `layer ${key.digest} is not known to this node`);
+    if (row.sources.length > 0 || (await this.#store.confirmLayer(row.id))) return;
+    throw new DedupError('NOT_FOUND', `layer ${key.digest} has no source and is not here completely`);
   }
 
   async layerUsage(key: LayerKeyMessage): Promise<{ bytes: number; inodes: number }> {

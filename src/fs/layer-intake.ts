@@ -135,7 +135,9 @@ export class LayerIntake {
     if (known?.condemned === true) throw new DedupError('LAYER_NOT_LAZY', 'its index was found to be wrong');
     if (known !== undefined && index_trust.includes(known.trust)) {
       this.#promised.set(known.id, performance.now());
-      await this.#book.addSources(known.id, wanted.sources);
+      // One that was made here may be here completely, and its sources never asked.
+      if (known.trust === 'local') void this.addProvenSources(known, wanted.sources);
+      else await this.#book.addSources(known.id, wanted.sources);
       return known;
     }
     // What one image's referrers say is not another image's word, and one source's failure not another source's.
@@ -147,7 +149,7 @@ export class LayerIntake {
         adding.storing = true;
       });
       this.#promised.set(row.id, performance.now());
-      await this.#book.addSources(row.id, wanted.sources);
+      if (row.trust !== 'local') await this.#book.addSources(row.id, wanted.sources);
       return row;
     };
     const work = Promise.resolve()
@@ -169,8 +171,11 @@ export class LayerIntake {
     }
     const kept = annotated || !index_trust.includes('local') ? undefined : await this.#kept(digest);
     if (kept !== undefined) {
+      const sources = await this.#proven(digest, wanted.sources, signal);
+      if (sources.length === 0)
+        throw new DedupError('LAYER_NOT_LAZY', 'its index is kept, but its registry does not give it');
       storing();
-      return await this.#add(kept, kept.indexDigest, wanted, 'local');
+      return await this.#add(kept, kept.indexDigest, { ...wanted, sources }, 'local');
     }
     if (!annotated && !(index_trust.includes('referrer') && isDigest(wanted.manifest))) {
       const reason = key.index === '' ? 'it has no index annotation' : '"index_trust" does not include "annotation"';
@@ -208,6 +213,33 @@ export class LayerIntake {
     }
     await this.#options.kept.forget(digest);
     return undefined;
+  }
+
+  /** Those of the sources that have the layer and give it to this node. */
+  async #proven(layer: Digest, sources: readonly LayerSourceName[], signal: AbortSignal): Promise<LayerSourceName[]> {
+    const has = await Promise.all(
+      sources.map((source) =>
+        this.#repository(source)
+          .hasBlob(layer, signal)
+          .catch(() => false),
+      ),
+    );
+    return sources.filter((_, i) => has[i]);
+  }
+
+  /** Adds sources to a layer that was made here, once they have shown that they have it. Never rejects. */
+  async addProvenSources(row: LayerRecord, sources: readonly LayerSourceName[]): Promise<void> {
+    const fresh = sources.filter(
+      ({ host, repository }) => !row.sources.some((known) => known.host === host && known.repository === repository),
+    );
+    if (fresh.length === 0) return;
+    try {
+      const proven = await this.#proven(parseDigest(row.digest), fresh, this.#options.stop);
+      await this.#book.addSources(row.id, proven);
+    } catch (error) {
+      // It was dropped meanwhile, or the daemon stops.
+      this.#options.log.debug({ err: error, layer: row.digest }, 'sources of a layer are not added');
+    }
   }
 
   /** Reads a whole layer once to index it on this node. Errors: LAYER_NOT_LAZY, LAYER_INVALID, and of the registry. */
@@ -253,11 +285,15 @@ export class LayerIntake {
         onPiece,
         signal,
       });
-    return this.takeInBuilt(wanted, build, forSnapshot);
+    return this.takeInBuilt(wanted, build, { forSnapshot, ofRegistry: true });
   }
 
-  /** The same for what `build` reads, in whatever form. */
-  async takeInBuilt(wanted: WantedLayer, build: BuildLayer, forSnapshot = false): Promise<LayerRecord> {
+  /** The same for what `build` reads, in whatever form; `ofRegistry`: a layer that a registry may have. */
+  async takeInBuilt(
+    wanted: WantedLayer,
+    build: BuildLayer,
+    { forSnapshot, ofRegistry }: { readonly forSnapshot: boolean; readonly ofRegistry: boolean },
+  ): Promise<LayerRecord> {
     const chunkBytes = this.#options.config.chunk_size;
     const sizes = { chunkBytes, pieceBytes: Math.min(MiB, chunkBytes) };
     // Files in one run each have no place before their size in the store is known.
@@ -275,7 +311,7 @@ export class LayerIntake {
         const row = await keeping;
         if (forSnapshot) this.expected.forAMoment(row.id);
         else this.expected.forMount(row.id);
-        if (wanted.sources.length > 0) await this.#keepIndex(row, indexBlob.length + restartBlob.length);
+        if (ofRegistry) await this.#keepIndex(row, indexBlob.length + restartBlob.length);
         return row;
       } finally {
         this.#keeping.delete(keeping);

@@ -23,6 +23,9 @@ export interface OrdinaryLayer {
   readonly sources: readonly LayerSourceName[];
   readonly manifest: string;
   readonly namespace: string;
+  /** Of the layer and those below it; of those below it, undefined when there are none. */
+  readonly chainId: string;
+  readonly parentChainId: string | undefined;
 }
 
 export type DirectoryReader = (options: {
@@ -38,7 +41,7 @@ export type DirectoryReader = (options: {
 
 export interface OrdinaryLayersOptions {
   readonly store: NodeStore;
-  readonly intake: Pick<LayerIntake, 'takeInBuilt' | 'expected' | 'scopeOf'>;
+  readonly intake: Pick<LayerIntake, 'takeInBuilt' | 'addProvenSources' | 'expected' | 'scopeOf'>;
   readonly readDirectory: DirectoryReader;
   /** Absent: layers are read from their directories only. */
   readonly blobs: LocalBlobs | undefined;
@@ -97,7 +100,8 @@ export class OrdinaryLayers {
       if (blob === undefined) return undefined;
       const wanted: WantedLayer = {
         key: { digest, index: '', scope: intake.scopeOf(source) },
-        sources,
+        // Nobody has read from them yet.
+        sources: [],
         manifest,
         reference: '',
       };
@@ -113,11 +117,13 @@ export class OrdinaryLayers {
             onProgress: (bytes) => progress(bytes, 0),
             signal,
           });
+          requireUnpacked(built, layer);
           requireSelfContained(built);
           return built;
         },
-        true,
+        { forSnapshot: true, ofRegistry: true },
       );
+      void intake.addProvenSources(row, sources); // Nobody waits for registries here.
       if (isDigest(manifest)) this.#options.indexed(manifest, source);
       return row;
     } catch (error) {
@@ -164,7 +170,7 @@ export class OrdinaryLayers {
         signal,
       });
     };
-    return await intake.takeInBuilt(wanted, build, true);
+    return await intake.takeInBuilt(wanted, build, { forSnapshot: true, ofRegistry: false });
   }
 }
 
@@ -180,4 +186,14 @@ function requireSelfContained({ index: { entries } }: BuiltIndex): void {
     }
     names.add(entries.name[i]!);
   }
+}
+
+/**
+ * Labels name the blob; what was unpacked is named by the chain ID. Errors: LAYER_NOT_LAZY when they are not the same.
+ * Source: OCI image spec, config.md, "Layer ChainID".
+ */
+function requireUnpacked({ index: { diffId } }: BuiltIndex, { chainId, parentChainId }: OrdinaryLayer): void {
+  const unpacked = parentChainId === undefined ? diffId : digestOf(`${parentChainId} ${diffId}`);
+  if (unpacked === chainId) return;
+  throw new DedupError('LAYER_NOT_LAZY', 'the blob that its labels name is not what was unpacked');
 }

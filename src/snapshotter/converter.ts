@@ -279,7 +279,7 @@ export class Converter {
     await metastore.setUsage(id, bytes, inodes);
   }
 
-  #arguments({ id, name, parentId, labels }: SnapshotRecord): ConvertLayerArgs {
+  #arguments({ id, name, parentId, parent, labels }: SnapshotRecord): ConvertLayerArgs {
     const { paths, sourceOf, log } = this.#options;
     const sources: Source[] = [];
     const reference = labels[LABEL_IMAGE_REF] ?? '';
@@ -297,6 +297,7 @@ export class Converter {
       sources,
       namespace: namespaceOf(name) ?? '',
       chainId: chainIdOf(name) ?? '',
+      parentChainId: chainIdOf(parent) ?? '',
     };
   }
 

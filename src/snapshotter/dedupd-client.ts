@@ -135,6 +135,7 @@ const DEADLINE_MS = {
   MountImage: 20_000,
   ReleaseImages: 3_000,
   RetainLayers: 3_000,
+  ConfirmLayer: 10_000,
   LayerUsage: 10_000,
   PrebuildImage: 120_000,
   ListImages: 10_000,
@@ -226,6 +227,10 @@ export class DedupdClient implements ImageMounter {
     await this.#call('RetainLayers', { layers });
   }
 
+  async confirmLayer(layer: LayerKey): Promise<void> {
+    await this.#call('ConfirmLayer', { layer });
+  }
+
   async layerUsage(layer: LayerKey): Promise<{ bytes: number; inodes: number }> {
     const { bytes, inodes } = await this.#call<{ bytes: number; inodes: number }>('LayerUsage', { layer });
     return { bytes, inodes };
@@ -233,11 +238,15 @@ export class DedupdClient implements ImageMounter {
 
   /** Takes as long as it takes: a daemon that has gone is noticed by the end of the connection. */
   async convertLayer(
-    { chainId, ...args }: ConvertLayerArgs,
+    { chainId, parentChainId, ...args }: ConvertLayerArgs,
     onProgress: (progress: ConvertProgress) => void,
     signal: AbortSignal,
   ): Promise<LayerKey> {
-    const messages = this.#stream<ConvertMessage>('ConvertLayer', { ...args, chain_id: chainId }, signal);
+    const messages = this.#stream<ConvertMessage>(
+      'ConvertLayer',
+      { ...args, chain_id: chainId, parent_chain_id: parentChainId },
+      signal,
+    );
     for await (const { bytes, entries, done, layer } of messages) {
       if (done && layer !== null) return layer;
       onProgress({ bytes, entries });

@@ -73,6 +73,8 @@ export interface ConvertLayerArgs {
   readonly namespace: string;
   /** Of the layer and those below it; "" when not known. */
   readonly chainId: string;
+  /** Of those below it; "" when there are none, or it is not known. */
+  readonly parentChainId: string;
 }
 
 /** How far a conversion has come: what was read so far. */
@@ -94,6 +96,7 @@ export interface ImageMounter {
   /** Drops every layer but these. */
   retainLayers(layers: readonly LayerKey[]): Promise<void>;
   /** Bytes and inodes that the layer stands for. Errors: NOT_FOUND for a layer that dedupd does not know. */
+  confirmLayer(layer: LayerKey): Promise<void>;
   layerUsage(layer: LayerKey): Promise<{ bytes: number; inodes: number }>;
   /**
    * Reads an unpacked layer, stores its content, and answers what it is from now on: once all of it is on the disk, since
@@ -119,6 +122,7 @@ export function noImages(reason: string): ImageMounter {
     mountImage: unavailable,
     releaseImages: async () => {},
     retainLayers: async () => {},
+    confirmLayer: unavailable,
     layerUsage: unavailable,
     convertLayer: unavailable,
     prebuildImage: unavailable,

@@ -16,7 +16,7 @@ import type { SnapshotRecord } from './snapshot-record.ts';
 export interface LeftoverDirectoriesOptions {
   readonly paths: RootPaths;
   readonly metastore: Metastore;
-  readonly images: Pick<ImageMounter, 'layerUsage'>;
+  readonly images: Pick<ImageMounter, 'confirmLayer'>;
   readonly gate: Gate;
   /** Writes what is known of a snapshot beside it. */
   readonly describe: (snapshot: SnapshotRecord) => Promise<void>;
@@ -110,7 +110,7 @@ export class LeftoverDirectories {
       if (snapshot?.layer === undefined || snapshot.directory !== 'waits') continue;
       try {
         // The last moment in which it can be had again.
-        await images.layerUsage(snapshot.layer);
+        await images.confirmLayer(snapshot.layer);
       } catch (error) {
         reasons.set(id, `waits for dedupd: ${wrapError(error, 'asking for its layer').message}`);
         if (errorCode(error) === 'NOT_FOUND') await takeBack([snapshot.layer]);

@@ -76,6 +76,7 @@ class UnpackingMounter implements ImageMounter {
   }
   async releaseImages(): Promise<void> {}
   async retainLayers(): Promise<void> {}
+  async confirmLayer(): Promise<void> {}
   async layerUsage(): Promise<{ bytes: number; inodes: number }> {
     return { bytes: 4096, inodes: 1 };
   }

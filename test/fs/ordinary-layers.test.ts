@@ -11,6 +11,7 @@ import { DataPlane } from '../../src/fs/data-plane.ts';
 import type { LocalBlobs } from '../../src/fs/registry/local-blobs.ts';
 import { RootPaths, RunPaths } from '../../src/paths.ts';
 import { isRoot } from '../../src/runtime.ts';
+import { GiB } from '../../src/units.ts';
 import { run } from '../support/containerd.ts';
 import { noise, prose, quiet } from '../support/lazy-store.ts';
 import { tarOf } from '../support/tar.ts';
@@ -74,6 +75,7 @@ describe('ordinary layers', { skip }, () => {
     sources: [],
     namespace: 'default',
     chain_id: '',
+    parent_chain_id: '',
   });
 
   /** The same tree as a blob that containerd has. */
@@ -82,8 +84,10 @@ describe('ordinary layers', { skip }, () => {
     await run('tar', ['--numeric-owner', '--format=posix', '-C', directory, '-cf', tar, '.']);
     const blob = gzipSync(await readFile(tar));
     content.set(digestOf(blob), blob);
+    // At the bottom the chain ID is that of the uncompressed layer.
+    const chain_id = digestOf(await readFile(tar));
     const sources = [{ host: 'registry.invalid', repository: 'app' }];
-    return { ...plain(), layer: digestOf(blob), sources };
+    return { ...plain(), layer: digestOf(blob), sources, chain_id };
   }
 
   async function assertShows(key: { digest: string; index: string; scope: string }): Promise<void> {
@@ -123,7 +127,9 @@ describe('ordinary layers', { skip }, () => {
     const request = { layer: key, sources: layer.sources, manifest: '', siblings: [], budget_ms: 500, size: 0 };
     assert.equal((await plane.prepareLayer(request)).lazy, true);
     assert.equal(await plane.retainLayers([]), 1);
-    assert.equal((await plane.prepareLayer(request)).lazy, true);
+    // Nobody has read from that registry, and it does not answer: the ordinary way will tell.
+    const again = await plane.prepareLayer(request);
+    assert.equal(again.lazy, false, again.reason);
   });
 
   it('are read from their directory where no index is to be left behind, or containerd has collected its copy', async () => {
@@ -149,6 +155,37 @@ describe('ordinary layers', { skip }, () => {
     const row = await plane.convertLayer({ ...layer, layer: digestOf(linked) }, nothing, NOBODY);
     assert.notEqual(row.digest, digestOf(linked));
     await assertShows(row);
+  });
+
+  it('are read from their directory when labels name another blob than the one that was unpacked', async () => {
+    const layer = await inContent();
+    const other = gzipSync(tarOf([{ name: 'evil', content: 'evil' }]));
+    content.set(digestOf(other), other);
+    const row = await plane.convertLayer({ ...layer, layer: digestOf(other) }, nothing, NOBODY);
+    assert.deepEqual(asked, [`default ${digestOf(other)}`]);
+    assert.notEqual(row.digest, digestOf(other));
+    await assertShows(row);
+  });
+
+  it('are verified anew where recorded presence cannot be believed, and told apart when something is missing', async () => {
+    const row = await plane.convertLayer(plain(), nothing, NOBODY);
+    const database = join(dir, 'root', 'index.db');
+    await plane.close();
+    await run('cp', [database, `${database}.bak`]);
+    for (const damage of [false, true]) {
+      await open();
+      await plane.confirmLayer(row);
+      await plane.close();
+      // The copy is older than the last start.
+      await run('cp', [`${database}.bak`, database]);
+      if (damage)
+        await run('fallocate', ['--punch-hole', '-o', String(64 * GiB), '-l', '4096', join(dir, 'root/chunks/store')]);
+      await open();
+      if (damage) await assert.rejects(plane.confirmLayer(row), { code: 'NOT_FOUND' });
+      else await assertShows(row);
+      await plane.close();
+    }
+    await open();
   });
 
   it('are read from their directory when what containerd has is not what it is named after', async () => {

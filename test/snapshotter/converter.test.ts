@@ -72,6 +72,7 @@ describe('ordinary layers are converted', () => {
       sources: [{ host: 'registry.test', repository: 'app' }],
       namespace: 'ns',
       chainId: chainOf('a'),
+      parentChainId: '',
     });
     assert.equal(above?.bottom, false);
     assert.deepEqual([plain?.layer, plain?.manifest, plain?.sources], ['', '', []]);

@@ -63,6 +63,7 @@ describe('the client of dedupd', () => {
       },
       releaseImages: async (inUse) => seen.push(inUse),
       retainLayers: async (layers) => seen.push(layers),
+      confirmLayer: async () => {},
       layerUsage: async () => ({ bytes: 2 ** 40, inodes: 3 }),
     });
     const dedupd = connect('/r');
@@ -178,6 +179,7 @@ describe('the client of dedupd', () => {
       sources: [{ host: 'h', repository: 'r' }],
       namespace: 'k8s.io',
       chainId: 'c',
+      parentChainId: 'p',
     };
     const dedupd = connect();
     const steps: unknown[] = [];
@@ -191,8 +193,8 @@ describe('the client of dedupd', () => {
     const stays = new AbortController().signal;
     assert.deepEqual(await convert('sha256:d', stays), layer);
     assert.deepEqual(steps, [{ bytes: 2 ** 40, entries: 5 }]);
-    const { chainId, ...same } = args;
-    assert.deepEqual(seen, [{ ...same, chain_id: chainId }]);
+    const { chainId, parentChainId, ...same } = args;
+    assert.deepEqual(seen, [{ ...same, chain_id: chainId, parent_chain_id: parentChainId }]);
     await assert.rejects(convert('left', stays), code('LAYER_NOT_LAZY', /metacopy/));
     const stop = new AbortController();
     await assert.rejects(

@@ -124,6 +124,11 @@ export class FakeImages implements ImageMounter {
     if (this.unbuildable !== undefined) throw this.unbuildable;
   }
 
+  async confirmLayer({ digest }: LayerKey): Promise<void> {
+    this.#requireUp();
+    this.#requireKnown(digest);
+  }
+
   async layerUsage({ digest }: LayerKey): Promise<{ bytes: number; inodes: number }> {
     this.#requireUp();
     this.#requireKnown(digest);

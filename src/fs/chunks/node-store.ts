@@ -71,6 +71,7 @@ export class NodeStore {
   #exclusive: Promise<unknown> = Promise.resolve();
   #closed = false;
   #lastHold = 0;
+  #presenceLost = false;
   #direct: DirectMounts | undefined;
   /** Mounts that are pinned as such, whether they read the store themselves or not. */
   readonly #pinned = new Set<number>();
@@ -166,6 +167,7 @@ export class NodeStore {
         native.presenceSet(presence, answer.durable[i]!, answer.durable[i + 1]!, true);
       }
       const store = new NodeStore(options, file, db, presence, answer);
+      store.#presenceLost = answer.dropped !== '';
       // Before anything is punched: what an earlier process let the kernel read without it may still be read.
       store.#direct = await DirectMounts.open(store.#directTarget(options.devices), log);
       await store.#space.punchFreed(answer.toPunch);
@@ -224,6 +226,11 @@ export class NodeStore {
    */
   hasForeignReaders(): boolean {
     return this.direct.hasStrangers;
+  }
+
+  /** True when recorded presence could not be believed at this start. */
+  get presenceLost(): boolean {
+    return this.#presenceLost;
   }
 
   /** Name of the store file, of at most 42 characters, that no other file has, not even a copy of it. */
