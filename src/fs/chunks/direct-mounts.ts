@@ -81,7 +81,8 @@ export class DirectMounts {
     const devices = await target.devices();
     // A device whose image index.db has forgotten must never pass for another image's, now or after the next start.
     if (devices.length > 0) await target.numberAbove(Math.max(...devices.map(({ imageId }) => imageId)));
-    await direct.#seen(new Map(direct.#rows), devices);
+    const readers = devices.filter(({ direct }) => direct);
+    await direct.#seen(new Map(direct.#rows), devices, readers);
     if (direct.hasStrangers) {
       log.warn(
         { devices: direct.#strangers },
@@ -191,19 +192,24 @@ export class DirectMounts {
     const hadStrangers = this.hasStrangers;
     if (asked.size === 0 && !hadStrangers) return;
     try {
-      await this.#seen(asked, await this.#target.devices());
+      // Of whatever kind: a switch that took too long may still happen.
+      const devices = await this.#target.devices();
+      await this.#seen(asked, devices, devices);
       if (hadStrangers && !this.hasStrangers) await this.#target.strangersGone();
     } catch (error) {
       this.#log.error({ err: error }, 'devices that read the store cannot be looked at');
     }
   }
 
-  async #seen(asked: ReadonlyMap<number, object>, devices: readonly ImageDevice[]): Promise<void> {
-    const readers = devices.filter(({ direct }) => direct);
+  /** `holding`: devices whose images keep their rows. */
+  async #seen(
+    asked: ReadonlyMap<number, object>,
+    devices: readonly ImageDevice[],
+    holding: readonly ImageDevice[],
+  ): Promise<void> {
     // Devices of our own had their rows before they were attached.
-    this.#strangers = readers.filter(({ imageId }) => !this.#rows.has(imageId));
-    // Of whatever kind: a switch that took too long may still happen.
-    const alive = new Set(devices.map(({ imageId }) => imageId));
+    this.#strangers = devices.filter(({ direct, imageId }) => direct && !this.#rows.has(imageId));
+    const alive = new Set(holding.map(({ imageId }) => imageId));
     for (const [imageId, token] of asked) {
       // A row made meanwhile belongs to a device that was attached after the list was made.
       if (alive.has(imageId) || this.#underWay.has(imageId) || this.#rows.get(imageId) !== token) continue;
