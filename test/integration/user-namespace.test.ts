@@ -41,7 +41,9 @@ describe('a container in a user namespace', () => {
   let mounted = 0;
 
   before(async () => {
-    node = await LazyNode.start({ config: { remap_ids: true, prefetch: { enabled: false } } });
+    node = await LazyNode.start({
+      config: { remap_ids: true, index_trust: ['annotation'], prefetch: { enabled: false } },
+    });
     await chmod(node.containerd.dir, 0o711); // As containerd's own: who is root inside is nobody outside.
     program = join(await node.containerd.scratch('tools'), 'idmapped-mount');
     await run('cc', ['-O1', '-o', program, join(import.meta.dirname, '../support/idmapped-mount.c')]);
