@@ -2,6 +2,7 @@
 // way, its chunks kept. Called by LayerIntake for pulls of our own; two pulls that want one layer share the reading.
 import PQueue from 'p-queue';
 import { DedupError } from '../errors.ts';
+import { orAborted } from '../or-aborted.ts';
 import type { LayerRecord } from './chunks/index-protocol.ts';
 import type { LayerStream, WantedLayer } from './layer-intake.ts';
 import type { BlobId, Repository } from './registry/blob-reader.ts';
@@ -61,13 +62,10 @@ export class EagerLayers {
     const reading = this.#readings.get(key) ?? this.#begin(key, wanted, blob, repository);
     reading.users++;
     reading.watchers.add(progress);
-    const { promise, reject } = Promise.withResolvers<never>();
-    const leave = (): void => reject(new DedupError('CANCELLED', `reading layer ${blob.digest} was given up`));
-    signal.addEventListener('abort', leave, { once: true });
+    const left = () => new DedupError('CANCELLED', `reading layer ${blob.digest} was given up`);
     try {
-      return await Promise.race([reading.work, promise]);
+      return await orAborted(reading.work, signal, left);
     } finally {
-      signal.removeEventListener('abort', leave);
       reading.watchers.delete(progress);
       if (--reading.users === 0) {
         reading.give.abort(new DedupError('CANCELLED', 'nobody waits for the layer any more'));

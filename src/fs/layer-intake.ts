@@ -5,6 +5,7 @@ import type { Config } from '../config.ts';
 import { type Digest, isDigest, parseDigest } from '../digest.ts';
 import { DedupError, errorCode } from '../errors.ts';
 import type { Logger } from '../log.ts';
+import { orAborted } from '../or-aborted.ts';
 import type { RootPaths } from '../paths.ts';
 import { MiB } from '../units.ts';
 import type { LayerRecord, LayerSourceName, LayerTrust } from './chunks/index-protocol.ts';
@@ -113,7 +114,9 @@ export class LayerIntake {
     const layer = wanted(request.layer);
     const budget = AbortSignal.timeout(Math.max(1, request.budget_ms));
     try {
-      const row = await abandonOn(budget, this.layer(layer, this.#options.stop));
+      // The work goes on for whoever asks next.
+      const usedUp = () => new DedupError('CANCELLED', 'the budget is used up');
+      const row = await orAborted(this.layer(layer, this.#options.stop), budget, usedUp);
       // From here on the snapshotter names it among those to retain.
       this.expected.arrived(row.id);
       this.#promised.set(row.id, performance.now());
@@ -417,18 +420,5 @@ export class LayerIntake {
   /** Forgets what was promised before `startedMs` (performance.now()): lists made since name it. */
   forgetPromisesBefore(startedMs: number): void {
     for (const [id, promisedMs] of this.#promised) if (promisedMs < startedMs) this.#promised.delete(id);
-  }
-}
-
-/** The promise, or CANCELLED when the signal comes first; the work goes on for whoever asks next. */
-async function abandonOn<T>(signal: AbortSignal, work: Promise<T>): Promise<T> {
-  const { promise, reject } = Promise.withResolvers<never>();
-  const stop = (): void => reject(new DedupError('CANCELLED', 'the budget is used up'));
-  signal.addEventListener('abort', stop, { once: true });
-  work.catch(() => undefined); // Its error is told to whoever waits; after the budget nobody does.
-  try {
-    return await Promise.race([work, promise]);
-  } finally {
-    signal.removeEventListener('abort', stop);
   }
 }

@@ -454,11 +454,11 @@ export class MountTable {
     await mkdir(paths.mounts, { recursive: true, mode: 0o700 });
     const all = await mountPoints();
     const devices = new Map<string, number>();
-    for (const { device, path } of all) {
+    for (const { device, mountPoint: path } of all) {
       if (path.startsWith(`${paths.mounts}/`)) devices.set(device, Number(path.slice(paths.mounts.length + 1)));
     }
     const elsewhere = new Map<number, string[]>();
-    for (const { device, path } of all.filter(({ device }) => devices.has(device)).reverse()) {
+    for (const { device, mountPoint: path } of all.filter(({ device }) => devices.has(device)).reverse()) {
       const id = devices.get(device)!;
       const layers = known.get(id);
       if (!resumed.images.has(id) || layers === undefined || !existsSync(paths.imageMetadata(id))) {

@@ -4,33 +4,13 @@
 import { readdir, readFile, rm } from 'node:fs/promises';
 import { basename, dirname, join } from 'node:path';
 import type { Logger } from '../log.ts';
+import { type MountLine, parseMountinfo } from '../mountinfo.ts';
 import type { RootPaths, RunPaths } from '../paths.ts';
 import { MNT_DETACH, native } from './native.ts';
 
-/** A mount of this mount namespace. */
-export interface MountPoint {
-  /** major:minor of its file system. */
-  readonly device: string;
-  readonly path: string;
-  readonly fstype: string;
-}
-
 /** The mounts of this process, oldest first. Errors: those of node:fs. */
-export async function mountPoints(): Promise<MountPoint[]> {
-  const found: MountPoint[] = [];
-  for (const line of (await readFile('/proc/self/mountinfo', 'utf8')).split('\n')) {
-    // proc(5), mountinfo: the third field is the device, the fifth the mount point with blanks as octal; the type follows
-    // the dash behind the optional fields.
-    const fields = line.split(' ');
-    const [, , device = '', , path] = fields;
-    if (path === undefined) continue;
-    found.push({
-      device,
-      path: path.replace(/\\([0-7]{3})/g, (_, octal) => String.fromCharCode(Number.parseInt(octal, 8))),
-      fstype: fields[fields.indexOf('-') + 1] ?? '',
-    });
-  }
-  return found;
+export async function mountPoints(): Promise<MountLine[]> {
+  return parseMountinfo(await readFile('/proc/self/mountinfo', 'utf8'));
 }
 
 /**
@@ -38,7 +18,7 @@ export async function mountPoints(): Promise<MountPoint[]> {
  * and stat(2) of the directory fails. Call before a session is mounted there. Errors: KERNEL.
  */
 export async function detachDeadSessions(run: RunPaths, log: Logger): Promise<void> {
-  for (const { path, fstype } of await mountPoints()) {
+  for (const { mountPoint: path, fstype } of await mountPoints()) {
     // "fuse.dedup" of our own sessions (native/fuse/session.cc), "fuse" of fuse-native's.
     if (path !== run.fuseMount || !/^fuse(\.|$)/.test(fstype)) continue;
     await native().umount(path, MNT_DETACH);

@@ -3,6 +3,7 @@
 import PQueue from 'p-queue';
 import { DedupError, errorCode, wrapError } from '../errors.ts';
 import type { Logger } from '../log.ts';
+import { orAborted } from '../or-aborted.ts';
 import { MiB } from '../units.ts';
 import { LinkEstimate } from './link-estimate.ts';
 import { type LayerBlobSource, type LayerMap, nameOf } from './loadable-layer.ts';
@@ -336,8 +337,10 @@ export class SpanFetcher {
     const none = Promise.resolve(flights.map(() => new Uint8Array(0)));
     try {
       const [data, windows] = await Promise.all([
-        this.#orAborted(reader.readRange(map.blob, range, signal), signal),
-        windowBytes === 0 ? none : this.#orAborted(map.layer.windows.readWindows(first, count, reader, signal), signal),
+        orAborted(reader.readRange(map.blob, range, signal), signal, givenUp),
+        windowBytes === 0
+          ? none
+          : orAborted(map.layer.windows.readWindows(first, count, reader, signal), signal, givenUp),
       ]);
       if (data.length !== range.length) {
         throw new DedupError(
@@ -386,18 +389,6 @@ export class SpanFetcher {
       },
       readAll: (blob, signal) => reader.readAll(blob, signal),
     };
-  }
-
-  /** `work`, or a rejection as soon as the signal is aborted: a reader that ignores it must not hold a place. */
-  async #orAborted<T>(work: Promise<T>, signal: AbortSignal): Promise<T> {
-    const { promise, reject } = Promise.withResolvers<never>();
-    const onAbort = (): void => reject(new DedupError('CANCELLED', 'the request was given up'));
-    signal.addEventListener('abort', onAbort, { once: true });
-    try {
-      return await Promise.race([work, promise]);
-    } finally {
-      signal.removeEventListener('abort', onAbort);
-    }
   }
 
   /** Counts a span once: as waited for, if a reader ever did, else as fetched ahead. */
@@ -462,6 +453,11 @@ export class SpanFetcher {
 /** For those who wait for a layer that is dropped: another one with the same chunk may still be asked. */
 function droppedError(map: LayerMap): DedupError {
   return new DedupError('UNAVAILABLE', `layer ${map.blob.digest} was dropped`);
+}
+
+/** For a reader that ignores its signal: it must not hold a place. */
+function givenUp(): DedupError {
+  return new DedupError('CANCELLED', 'the request was given up');
 }
 
 /** True when the layer is not known to the node any more. */

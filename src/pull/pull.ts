@@ -19,6 +19,7 @@ import {
 } from '../fs/registry/image-manifest.ts';
 import { INDEX_TYPES, MANIFEST_TYPES } from '../fs/registry/manifest-json.ts';
 import { formatReference, type ImageReference, tagOrDigest } from '../fs/registry/reference.ts';
+import { orAborted } from '../or-aborted.ts';
 import {
   LABEL_IMAGE_LAYERS,
   LABEL_IMAGE_REF,
@@ -360,9 +361,10 @@ class Pull {
       const doing = `layer ${next + 1} of ${layers.length} (${layer.digest})`;
       try {
         const readied = held[next];
+        const { signal } = this.#options;
         let readiness: Readiness | undefined;
         if (readied === undefined) await this.#lease.expect(this.#snapshot(layer.chainId));
-        else [, readiness] = await abandonOn(this.#options.signal, readied);
+        else [, readiness] = await orAborted(readied, signal, () => signal.reason);
         if (readiness?.kind === 'stored') requireDiffId(layer, readiness.diffId);
         const outcome = await this.#layer(layers, next, manifest, readied !== undefined);
         outcomes[next] = outcome === 'lazy' && readiness?.kind === 'stored' ? 'stored' : outcome;
@@ -502,17 +504,4 @@ function requireDiffId(layer: ImageLayer, diffId: string): void {
     `layer ${layer.digest} unpacks to ${diffId}, but the image configuration names ${layer.diffId}`,
     { hint: 'the image is damaged or was tampered with; push it again from its source' },
   );
-}
-
-/** The promise; or, when it comes first, the reason of the signal. */
-async function abandonOn<T>(signal: AbortSignal, work: Promise<T>): Promise<T> {
-  signal.throwIfAborted();
-  const { promise, reject } = Promise.withResolvers<never>();
-  const stop = (): void => reject(signal.reason);
-  signal.addEventListener('abort', stop, { once: true });
-  try {
-    return await Promise.race([work, promise]);
-  } finally {
-    signal.removeEventListener('abort', stop);
-  }
 }

@@ -4,42 +4,12 @@
 import { readdir, readFile, readlink, realpath, stat } from 'node:fs/promises';
 import { basename, dirname, isAbsolute, join } from 'node:path';
 import { DedupError, wrapError } from '../errors.ts';
+import { type MountLine, parseMountinfo } from '../mountinfo.ts';
 import type { RootPaths } from '../paths.ts';
 import { isErrno } from './errno.ts';
 
-/** A line of /proc/PID/mountinfo (proc(5)), as far as it can name a directory. */
-interface MountLine {
-  /** Directory of its file system that is mounted. */
-  readonly root: string;
-  readonly mountPoint: string;
-  readonly fstype: string;
-  readonly options: string;
-}
-
 /** Errors of a process that has ended, or is just ending, while it is looked at. */
 const GONE = ['ENOENT', 'ESRCH', 'EINVAL'];
-
-/** Blanks, newlines and backslashes are written as octal numbers (fs/proc_namespace.c, mangle). */
-function unescapeOctal(text: string): string {
-  return text.replace(/\\([0-7]{3})/g, (_, octal: string) => String.fromCharCode(Number.parseInt(octal, 8)));
-}
-
-function parse(text: string): MountLine[] {
-  const lines: MountLine[] = [];
-  for (const line of text.split('\n')) {
-    const fields = line.split(' ');
-    const [, , , root, mountPoint] = fields;
-    if (root === undefined || mountPoint === undefined) continue;
-    const dash = fields.indexOf('-', 6);
-    lines.push({
-      root: unescapeOctal(root),
-      mountPoint: unescapeOctal(mountPoint),
-      fstype: fields[dash + 1] ?? '',
-      options: unescapeOctal(fields[dash + 3] ?? ''),
-    });
-  }
-  return lines;
-}
 
 /** What two processes must have in common for their mount tables to be the same; undefined when it cannot be seen. */
 async function viewOf(dir: string): Promise<string | undefined> {
@@ -62,7 +32,7 @@ async function mountTables(): Promise<{ pid: number; lines: MountLine[] }[]> {
     try {
       const view = (await viewOf(dir)) ?? dir;
       if (tables.has(view)) continue;
-      tables.set(view, { pid: Number(name), lines: parse(await readFile(join(dir, 'mountinfo'), 'utf8')) });
+      tables.set(view, { pid: Number(name), lines: parseMountinfo(await readFile(join(dir, 'mountinfo'), 'utf8')) });
     } catch (error) {
       if (!GONE.some((errno) => isErrno(error, errno))) throw wrapError(error, `reading ${dir}/mountinfo`, 'KERNEL');
     }
@@ -75,7 +45,7 @@ async function mountTables(): Promise<{ pid: number; lines: MountLine[] }[]> {
 async function namesOf(directory: string): Promise<Set<string>> {
   const real = await realpath(directory);
   // As the file system that it lies on calls it: what the root field of a bind mount says.
-  const around = parse(await readFile('/proc/self/mountinfo', 'utf8'))
+  const around = parseMountinfo(await readFile('/proc/self/mountinfo', 'utf8'))
     .filter(({ mountPoint }) => mountPoint === '/' || real === mountPoint || real.startsWith(`${mountPoint}/`))
     .reduce<MountLine | undefined>(
       // Of two on one place the later one lies on top.

@@ -4,6 +4,7 @@ import type Database from 'better-sqlite3';
 import { DedupError } from '../../errors.ts';
 import { BLOCK_BYTES } from '../../units.ts';
 import type { AddressSpace } from './address-space.ts';
+import { NamedChunks } from './chunk-rows.ts';
 import type { AddedLayer, NewLayer } from './index-protocol.ts';
 
 const blocksOf = (bytes: number): number => Math.ceil(bytes / BLOCK_BYTES);
@@ -98,16 +99,13 @@ class Placer {
   newChunks = 0;
   readonly #layer: NewLayer;
   readonly #layerId: number;
-  readonly #scope: number;
   readonly #space: AddressSpace;
-  readonly #now: number;
   /** First block of the chunks this layer has used so far, by digest and size. */
   readonly #seen = new Map<string, number>();
   /** Those of them that were there before; new ones have this layer counted already. */
   readonly #known: number[] = [];
   readonly #digests: Buffer;
-  readonly #insert: Database.Statement;
-  readonly #find: Database.Statement;
+  readonly #chunks: NamedChunks;
   readonly #link: Database.Statement;
   readonly #extra: Database.Statement;
   readonly #extrasOf: Database.Statement;
@@ -124,15 +122,10 @@ class Placer {
   ) {
     this.#layer = layer;
     this.#layerId = layerId;
-    this.#scope = scope;
     this.#space = space;
-    this.#now = now;
     this.addresses = new Float64Array(layer.lengths.length);
     this.#digests = Buffer.from(layer.digests.buffer, layer.digests.byteOffset, layer.digests.byteLength);
-    this.#insert = db.prepare(
-      'INSERT INTO chunks (id, scope, digest, size, piece_bytes, ref_count, last_used) VALUES (?, ?, ?, ?, ?, 1, ?)',
-    );
-    this.#find = db.prepare('SELECT id, piece_bytes FROM chunks WHERE digest = ? AND size = ? AND scope = ?').raw();
+    this.#chunks = new NamedChunks(db, scope, 1, now);
     this.#link = db.prepare('INSERT INTO layer_chunks (layer_id, seq, chunk_id, placement) VALUES (?, ?, ?, ?)');
     this.#extra = db.prepare('INSERT INTO placements (block, chunk_id) VALUES (?, ?)');
     this.#extrasOf = db.prepare('SELECT block FROM placements WHERE chunk_id = ?').pluck();
@@ -160,24 +153,10 @@ class Placer {
     const key = this.#key(seq);
     const seen = this.#seen.get(key);
     if (seen !== undefined) return seen;
-    const size = this.#layer.lengths[seq]!;
-    const pieceBytes = Math.min(size, this.#layer.pieceBytes);
-    const digest = this.#digest(seq);
-    const known = this.#find.get(digest, size, this.#scope) as [number, number] | undefined;
-    if (known !== undefined && known[1] !== pieceBytes) {
-      // A chunk's name covers its piece digests, so another piece size under one name means that one index is wrong.
-      throw new DedupError(
-        'INDEX_INVALID',
-        `chunk ${seq} is known with pieces of ${known[1]} bytes, not ${pieceBytes}`,
-      );
-    }
-    const id = known?.[0] ?? newBlock();
-    if (known === undefined) {
-      this.#insert.run(id, this.#scope, digest, size, pieceBytes, this.#now);
-      this.newChunks++;
-    } else {
-      this.#known.push(id);
-    }
+    const { lengths, pieceBytes } = this.#layer;
+    const { id, isNew } = this.#chunks.findOrAdd(this.#digest(seq), lengths[seq]!, pieceBytes, newBlock);
+    if (isNew) this.newChunks++;
+    else this.#known.push(id);
     this.#seen.set(key, id);
     return id;
   }
@@ -225,11 +204,9 @@ class Placer {
     const ids: number[] = [];
     for (let i = 0; i < count; i++) {
       const seq = first + i;
-      const known = this.#find.get(this.#digest(seq), this.#layer.lengths[seq], this.#scope) as
-        | [number, number]
-        | undefined;
-      if (known === undefined) return undefined;
-      ids.push(known[0]);
+      const id = this.#chunks.find(this.#digest(seq), this.#layer.lengths[seq]!);
+      if (id === undefined) return undefined;
+      ids.push(id);
     }
     const step = blocksOf(this.#layer.chunkBytes);
     const starts = [ids[0]!, ...(this.#extrasOf.all(ids[0]) as number[])];

@@ -1,6 +1,7 @@
 // Drops layers and the chunks only they used, inside the writer's transaction. Punching is the caller's, afterwards.
 import type Database from 'better-sqlite3';
-import { BLOCK_BYTES, roundUp } from '../../units.ts';
+import { BLOCK_BYTES } from '../../units.ts';
+import { DroppedChunks } from './chunk-rows.ts';
 import type { DroppedLayers, StoreRange } from './index-protocol.ts';
 
 /**
@@ -15,14 +16,11 @@ export function dropLayers(
 ): DroppedLayers {
   const dropped: number[] = [];
   const pinned: number[] = [];
-  const ranges: StoreRange[] = [];
+  const chunks = new DroppedChunks(db);
   const prepare = (sql: string): Database.Statement => db.prepare(sql);
   const isPinned = prepare('SELECT 1 FROM pins WHERE layer_id = ? LIMIT 1').pluck();
   const chunkIds = prepare('SELECT DISTINCT chunk_id FROM layer_chunks WHERE layer_id = ?').pluck();
   const release = prepare('UPDATE chunks SET ref_count = ref_count - 1 WHERE id = ? RETURNING ref_count, size').raw();
-  const extra = prepare('SELECT block FROM placements WHERE chunk_id = ?').pluck();
-  const dropExtra = prepare('DELETE FROM placements WHERE chunk_id = ?');
-  const dropChunk = prepare('DELETE FROM chunks WHERE id = ?');
   const imagesOf = prepare('SELECT DISTINCT image_id FROM image_layers WHERE layer_id = ?').pluck();
   for (const layerId of layerIds) {
     if (isPinned.get(layerId) !== undefined) {
@@ -37,14 +35,10 @@ export function dropLayers(
     dropped.push(layerId);
     for (const id of ids) {
       const [refCount, size] = release.get(id) as [number, number];
-      if (refCount > 0 || held(id)) continue;
-      const length = roundUp(size, BLOCK_BYTES);
-      for (const block of [id, ...(extra.all(id) as number[])]) ranges.push({ address: block * BLOCK_BYTES, length });
-      dropExtra.run(id);
-      dropChunk.run(id);
+      if (refCount <= 0 && !held(id)) chunks.drop(id, size);
     }
   }
-  return { dropped, pinned, ranges: recordFreed(db, ranges, nowSeconds) };
+  return { dropped, pinned, ranges: recordFreed(db, chunks.ranges, nowSeconds) };
 }
 
 /** Records ranges whose chunks have no rows any more as to be punched; returns them joined. */

@@ -1,9 +1,9 @@
 // Chunks that are stored before the layer they belong to is known whole: their rows and addresses are made while the
 // layer is still being read, and a hold keeps them until its row counts them. Runs in the writer's worker thread.
 import type Database from 'better-sqlite3';
-import { DedupError } from '../../errors.ts';
-import { BLOCK_BYTES, roundUp } from '../../units.ts';
+import { BLOCK_BYTES } from '../../units.ts';
 import { scopeId } from './add-layer.ts';
+import { DroppedChunks, NamedChunks } from './chunk-rows.ts';
 import { recordFreed } from './drop-layers.ts';
 import type { ChunksToHold, StoreRange } from './index-protocol.ts';
 
@@ -39,22 +39,11 @@ export function holdChunks(
   take: (bytes: number) => number,
   nowSeconds: number,
 ): Float64Array {
-  const scopeNumber = scopeId(db, scope);
-  const find = db.prepare('SELECT id, piece_bytes FROM chunks WHERE digest = ? AND size = ? AND scope = ?').raw();
-  const insert = db.prepare(
-    'INSERT INTO chunks (id, scope, digest, size, piece_bytes, ref_count, last_used) VALUES (?, ?, ?, ?, ?, 0, ?)',
-  );
+  const chunks = new NamedChunks(db, scopeId(db, scope), 0, nowSeconds);
   const names = Buffer.from(digests.buffer, digests.byteOffset, digests.byteLength);
   const addresses = new Float64Array(lengths.length);
   for (const [i, size] of lengths.entries()) {
-    const digest = names.subarray(i * 32, i * 32 + 32);
-    const pieces = Math.min(size, pieceBytes);
-    const known = find.get(digest, size, scopeNumber) as [number, number] | undefined;
-    if (known !== undefined && known[1] !== pieces) {
-      throw new DedupError('INDEX_INVALID', `a chunk is known with pieces of ${known[1]} bytes, not ${pieces}`);
-    }
-    const id = known?.[0] ?? take(size);
-    if (known === undefined) insert.run(id, scopeNumber, digest, size, pieces, nowSeconds);
+    const { id } = chunks.findOrAdd(names.subarray(i * 32, i * 32 + 32), size, pieceBytes, () => take(size));
     holds.add(hold, id);
     addresses[i] = id * BLOCK_BYTES;
   }
@@ -68,18 +57,9 @@ export function countUnreferenced(db: Database.Database, holds: ChunkHolds): num
 
 /** Drops the rows of chunks that no layer counts and nobody holds; their ranges are recorded as to be punched. */
 export function dropUnreferenced(db: Database.Database, holds: ChunkHolds, nowSeconds: number): StoreRange[] {
-  const placements = db.prepare('SELECT block FROM placements WHERE chunk_id = ?').pluck();
-  const dropPlacements = db.prepare('DELETE FROM placements WHERE chunk_id = ?');
-  const drop = db.prepare('DELETE FROM chunks WHERE id = ?');
-  const ranges: StoreRange[] = [];
-  for (const [id, size] of unreferenced(db, holds)) {
-    const length = roundUp(size, BLOCK_BYTES);
-    for (const block of [id, ...(placements.all(id) as number[])])
-      ranges.push({ address: block * BLOCK_BYTES, length });
-    dropPlacements.run(id);
-    drop.run(id);
-  }
-  return recordFreed(db, ranges, nowSeconds);
+  const chunks = new DroppedChunks(db);
+  for (const [id, size] of unreferenced(db, holds)) chunks.drop(id, size);
+  return recordFreed(db, chunks.ranges, nowSeconds);
 }
 
 function unreferenced(db: Database.Database, holds: ChunkHolds): [number, number][] {

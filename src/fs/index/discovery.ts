@@ -4,6 +4,7 @@ import { mkdir, open, readFile, rename, rm } from 'node:fs/promises';
 import { dirname } from 'node:path';
 import { type Digest, digestOf, isDigest } from '../../digest.ts';
 import { DedupError, wrapError } from '../../errors.ts';
+import { orAborted } from '../../or-aborted.ts';
 import type { RootPaths } from '../../paths.ts';
 import type { Repository } from '../registry/blob-reader.ts';
 import { decodeLayerIndex } from './format.ts';
@@ -65,7 +66,11 @@ export class IndexCatalog {
     }
     fetch.waiters++;
     try {
-      return await untilAborted(fetch.promise, signal);
+      return await orAborted(
+        fetch.promise,
+        signal,
+        () => new DedupError('CANCELLED', 'loading an index: cancelled', { cause: signal.reason }),
+      );
     } finally {
       if (--fetch.waiters === 0 && signal.aborted) {
         this.#fetches.delete(key);
@@ -200,21 +205,5 @@ async function writeDurably(path: string, bytes: Buffer): Promise<void> {
     await rm(temporary, { force: true });
     const full = ['ENOSPC', 'EDQUOT'].includes((error as NodeJS.ErrnoException).code ?? '');
     throw wrapError(error, `writing ${path}`, full ? 'STORE_FULL' : 'STORE_IO');
-  }
-}
-
-/** `promise`, or CANCELLED as soon as `signal` is aborted; the promise itself goes on for others. */
-async function untilAborted<T>(promise: Promise<T>, signal: AbortSignal): Promise<T> {
-  let onAbort = (): void => {};
-  const aborted = new Promise<never>((_, reject) => {
-    onAbort = () => reject(new DedupError('CANCELLED', 'loading an index: cancelled', { cause: signal.reason }));
-    signal.addEventListener('abort', onAbort, { once: true });
-  });
-  try {
-    return await Promise.race([promise, aborted]);
-  } finally {
-    signal.removeEventListener('abort', onAbort);
-    // When the race was lost nobody else may be waiting; its error has been told as CANCELLED.
-    promise.catch(() => undefined);
   }
 }
