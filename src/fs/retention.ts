@@ -49,9 +49,8 @@ export class Retention {
   async retainLayers(layers: readonly LayerKeyMessage[]): Promise<number> {
     const { book, intake, mounts } = this.#options;
     const startedMs = performance.now();
-    const named = new Set(layers.map((key) => book.find(key)?.id).filter((id) => id !== undefined));
     // The list was made before this call: what somebody is about to name is not judged by it, however long it is kept.
-    const expected = new Set(intake.expected.still(named));
+    const expected = new Set(intake.expected.still(this.#idsOf(layers)));
     const before = new Set(
       book
         .all()
@@ -77,11 +76,7 @@ export class Retention {
     release: (kept: (layerId: number) => boolean) => Promise<unknown>,
   ): Promise<number> {
     const { store, book, intake, ahead, mounts } = this.#options;
-    const keep = new Set<number>();
-    for (const key of layers) {
-      const row = book.find(key);
-      if (row !== undefined) keep.add(row.id);
-    }
+    const keep = this.#idsOf(layers);
     // The caller may give up waiting and let others prepare: what they are told meanwhile is not on its list.
     const kept = (id: number): boolean => keep.has(id) || intake.isPromised(id) || !before.has(id);
     await release(kept);
@@ -107,6 +102,11 @@ export class Retention {
     ahead.dropped();
     await this.removeOrphanFiles();
     return dropped.length;
+  }
+
+  /** Numbers of those of these layers that are here. */
+  #idsOf(layers: readonly LayerKeyMessage[]): Set<number> {
+    return new Set(layers.map((key) => this.#options.book.find(key)?.id).filter((id) => id !== undefined));
   }
 
   /** Deletes metadata and index files that no row names any more. Errors: those of node:fs. */

@@ -141,15 +141,9 @@ export class Converter {
    * their directories are there. They are converted anew. Answers how many. Errors: STORE_IO.
    */
   async takeBack(layers: readonly LayerKey[]): Promise<number> {
-    const { metastore, paths, describe, log } = this.#options;
-    let count = 0;
-    for (const { id } of await metastore.convertedAs(layers)) {
-      const ordinary = existsSync(paths.snapshotFs(id)) ? await metastore.takeBack(id) : undefined;
-      if (ordinary === undefined) continue;
-      count++;
-      await describe(ordinary);
-      log.warn({ id, name: ordinary.name }, 'dedupd has forgotten a converted layer, it is an ordinary one again');
-    }
+    const count = await this.#makeOrdinary(layers, ({ id, name }) => {
+      this.#options.log.warn({ id, name }, 'dedupd has forgotten a converted layer, it is an ordinary one again');
+    });
     if (count > 0) this.kick();
     return count;
   }
@@ -339,14 +333,28 @@ export class Converter {
 
   /** No image can be made of these layers: those that were converted are the ordinary ones again that they were. */
   async #leaveAll(layers: readonly LayerKey[], reason: string): Promise<void> {
-    const { metastore, paths, describe, log } = this.#options;
-    for (const { id, name } of await metastore.convertedAs(layers)) {
+    const { metastore, log } = this.#options;
+    await this.#makeOrdinary(layers, async ({ id, name }) => {
+      await metastore.leave(id, reason);
+      log.error({ id, name, reason }, 'no image can be made of a converted layer, it is left as it was');
+    });
+  }
+
+  /** Makes those of these layers that were converted, and whose directories are there, ordinary again; how many. */
+  async #makeOrdinary(
+    layers: readonly LayerKey[],
+    made: (ordinary: SnapshotRecord) => void | Promise<void>,
+  ): Promise<number> {
+    const { metastore, paths, describe } = this.#options;
+    let count = 0;
+    for (const { id } of await metastore.convertedAs(layers)) {
       const ordinary = existsSync(paths.snapshotFs(id)) ? await metastore.takeBack(id) : undefined;
       if (ordinary === undefined) continue;
-      await metastore.leave(id, reason);
+      count++;
+      await made(ordinary);
       await describe(ordinary);
-      log.error({ id, name, reason }, 'no image can be made of a converted layer, it is left as it was');
     }
+    return count;
   }
 
   async #failed({ id, name }: SnapshotRecord, error: unknown): Promise<void> {
