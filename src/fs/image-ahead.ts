@@ -179,9 +179,9 @@ export class ImagesAhead {
       const key = { digest, index, scope };
       const wanted = { key, sources, manifest, reference: '' };
       const known = this.#options.book.find(key) !== undefined;
-      let row = index === '' && !known ? undefined : this.#intake.layer(wanted, this.#options.stop);
-      if (index === '' && !known) row = readWhole?.(wanted, position);
-      return row?.then((row) => {
+      const named = index !== '' || known;
+      const layer = named ? this.#intake.layer(wanted, this.#options.stop) : readWhole?.(wanted, position);
+      return layer?.then((row) => {
         image.push(row.id);
         if (!known) this.#intake.expected.forPull(row.id, image, underWay);
         return row;

@@ -78,8 +78,6 @@ export class LazyLoader {
   readonly #deadlineMs: number;
   readonly #maps: LRUCache<number, LayerMap>;
   readonly #opening = new Map<number, Promise<LayerMap>>();
-  /** Layers that were dropped; a number is never used twice. */
-  readonly #dropped = new Set<number>();
   readonly #pieces = new Map<number, Promise<PieceBytes>>();
   readonly #failed: LRUCache<number, DedupError>;
   /** How often layers were dropped. */
@@ -200,7 +198,6 @@ export class LazyLoader {
   /** Forgets layers that were dropped: nothing is fetched for them any more, and what is under way is given up. */
   forget(layerIds: readonly number[]): void {
     for (const layerId of layerIds) {
-      this.#dropped.add(layerId);
       const map = this.#maps.get(layerId);
       map?.layer.windows.forget?.(0, map.spanCount);
       this.#maps.delete(layerId);
@@ -375,7 +372,7 @@ export class LazyLoader {
     const running = this.#opening.get(layerId);
     if (running !== undefined) return running;
     const work = this.#provider.openLayer(layerId).then((layer) => {
-      if (this.#dropped.has(layerId)) throw new DedupError('UNAVAILABLE', `layer ${layerId} was dropped`);
+      if (this.#fetcher.isForgotten(layerId)) throw new DedupError('UNAVAILABLE', `layer ${layerId} was dropped`);
       const map = new LayerMap(layerId, layer);
       this.#maps.set(layerId, map);
       return map;

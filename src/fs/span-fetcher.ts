@@ -220,6 +220,11 @@ export class SpanFetcher {
     this.#distrusted.set(`${map.layerId} ${source}`, performance.now() + DISTRUST_MS);
   }
 
+  /** True for a layer that was dropped. */
+  isForgotten(layerId: number): boolean {
+    return this.#dropped.has(layerId);
+  }
+
   /** Forgets layers that were dropped, whose requests end at once, and distrust that has ended. */
   forget(layerIds: readonly number[]): void {
     for (const layerId of layerIds) {

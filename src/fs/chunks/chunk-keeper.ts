@@ -3,7 +3,7 @@
 // layer at the end, and disposes of it in any case.
 import { DedupError } from '../../errors.ts';
 import { MiB } from '../../units.ts';
-import type { IndexedPiece, OnPiece } from '../index/chunker.ts';
+import { allZero, type IndexedPiece, type OnPiece } from '../index/chunker.ts';
 import { chunkName } from '../index/zero-digests.ts';
 import type { PieceToStore } from './store-types.ts';
 
@@ -40,8 +40,6 @@ const BATCH_BYTES = 4 * MiB;
 const BATCH_CHUNKS = 1024;
 /** Batches on their way to the disk while the next is gathered: one hides the other's wait. */
 const MAX_UNDER_WAY = 2;
-
-const ZEROS = Buffer.alloc(64 * 1024);
 
 export class ChunkKeeper implements AsyncDisposable {
   readonly #store: KeepingStore;
@@ -103,7 +101,7 @@ export class ChunkKeeper implements AsyncDisposable {
       part.copy(this.#memory, this.#used);
       this.#used += part.length;
     }
-    this.#zero &&= isZero(this.#memory.subarray(offset, this.#used));
+    this.#zero &&= allZero(this.#memory.subarray(offset, this.#used));
     this.#pieces.push({ offset, length, digest });
   }
 
@@ -185,12 +183,4 @@ export class ChunkKeeper implements AsyncDisposable {
     await Promise.all(this.#underWay);
     await this.#store.release();
   }
-}
-
-function isZero(bytes: Buffer): boolean {
-  for (let at = 0; at < bytes.length; at += ZEROS.length) {
-    const end = Math.min(at + ZEROS.length, bytes.length);
-    if (bytes.compare(ZEROS, 0, end - at, at, end) !== 0) return false;
-  }
-  return true;
 }

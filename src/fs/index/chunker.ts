@@ -41,7 +41,8 @@ const ZEROS = Buffer.alloc(64 * 1024);
 /** Most zeros in one range, bytes. */
 const MAX_HOLE_RANGE_BYTES = 2 ** 31;
 
-function allZero(bytes: Buffer): boolean {
+/** True when every byte is zero. */
+export function allZero(bytes: Buffer): boolean {
   for (let at = 0; at < bytes.length; at += ZEROS.length) {
     const end = Math.min(at + ZEROS.length, bytes.length);
     if (bytes.compare(ZEROS, 0, end - at, at, end) !== 0) return false;
