@@ -268,17 +268,7 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
       let plane: DataPlane | undefined;
       const transport = await openTransport(choice, {
         mountDir: run.fuseMount,
-        store: {
-          id: store.id,
-          fd: store.fd,
-          sumsFd: store.sumsFd,
-          bytes: store.storeBytes,
-          headBytes: store.headBytes,
-          tailBytes: store.tailBytes,
-          presence: store.presence,
-          touched: store.touched,
-          damaged: (address, length) => store.damaged(address, length),
-        },
+        store,
         source: {
           read: (range, imageId) => loader.read(range, { layers: plane?.layersOfImage(imageId) ?? [] }),
         },

@@ -99,17 +99,7 @@ class Stress {
     await mkdir(mountDir, { recursive: true });
     this.#transport = await FuseTransport.start({
       mountDir,
-      store: {
-        id: store.id,
-        fd: store.fd,
-        sumsFd: store.sumsFd,
-        bytes: store.storeBytes,
-        headBytes: store.headBytes,
-        tailBytes: store.tailBytes,
-        presence: store.presence,
-        touched: store.touched,
-        damaged: (address, length) => store.damaged(address, length),
-      },
+      store,
       source: {
         read: (range, id) => {
           const image = this.#images.get(id);

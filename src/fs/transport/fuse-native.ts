@@ -81,7 +81,7 @@ export class FuseNativeTransport implements Transport {
     return {
       getattr: (path: string, reply: Reply) => {
         if (path === '/') reply(0, attributes(S_IFDIR | 0o700, 4096));
-        else if (IMAGE_NAME.test(path)) reply(0, attributes(S_IFREG | 0o400, this.#options.store.bytes));
+        else if (IMAGE_NAME.test(path)) reply(0, attributes(S_IFREG | 0o400, this.#options.store.storeBytes));
         else reply(-osConstants.errno.ENOENT);
       },
       readdir: (_path: string, reply: Reply) => reply(0, []),
@@ -104,7 +104,7 @@ export class FuseNativeTransport implements Transport {
     try {
       const { store } = this.#options;
       const head = Math.max(0, Math.min(length, store.headBytes - offset));
-      const tail = Math.max(0, Math.min(length - head, offset + length - (store.bytes - store.tailBytes)));
+      const tail = Math.max(0, Math.min(length - head, offset + length - (store.storeBytes - store.tailBytes)));
       const wanted = length - head - tail;
       into.fill(0, 0, head);
       into.fill(0, length - tail, length);

@@ -27,14 +27,14 @@ export interface StoreView {
   readonly fd: number;
   /** O_RDONLY descriptor of the sums of its blocks. */
   readonly sumsFd: number;
-  readonly bytes: number;
+  readonly storeBytes: number;
   readonly headBytes: number;
   readonly tailBytes: number;
   readonly presence: Uint8Array;
   /** Where hits leave their marks. */
   readonly touched: Uint32Array;
   /** Told of every read that met blocks which the disk had changed. */
-  readonly damaged: (address: number, length: number) => void;
+  damaged(address: number, length: number): void;
 }
 
 export interface FuseTransportOptions {
@@ -68,7 +68,7 @@ export class FuseTransport implements Transport {
     this.#source = options.source;
     this.#storeId = options.store.id;
     this.#storeFd = options.store.fd;
-    this.#damaged = options.store.damaged;
+    this.#damaged = (address, length) => options.store.damaged(address, length);
     this.#log = options.log;
   }
 
@@ -80,7 +80,7 @@ export class FuseTransport implements Transport {
       mountDir: options.mountDir,
       storeFd: options.store.fd,
       sumsFd: options.store.sumsFd,
-      storeBytes: options.store.bytes,
+      storeBytes: options.store.storeBytes,
       headBytes: options.store.headBytes,
       tailBytes: options.store.tailBytes,
       presence: options.store.presence,
