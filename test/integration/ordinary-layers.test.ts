@@ -6,7 +6,7 @@ import { rm } from 'node:fs/promises';
 import { join } from 'node:path';
 import { after, before, describe, test } from 'node:test';
 import { run, TestContainerd, waitFor } from '../support/containerd.ts';
-import { busyboxEntries, makeImage, type TestImage } from '../support/images.ts';
+import { busyboxEntries, importImage, makeImage, type TestImage } from '../support/images.ts';
 import { Product } from '../support/product.ts';
 import { assertSameRows, type TreeRow, walkTreeApart } from '../support/tree-walk.ts';
 
@@ -54,13 +54,7 @@ describe('an image without an index', () => {
         { entries: [{ name: 'srv/again', content: noise }] },
       ],
     });
-    const archive = join(image.dir, '..', `${containerd.namespace}.tar`);
-    await run('tar', ['-C', image.dir, '-cf', archive, '.']);
-    try {
-      await containerd.ctr(['image', 'import', '--snapshotter', 'dedup', '--base-name', 'registry.test/base', archive]);
-    } finally {
-      await rm(archive);
-    }
+    await importImage(containerd, image, 'registry.test/base');
   });
 
   after(async () => {

@@ -8,7 +8,7 @@ import { join } from 'node:path';
 import { after, before, describe, test } from 'node:test';
 import { mountsBelow, run, TestContainerd, waitFor } from '../support/containerd.ts';
 import { FakeImages } from '../support/fake-images.ts';
-import { busyboxEntries, makeImage, type TestImage } from '../support/images.ts';
+import { busyboxEntries, importImage, makeImage, type TestImage } from '../support/images.ts';
 import { TestService } from '../support/snapshots-service.ts';
 
 const IMAGE = 'registry.test/base:latest';
@@ -34,13 +34,7 @@ describe('containerd with converted layers', () => {
         { entries: [{ name: 'opt/two', content: 'two\n' }] },
       ],
     });
-    const archive = join(image.dir, '..', `${containerd.namespace}.tar`);
-    await run('tar', ['-C', image.dir, '-cf', archive, '.']);
-    try {
-      await containerd.ctr(['image', 'import', '--snapshotter', 'dedup', '--base-name', 'registry.test/base', archive]);
-    } finally {
-      await rm(archive);
-    }
+    await importImage(containerd, image, 'registry.test/base');
   });
 
   after(async () => {

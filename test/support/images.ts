@@ -8,7 +8,7 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { promisify } from 'node:util';
 import { gzip, zstdCompress } from 'node:zlib';
-import { run } from './containerd.ts';
+import { run, type TestContainerd } from './containerd.ts';
 import { type TarEntry, tarOf } from './tar.ts';
 
 /**
@@ -314,4 +314,15 @@ async function addToLayout(dir: string, tag: string, descriptor: TestDescriptor)
   index.manifests.push({ ...descriptor, annotations: { [name]: tag } });
   await writeFile(path, json(index));
   await writeFile(join(dir, 'oci-layout'), json({ imageLayoutVersion: '1.0.0' }));
+}
+
+/** Imports an image by ctr(1), unpacked by the snapshotter "dedup", as BASE:TAG. */
+export async function importImage(containerd: TestContainerd, image: TestImage, base: string): Promise<void> {
+  const archive = join(image.dir, '..', `${containerd.namespace}.tar`);
+  await run('tar', ['-C', image.dir, '-cf', archive, '.']);
+  try {
+    await containerd.ctr(['image', 'import', '--snapshotter', 'dedup', '--base-name', base, archive]);
+  } finally {
+    await rm(archive);
+  }
 }
