@@ -2,7 +2,8 @@
 // cannot be restored.
 import assert from 'node:assert/strict';
 import { existsSync } from 'node:fs';
-import { readdir, readFile, rm, writeFile } from 'node:fs/promises';
+import { mkdtemp, readdir, readFile, rm, writeFile } from 'node:fs/promises';
+import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterEach, beforeEach, describe, test } from 'node:test';
 import { digestOf } from '../../src/digest.ts';
@@ -21,17 +22,20 @@ const remoteLabels = {
 };
 
 describe('a metadata.db that was lost', () => {
+  let dir: string;
   let service: TestService;
   let images: FakeImages;
 
   beforeEach(async () => {
-    service = await TestService.start();
-    await service.stop();
-    images = new FakeImages(service.dir);
+    dir = await mkdtemp(join(tmpdir(), 'rebuild-'));
+    images = new FakeImages(dir);
     service = await TestService.start({ images });
     await images.addLayer(digestOf('layer'), 'layer');
   });
-  afterEach(() => service.stop());
+  afterEach(async () => {
+    await service.stop();
+    await rm(dir, { recursive: true });
+  });
 
   const databases = async () => (await readdir(service.paths.root)).filter((name) => name.startsWith('metadata.db'));
 

@@ -1,5 +1,6 @@
 // A LazyNode whose containerd serves CRI with snapshotter `dedup`, a sandbox image for pods, and a client: what a kubelet
 // meets on a node of ours.
+import { rm } from 'node:fs/promises';
 import { CriClient } from './cri.ts';
 import { busyboxEntries, makeImage, pushLayout } from './images.ts';
 import { LazyNode } from './lazy-node.ts';
@@ -25,6 +26,7 @@ export async function startCriNode(): Promise<CriNode> {
       const layers = [{ entries: await busyboxEntries(['sleep']) }];
       const pause = await makeImage({ layers, config: { Entrypoint: ['/bin/sleep', '100000'] } });
       sandboxImage = await pushLayout(pause.dir, 'latest', registry.host, 'pause');
+      await rm(pause.dir, { recursive: true });
       return { cri: { snapshotter: 'dedup', sandboxImage } };
     },
   });
