@@ -315,20 +315,19 @@ describe('FUSE session', () => {
     const store = openSync(fixture.storePath, 'r+');
     const [first, second] = [8 * MIB + 5 * BLOCK, 9 * MIB + 7 * BLOCK + 99];
     for (const at of [first, second]) writeSync(store, Buffer.of(fixture.content[at]! ^ 4), 0, 1, at);
+    // The kernel may split a read; a part that is read while the damaged block of another is taken away is asked for, too.
+    const damaged = (): FuseMiss[] => fixture.misses.filter((miss) => miss.damaged);
     const whole = await reader.read({ path: fixture.device.path, offset: 8 * MIB, length: MIB });
     assert.equal(whole.sha256, fixture.digest(8 * MIB, MIB));
-    assert.deepEqual(
-      fixture.misses.map(({ damaged }) => damaged),
-      [true],
-    );
+    assert.equal(damaged().length, 1);
+    assert.ok(damaged()[0]!.offset <= first && first < damaged()[0]!.offset + damaged()[0]!.length);
     // By the file instead of the loop device, whose blocks are whole: the kernel asks for just these bytes.
     const fd = await fixture.session.openFile(3);
     const file = await openHandle(`/proc/self/fd/${fd}`, constants.O_RDONLY | constants.O_DIRECT);
     const part = async (at: number) => (await file.read(Buffer.alloc(3000), 0, 3000, at)).buffer;
     for (const at of [9 * MIB + 4000, 9 * MIB + 6 * BLOCK + 4000])
       assert.ok((await part(at)).equals(fixture.content.subarray(at, at + 3000)), `at ${at}`);
-    assert.equal(fixture.misses.length, 2);
-    assert.equal(fixture.misses[1]!.damaged, true);
+    assert.equal(damaged().length, 2);
     assert.equal(native().presenceTest(fixture.presence, (9 * MIB) / BLOCK + 7, 1), false);
     await file.close();
     closeSync(fd);
