@@ -62,6 +62,7 @@ export const ERROR_CODES = Object.freeze({
   LAYER_INVALID: code('dataLoss', 'EIO', false, 'A layer is not a well-formed tar stream or does not decompress.'),
   LAYER_NOT_LAZY: code('failedPrecondition', 'EIO', false, 'The layer cannot be loaded lazily, for the reason given.'),
   IMAGE_INVALID: code('dataLoss', 'EIO', false, 'An image cannot be expressed as EROFS, or its metadata is malformed.'),
+  TRACE_INVALID: code('invalidArgument', 'EIO', false, 'A file or artifact is not an access trace that can be read.'),
   STORE_IO: code('internal', 'EIO', true, 'Reading or writing the node store failed.'),
   STORE_FULL: code('resourceExhausted', 'ENOSPC', true, 'The disk or the store address space is full.'),
   STORE_CORRUPT: code('dataLoss', 'EIO', false, 'The store and its database disagree.'),

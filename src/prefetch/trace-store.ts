@@ -1,0 +1,140 @@
+// The directory of access traces (configuration key `prefetch.trace_dir`): one file an image, named after it. Used by dedupd
+// and, for files alone, by the `trace` verbs; whoever else puts a file there is believed as little as a registry is.
+import { mkdir, open, readdir, readFile, rename, rm, stat } from 'node:fs/promises';
+import { join } from 'node:path';
+import { errorCode, wrapError } from '../errors.ts';
+import { type AccessTrace, formatTrace, MAX_TRACE_BYTES, parseTrace, traceId } from './access-trace.ts';
+
+const SUFFIX = '.trace';
+/** Oldest traces go beyond this number. */
+const MAX_TRACES = 1000;
+/** Bytes of a file that hold its header, however many layers an image has. */
+const HEAD_BYTES = 32 * 1024;
+
+/** What the head of a trace file says. */
+export interface TraceInfo {
+  readonly id: string;
+  readonly file: string;
+  readonly bytes: number;
+  readonly repository: string;
+  readonly tag: string;
+  readonly manifest: string;
+  readonly runs: number;
+  readonly updatedMs: number;
+}
+
+export class TraceStore {
+  readonly directory: string;
+  #saved = 0;
+
+  constructor(directory: string) {
+    this.directory = directory;
+  }
+
+  /** Where the trace of an image is kept: its name for people, the beginning of its id for programs. */
+  #fileName(trace: AccessTrace): string {
+    const name = [trace.repository, trace.tag].filter((part) => part !== '').join('_');
+    const safe = name.replace(/[^A-Za-z0-9._-]/g, '_').slice(0, 120);
+    return `${safe === '' ? 'image' : safe}-${traceId(trace.layers).slice(0, 16)}${SUFFIX}`;
+  }
+
+  async #files(): Promise<string[]> {
+    const names = await readdir(this.directory).catch((error: NodeJS.ErrnoException) => {
+      if (error.code === 'ENOENT') return [];
+      throw wrapError(error, `reading ${this.directory}`, 'STORE_IO');
+    });
+    return names.filter((name) => name.endsWith(SUFFIX));
+  }
+
+  /** The trace of the image with this id; undefined when there is none, or none that can be read. */
+  async load(id: string): Promise<AccessTrace | undefined> {
+    const name = (await this.#files()).find((file) => file.endsWith(`-${id.slice(0, 16)}${SUFFIX}`));
+    if (name === undefined) return undefined;
+    const trace = await this.read(join(this.directory, name)).catch((error: unknown) => {
+      // Damaged, or gone since: a hint less. The next run writes it anew.
+      if (['TRACE_INVALID', 'STORE_IO'].includes(errorCode(error))) return undefined;
+      throw error;
+    });
+    return trace !== undefined && traceId(trace.layers) === id ? trace : undefined;
+  }
+
+  /** A trace from a file. Errors: STORE_IO, TRACE_INVALID. */
+  async read(path: string): Promise<AccessTrace> {
+    let text: string;
+    try {
+      await using file = await open(path, 'r');
+      const { size } = await file.stat();
+      if (size > MAX_TRACE_BYTES) return parseTrace('x'.repeat(MAX_TRACE_BYTES + 1), path);
+      text = await file.readFile('latin1');
+    } catch (error) {
+      throw wrapError(error, `reading ${path}`, 'STORE_IO');
+    }
+    return parseTrace(text, path);
+  }
+
+  /** All traces, latest first, by their heads. Files that are no traces are left out. */
+  async list(): Promise<TraceInfo[]> {
+    const found: TraceInfo[] = [];
+    for (const name of await this.#files()) {
+      const file = join(this.directory, name);
+      try {
+        const { size } = await stat(file);
+        const text = size > HEAD_BYTES ? await readHead(file) : await readFile(file, 'latin1');
+        const { layers, repository, tag, manifest, runs, updatedMs } = parseTrace(wholeLines(text), file);
+        found.push({ id: traceId(layers), file, bytes: size, repository, tag, manifest, runs, updatedMs });
+      } catch {
+        // Somebody else's file, or gone since.
+      }
+    }
+    return found.sort((a, b) => b.updatedMs - a.updatedMs);
+  }
+
+  /** Writes a trace in place of that of the same image. Errors: STORE_IO, STORE_FULL. */
+  async save(trace: AccessTrace): Promise<string> {
+    const id = traceId(trace.layers);
+    const name = this.#fileName(trace);
+    const path = join(this.directory, name);
+    const temporary = `${path}.tmp-${process.pid}-${this.#saved++}`;
+    try {
+      await mkdir(this.directory, { recursive: true, mode: 0o700 });
+      // Not synced: what a power cut leaves of a hint is a hint that does not parse.
+      await using file = await open(temporary, 'wx', 0o600);
+      await file.writeFile(formatTrace(trace), 'latin1');
+      await rename(temporary, path);
+    } catch (error) {
+      await rm(temporary, { force: true });
+      const full = ['ENOSPC', 'EDQUOT'].includes((error as NodeJS.ErrnoException).code ?? '');
+      throw wrapError(error, `writing ${path}`, full ? 'STORE_FULL' : 'STORE_IO');
+    }
+    // Under the name it had before it was pulled by this tag.
+    for (const other of await this.#files())
+      if (other !== name && other.endsWith(`-${id.slice(0, 16)}${SUFFIX}`))
+        await rm(join(this.directory, other), { force: true });
+    await this.#prune();
+    return path;
+  }
+
+  async #prune(): Promise<void> {
+    const files = await this.#files();
+    if (files.length <= MAX_TRACES) return;
+    for (const { file } of (await this.list()).slice(MAX_TRACES)) await rm(file, { force: true });
+  }
+
+  /** Deletes the trace of an image; false when there is none. */
+  async remove(id: string): Promise<boolean> {
+    const names = (await this.#files()).filter((file) => file.endsWith(`-${id.slice(0, 16)}${SUFFIX}`));
+    for (const name of names) await rm(join(this.directory, name), { force: true });
+    return names.length > 0;
+  }
+}
+
+async function readHead(path: string): Promise<string> {
+  await using file = await open(path, 'r');
+  const { bytesRead, buffer } = await file.read(Buffer.alloc(HEAD_BYTES), 0, HEAD_BYTES, 0);
+  return buffer.toString('latin1', 0, bytesRead);
+}
+
+/** Without a last line that is cut off. */
+function wholeLines(text: string): string {
+  return text.slice(0, text.lastIndexOf('\n') + 1);
+}

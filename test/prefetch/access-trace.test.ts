@@ -1,0 +1,112 @@
+// The text form of access traces, and how runs become one.
+import assert from 'node:assert/strict';
+import { describe, it } from 'node:test';
+import { type Digest, digestOf } from '../../src/digest.ts';
+import { errorCode } from '../../src/errors.ts';
+import {
+  type AccessTrace,
+  formatTrace,
+  MAX_EVENTS,
+  mergeRun,
+  parseTrace,
+  TRACE_UNIT_BYTES,
+  type TraceRun,
+  type TraceUnit,
+  traceId,
+} from '../../src/prefetch/access-trace.ts';
+
+const layers = [digestOf('bottom'), digestOf('top')];
+const identity = { layers, repository: 'registry.example:5000/team/app', tag: '1.0', manifest: digestOf('manifest') };
+
+function unit(chunk: string, number: number, atMs: number, more: Partial<TraceUnit> = {}): TraceUnit {
+  const offset = number * TRACE_UNIT_BYTES;
+  const base = { chunk: digestOf(chunk), offset, length: TRACE_UNIT_BYTES, atMs, fileOffset: offset };
+  return { ...base, outcome: 'miss', path: `usr/lib/${chunk}`, ...more };
+}
+
+function run(units: readonly TraceUnit[], more: Partial<TraceRun> = {}): TraceRun {
+  return { identity, endedMs: 1_000, seesHits: true, units, ...more };
+}
+
+const ranges = (trace: AccessTrace): string[] =>
+  trace.events.map(
+    ({ path, offset, length, count }) => `${path}@${offset / TRACE_UNIT_BYTES}+${length / TRACE_UNIT_BYTES}x${count}`,
+  );
+
+describe('access trace', () => {
+  it('reads what it wrote, whatever bytes a path has', () => {
+    const path = 'etc/a b%\n\u00ff\u0000é#';
+    const trace = mergeRun(undefined, run([unit('a', 0, 3, { path }), unit('b', 7, 9, { outcome: 'ahead' })]));
+    assert.deepEqual(parseTrace(formatTrace(trace)), trace);
+    assert.match(formatTrace(trace), /^[\n -~]*$/);
+  });
+
+  it('keeps order and joins neighbours that were read together', () => {
+    const trace = mergeRun(
+      undefined,
+      run([unit('b', 1, 50), unit('a', 0, 0), unit('a', 1, 0), unit('b', 0, 30), unit('a', 2, 500)]),
+    );
+    assert.deepEqual(ranges(trace), ['usr/lib/a@0+2x1', 'usr/lib/b@0+2x1', 'usr/lib/a@2+1x1']);
+    assert.deepEqual(
+      trace.events.map(({ atMs }) => atMs),
+      [0, 30, 500],
+    );
+  });
+
+  it('counts runs, and takes the mean of their times', () => {
+    const first = mergeRun(undefined, run([unit('a', 0, 10), unit('b', 0, 100)]));
+    const second = mergeRun(first, run([unit('a', 0, 30), unit('c', 0, 5)], { endedMs: 2_000 }));
+    assert.equal(second.runs, 2);
+    assert.equal(second.updatedMs, 2_000);
+    assert.deepEqual(ranges(second), ['usr/lib/c@0+1x1', 'usr/lib/a@0+1x2', 'usr/lib/b@0+1x1']);
+    assert.equal(second.events.find(({ path }) => path === 'usr/lib/a')!.atMs, 20);
+  });
+
+  it('forgets in time what is read no more, and stays of the same size however often an image starts', () => {
+    let trace = mergeRun(undefined, run([unit('old', 0, 0), unit('a', 0, 1)]));
+    for (let i = 0; i < 100; i++) trace = mergeRun(trace, run([unit('a', 0, 1)]));
+    assert.deepEqual(
+      trace.events.map(({ path }) => path),
+      ['usr/lib/a'],
+    );
+    assert.ok(trace.runs <= 16 && trace.events[0]!.count <= trace.runs);
+    const many = Array.from({ length: MAX_EVENTS + 10 }, (_, i) => unit(`chunk ${i}`, 0, i * 100));
+    assert.equal(mergeRun(trace, run(many)).events.length, MAX_EVENTS);
+  });
+
+  it('names an image by its layers alone', () => {
+    assert.equal(traceId(layers), traceId([...layers]));
+    assert.notEqual(traceId(layers), traceId(layers.toReversed()));
+  });
+
+  it('passes over lines that a later version may write, and refuses what is no trace', () => {
+    const text = formatTrace(mergeRun(undefined, run([unit('a', 0, 0)])));
+    assert.deepEqual(parseTrace(`${text}later words here\n`), parseTrace(text));
+    const refused = [
+      '',
+      'dedup-trace 2\n',
+      'dedup-trace 1\nruns 1\n',
+      text.replace('runs 1', 'runs 0'),
+      text.replace(/^read 0/m, 'read -1'),
+      text.replace(' 65536 miss', ' 999999999999 miss'),
+      text.replace(' miss ', ' gone '),
+      text.replace('sha256:', 'md5:'),
+      text.replace(/^(read .*)$/m, '$1 more words'),
+      `${text}${'read 1 x\n'}`,
+    ];
+    for (const wrong of refused) {
+      assert.throws(
+        () => parseTrace(wrong),
+        (error) => errorCode(error) === 'TRACE_INVALID',
+        wrong.slice(0, 60),
+      );
+    }
+    const line = text.split('\n').find((l) => l.startsWith('read'))!;
+    assert.throws(() => parseTrace(text + `${line}\n`.repeat(MAX_EVENTS)), /more than/);
+  });
+
+  it('keeps chunk digests as they are', () => {
+    const chunk: Digest = digestOf('a');
+    assert.ok(formatTrace(mergeRun(undefined, run([unit('a', 0, 0)]))).includes(chunk.slice(7)));
+  });
+});
