@@ -72,6 +72,8 @@ class FuseSession : public Napi::ObjectWrap<FuseSession> {
                         InstanceMethod("openFile", &FuseSession::guarded_async<&FuseSession::open_file>),
                         InstanceMethod("reply", &FuseSession::guarded<&FuseSession::reply>),
                         InstanceMethod("replyError", &FuseSession::guarded<&FuseSession::reply_error>),
+                        InstanceMethod("watchReads", &FuseSession::guarded<&FuseSession::watch_reads>),
+                        InstanceMethod("takeReads", &FuseSession::guarded<&FuseSession::take_reads>),
                         InstanceMethod("stats", &FuseSession::guarded<&FuseSession::stats>),
                         InstanceMethod("close", &FuseSession::guarded_async<&FuseSession::close>),
                     });
@@ -134,6 +136,28 @@ class FuseSession : public Napi::ObjectWrap<FuseSession> {
     if (err == 0 || err >= 512) throw Error("INVALID_ARGUMENT", "errno must be between 1 and 511");
     session_->reply_error(id, static_cast<int>(err));
     return info.Env().Undefined();
+  }
+
+  Napi::Value watch_reads(const Napi::CallbackInfo& info) {
+    session_->watch(to_u64(info[0], "file"), info[1].ToBoolean());
+    return info.Env().Undefined();
+  }
+
+  /** Four numbers a read: file, offset, length (negative when it was a miss), milliseconds of CLOCK_MONOTONIC. */
+  Napi::Value take_reads(const Napi::CallbackInfo& info) {
+    const auto [reads, lost] = session_->take_reads();
+    Napi::Float64Array numbers = Napi::Float64Array::New(info.Env(), reads.size() * 4);
+    double* at = numbers.Data();
+    for (const fuse::SeenRead& read : reads) {
+      *at++ = static_cast<double>(read.file);
+      *at++ = static_cast<double>(read.offset);
+      *at++ = read.missed ? -static_cast<double>(read.length) : static_cast<double>(read.length);
+      *at++ = read.at_ms;
+    }
+    Napi::Object result = Napi::Object::New(info.Env());
+    result.Set("reads", numbers);
+    result.Set("lost", static_cast<double>(lost));
+    return result;
   }
 
   Napi::Value stats(const Napi::CallbackInfo& info) {

@@ -85,6 +85,7 @@ void Session::read(const std::shared_ptr<const Channel>& channel, const Request&
   if (in->size > fuse_abi::kMaxReadBytes || in->offset > view.bytes || in->size > view.bytes - in->offset)
     return fail(EIO);
   const store::Hit hit = store::read_store(view, in->offset, in->size, buffer);
+  read_log_.add(request.node() - kFirstFileNode, in->offset, in->size, hit != store::Hit::yes);
   switch (hit) {
     case store::Hit::yes: {
       const iovec part{buffer, in->size};

@@ -16,6 +16,7 @@
 
 #include "fuse/channel.h"
 #include "fuse/outstanding.h"
+#include "fuse/read_log.h"
 #include "owned_fd.h"
 #include "store/store_reader.h"
 
@@ -57,6 +58,9 @@ class Session {
   /** Answers a miss. Throws INTERNAL for an unknown id or a wrong length (the kernel got EIO), CLOSED after close(). */
   void reply(std::uint64_t id, std::span<const iovec> parts);
   void reply_error(std::uint64_t id, int err);
+  /** Begins or ends noting the reads of a file, hits too. */
+  void watch(std::uint64_t file, bool on) { read_log_.watch(file, on); }
+  auto take_reads() { return read_log_.take(); }
   Stats stats() const;
   /** EIO for everything outstanding, end of the connection, threads joined. Blocks; idempotent; any other thread. */
   void close();
@@ -77,6 +81,7 @@ class Session {
 
   SessionArgs args_;  // callbacks: cleared by close() after the threads are joined
   Outstanding outstanding_;
+  ReadLog read_log_;
   OwnedFd stop_;                                          // eventfd, readable once close() began
   std::vector<std::shared_ptr<const Channel>> channels_;  // constructor and close()
   std::vector<std::thread> threads_;                      // constructor and close()

@@ -99,6 +99,13 @@ export interface FuseSession {
   reply(id: number, parts: readonly Uint8Array[]): void;
   /** Answers with an errno (positive number). */
   replyError(id: number, errno: number): void;
+  /** Begins or ends noting the reads of a file, those answered natively too. */
+  watchReads(file: number, on: boolean): void;
+  /**
+   * Reads noted since the last call, in order, four numbers each: file, offset, length (negative when it was a miss), when
+   * (milliseconds of CLOCK_MONOTONIC); `lost`: how many more there were than are kept.
+   */
+  takeReads(): { reads: Float64Array; lost: number };
   stats(): FuseSessionStats;
   /** Answers everything outstanding with EIO, aborts the connection and joins the threads. Idempotent. */
   close(): Promise<void>;

@@ -7,10 +7,11 @@ import { createRequire } from 'node:module';
 import { constants as osConstants } from 'node:os';
 import { DedupError, ERROR_CODES, errorCode, wrapError } from '../../errors.ts';
 import type { Logger } from '../../log.ts';
+import { BLOCK_BYTES } from '../../units.ts';
 import { MNT_DETACH, native } from '../native.ts';
 import { mountErofs, unmountErofs } from './erofs-mount.ts';
 import type { FuseTransportOptions } from './fuse.ts';
-import type { MountSpec, Resumed, Transport, TransportCapabilities, TransportStats } from './transport.ts';
+import type { MountSpec, Resumed, SeenRead, Transport, TransportCapabilities, TransportStats } from './transport.ts';
 
 type Reply = (status: number, value?: unknown) => void;
 
@@ -35,6 +36,8 @@ const CAPABILITIES: TransportCapabilities = Object.freeze({
 
 const S_IFDIR = 0o040000;
 const S_IFREG = 0o100000;
+/** Reads that are kept for takeReads(). */
+const MAX_NOTED = 65_536;
 const IMAGE_NAME = /^\/(\d{1,15})$/;
 
 export class FuseNativeTransport implements Transport {
@@ -45,6 +48,8 @@ export class FuseNativeTransport implements Transport {
   /** Device number of the session: names its connection in fusectl. */
   #connection = 0;
   readonly #counters = { requests: 0, errors: 0 };
+  readonly #watched = new Set<number>();
+  #seen: SeenRead[] = [];
 
   private constructor(options: FuseTransportOptions) {
     this.#options = options;
@@ -111,6 +116,7 @@ export class FuseNativeTransport implements Transport {
       let at = head;
       if (wanted > 0) {
         const image = Number(IMAGE_NAME.exec(path)?.[1] ?? 0);
+        this.#note(image, offset + head, wanted);
         for (const part of await this.#options.source.read({ offset: offset + head, length: wanted }, image)) {
           into.set(part, at);
           at += part.length;
@@ -147,6 +153,25 @@ export class FuseNativeTransport implements Transport {
 
   async unmount(target: string): Promise<void> {
     await unmountErofs(target);
+  }
+
+  /** Every read passes here: whether it is a miss is seen before it is served. */
+  #note(imageId: number, offset: number, length: number): void {
+    if (!this.#watched.has(imageId) || this.#seen.length >= MAX_NOTED) return;
+    const { presence } = this.#options.store;
+    const missed = !native().presenceTest(presence, Math.floor(offset / BLOCK_BYTES), Math.ceil(length / BLOCK_BYTES));
+    this.#seen.push({ imageId, offset, length, missed, atMs: performance.now() });
+  }
+
+  watchReads(imageId: number, on: boolean): void {
+    if (on) this.#watched.add(imageId);
+    else this.#watched.delete(imageId);
+  }
+
+  takeReads(): SeenRead[] {
+    const seen = this.#seen;
+    this.#seen = [];
+    return seen;
   }
 
   stats(): TransportStats {

@@ -9,7 +9,15 @@ import { DedupError, ERROR_CODES, errorCode } from '../../errors.ts';
 import type { Logger } from '../../log.ts';
 import { type FuseMiss, type FuseSession, native } from '../native.ts';
 import { mountErofs, moveDevices, switchToStore, unmountErofs } from './erofs-mount.ts';
-import type { ByteSource, MountSpec, Resumed, Transport, TransportCapabilities, TransportStats } from './transport.ts';
+import type {
+  ByteSource,
+  MountSpec,
+  Resumed,
+  SeenRead,
+  Transport,
+  TransportCapabilities,
+  TransportStats,
+} from './transport.ts';
 
 /** Threads that read requests. Two keep up with both cores of a small node; more only queue behind them. */
 const READER_THREADS = 2;
@@ -175,6 +183,27 @@ export class FuseTransport implements Transport {
 
   async unmount(target: string): Promise<void> {
     await unmountErofs(target);
+  }
+
+  watchReads(imageId: number, on: boolean): void {
+    this.#session?.watchReads(imageId, on);
+  }
+
+  takeReads(): SeenRead[] {
+    const { reads, lost } = this.#session?.takeReads() ?? { reads: new Float64Array(0), lost: 0 };
+    if (lost > 0) this.#log.debug({ lost }, 'reads came faster than they were noted');
+    const seen: SeenRead[] = [];
+    for (let at = 0; at < reads.length; at += 4) {
+      const length = reads[at + 2]!;
+      seen.push({
+        imageId: reads[at]!,
+        offset: reads[at + 1]!,
+        length: Math.abs(length),
+        missed: length < 0,
+        atMs: reads[at + 3]!,
+      });
+    }
+    return seen;
   }
 
   stats(): TransportStats {

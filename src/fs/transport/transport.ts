@@ -50,6 +50,17 @@ export interface ByteSource {
   read(range: ByteRange, imageId: number): Promise<readonly Uint8Array[]>;
 }
 
+/** A read of an image as the transport saw it. */
+export interface SeenRead {
+  readonly imageId: number;
+  /** Address in the store, bytes. */
+  readonly offset: number;
+  readonly length: number;
+  readonly missed: boolean;
+  /** Of a clock of its own, milliseconds: differences count. */
+  readonly atMs: number;
+}
+
 export interface TransportStats {
   readonly requests: number;
   readonly hits: number;
@@ -75,6 +86,13 @@ export interface Transport extends AsyncDisposable {
   complete(imageId: number): Promise<void>;
   /** Detaches the mount; its devices go with the last user. Idempotent. Errors: KERNEL. */
   unmount(target: string): Promise<void>;
+  /**
+   * Begins or ends noting the reads of an image: all that the transport sees (capability `seesHits`). An image that is
+   * read directly shows none.
+   */
+  watchReads(imageId: number, on: boolean): void;
+  /** Reads of watched images since the last call, in order. What nobody takes in time is lost in the end. */
+  takeReads(): SeenRead[];
   stats(): TransportStats;
   /** Answers what is outstanding with EIO and ends the session. Idempotent. */
   close(): Promise<void>;
