@@ -4,9 +4,7 @@ import type { Logger } from '../log.ts';
 import type { LayerMap } from './loadable-layer.ts';
 import { Neighbours } from './neighbours.ts';
 import { Readahead } from './readahead.ts';
-
-/** Priorities of what is fetched: a reader waits; a prefetch knows what will be wanted; the rest has time. */
-export const Priority = { onDemand: 100, prefetch: 10, background: 0 } as const;
+import { Priority } from './span-ledger.ts';
 
 /** Spans guessed at a miss at most. */
 const MAX_GUESSES = 8;
@@ -53,7 +51,7 @@ export class FetchAhead {
       const near = this.#maps.get(layerId);
       return near === undefined || this.#isHere(near, span);
     });
-    for (const { layerId, span } of guesses) void this.#fetch(this.#maps.get(layerId)!, span);
+    for (const { layerId, span } of guesses) void this.#fetch(this.#maps.get(layerId)!, span, Priority.guess);
   }
 
   #followReader(map: LayerMap, spans: ReadonlySet<number>): void {
@@ -65,13 +63,13 @@ export class FetchAhead {
     const last = map.spanAt(end - 1);
     this.#readahead.extend(map.layerId, last + 1);
     for (let span = from; span <= last; span++) {
-      if (!this.#isHere(map, span)) void this.#fetch(map, span);
+      if (!this.#isHere(map, span)) void this.#fetch(map, span, Priority.sequential);
     }
   }
 
-  async #fetch(map: LayerMap, span: number): Promise<void> {
+  async #fetch(map: LayerMap, span: number, priority: number): Promise<void> {
     try {
-      await this.#options.fetch(map, span, Priority.prefetch);
+      await this.#options.fetch(map, span, priority);
     } catch (error) {
       // Nobody waits for it; a read that does will ask again and be told.
       this.#options.log.debug({ err: error, layer: map.blob.digest, span }, 'reading ahead failed');

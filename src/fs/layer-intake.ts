@@ -7,12 +7,11 @@ import { DedupError, errorCode } from '../errors.ts';
 import type { Logger } from '../log.ts';
 import { orAborted } from '../or-aborted.ts';
 import type { RootPaths } from '../paths.ts';
-import { MiB } from '../units.ts';
 import type { LayerRecord, LayerSourceName, LayerTrust } from './chunks/index-protocol.ts';
 import type { NodeStore } from './chunks/node-store.ts';
 import type { LayerKeyMessage, PrepareLayerMessage } from './control-server.ts';
 import { ExpectedLayers } from './expected-layers.ts';
-import { type BuiltIndex, buildLayerIndex } from './index/builder.ts';
+import { type BuiltIndex, buildLayerIndex, pieceBytesFor } from './index/builder.ts';
 import type { OnPiece } from './index/chunker.ts';
 import type { IndexCatalog } from './index/discovery.ts';
 import type { KeptIndexes } from './index/kept-indexes.ts';
@@ -298,7 +297,7 @@ export class LayerIntake {
     { forSnapshot, ofRegistry }: { readonly forSnapshot: boolean; readonly ofRegistry: boolean },
   ): Promise<LayerRecord> {
     const chunkBytes = this.#options.config.chunk_size;
-    const sizes = { chunkBytes, pieceBytes: Math.min(MiB, chunkBytes) };
+    const sizes = { chunkBytes, pieceBytes: pieceBytesFor(chunkBytes) };
     // Files in one run each have no place before their size in the store is known.
     const keeper = this.#options.contiguousFiles
       ? undefined

@@ -5,10 +5,11 @@ import { DedupError, errorCode, wrapError } from '../errors.ts';
 import type { Logger } from '../log.ts';
 import { BLOCK_BYTES, type ByteRange, MiB } from '../units.ts';
 import { isTakenAway, takenAway } from './chunks/taken-away.ts';
-import { FetchAhead, Priority } from './fetch-ahead.ts';
+import { FetchAhead } from './fetch-ahead.ts';
 import { LayerMap, type LayerProvider, nameOf, type PieceRef } from './loadable-layer.ts';
 import { copyTar } from './span-edges.ts';
 import { DEFAULT_FETCH_LIMITS, type FetchLimits, type FetchStats, SpanFetcher } from './span-fetcher.ts';
+import { Priority } from './span-ledger.ts';
 import { type LoaderNative, type LoaderStore, type RunOutput, toStore } from './span-storer.ts';
 
 /** What the loader needs of the node store: look-ups, reads, verified writes. */

@@ -9,6 +9,7 @@ import { LinkEstimate } from './link-estimate.ts';
 import { type LayerBlobSource, type LayerMap, nameOf } from './loadable-layer.ts';
 import type { BlobReader } from './registry/blob-reader.ts';
 import { SpanEdges } from './span-edges.ts';
+import { type LedgerStats, SpanLedger, WANTED_PRIORITY } from './span-ledger.ts';
 import { type LoaderNative, type LoaderStore, type RunOutput, SpanStorer } from './span-storer.ts';
 
 export interface FetchLimits {
@@ -57,25 +58,15 @@ interface Run {
   readonly dropped: AbortController;
 }
 
-export interface FetchStats {
+export interface FetchStats extends LedgerStats {
   /** Range requests that were begun: of layer data and of windows that were not here, repeated ones included. */
   readonly requests: number;
   /** Bytes received in those requests. */
   readonly wireBytes: number;
-  /** Compressed bytes of the distinct spans that a reader waited for. */
-  readonly spanBytes: number;
-  /** Compressed bytes of the distinct spans that were only fetched ahead; readers may have found them here since. */
-  readonly aheadBytes: number;
-  readonly spans: number;
   readonly storedPieces: number;
   readonly badPieces: number;
   readonly waiting: number;
 }
-
-const TOUCHED = { ahead: 1, waitedFor: 2 } as const;
-
-/** Priority from which on somebody waits for a span: Priority.onDemand of the loader. */
-const WANTED_PRIORITY = 100;
 
 /** Longest request in which a reader's spans travel with others that are fetched ahead: it waits for all of them. */
 const MAX_MIXED_BYTES = MiB;
@@ -85,6 +76,7 @@ const DISTRUST_MS = 30_000;
 
 export class SpanFetcher {
   readonly edges: SpanEdges;
+  readonly ledger = new SpanLedger();
   readonly #storer: SpanStorer;
   readonly #limits: FetchLimits;
   readonly #log: Logger;
@@ -95,7 +87,6 @@ export class SpanFetcher {
   /** By host. */
   readonly #links = new Map<string, LinkEstimate>();
   readonly #distrusted = new Map<string, number>();
-  readonly #touched = new Map<number, Uint8Array>();
   /** Layers that were dropped; a number is never used twice. */
   readonly #dropped = new Set<number>();
   readonly #abort = new AbortController();
@@ -104,9 +95,6 @@ export class SpanFetcher {
   #starting: Flight[] = [];
   #requests = 0;
   #wireBytes = 0;
-  #spanBytes = 0;
-  #aheadBytes = 0;
-  #spans = 0;
 
   constructor(store: LoaderStore, native: LoaderNative, limits: FetchLimits, log: Logger) {
     this.#limits = limits;
@@ -118,11 +106,9 @@ export class SpanFetcher {
 
   stats(): FetchStats {
     return {
+      ...this.ledger.stats(),
       requests: this.#requests,
       wireBytes: this.#wireBytes,
-      spanBytes: this.#spanBytes,
-      aheadBytes: this.#aheadBytes,
-      spans: this.#spans,
       storedPieces: this.#storer.storedPieces,
       badPieces: this.#storer.badPieces,
       waiting: this.#flights.size,
@@ -138,8 +124,8 @@ export class SpanFetcher {
     // Also for who had begun to read before: nothing may come to be under way after `drained` was asked.
     if (this.#dropped.has(map.layerId)) return Promise.reject(droppedError(map));
     const key = `${map.layerId}:${span}`;
-    this.#touch(map, span, priority >= WANTED_PRIORITY ? TOUCHED.waitedFor : TOUCHED.ahead);
     const known = this.#flights.get(key);
+    this.ledger.asked(map, span, priority, known !== undefined);
     if (known !== undefined) {
       if (known.queued && priority > known.priority) this.#promote(known, priority);
       return known.promise;
@@ -228,7 +214,7 @@ export class SpanFetcher {
   /** Forgets layers that were dropped, whose requests end at once, and distrust that has ended. */
   forget(layerIds: readonly number[]): void {
     for (const layerId of layerIds) {
-      this.#touched.delete(layerId);
+      this.ledger.forget(layerId);
       this.#dropped.add(layerId);
     }
     for (const flight of this.#flights.values()) {
@@ -394,22 +380,6 @@ export class SpanFetcher {
       },
       readAll: (blob, signal) => reader.readAll(blob, signal),
     };
-  }
-
-  /** Counts a span once: as waited for, if a reader ever did, else as fetched ahead. */
-  #touch(map: LayerMap, span: number, how: number): void {
-    let touched = this.#touched.get(map.layerId);
-    if (touched === undefined) this.#touched.set(map.layerId, (touched = new Uint8Array(map.spanCount)));
-    const before = touched[span]!;
-    if (before >= how) return;
-    const bytes = map.compressedRange(span, 1).length;
-    if (before === TOUCHED.ahead) this.#aheadBytes -= bytes;
-    touched[span] = how;
-    if (how === TOUCHED.ahead) this.#aheadBytes += bytes;
-    else {
-      this.#spans++;
-      this.#spanBytes += bytes;
-    }
   }
 
   /** Decodes, verifies and stores a run. Never rejects. */

@@ -3,9 +3,9 @@
 import { readFile, stat } from 'node:fs/promises';
 import PQueue from 'p-queue';
 import { z } from 'zod';
-import { Priority } from '../fs/fetch-ahead.ts';
 import { ErofsReader } from '../fs/image/erofs/reader.ts';
 import type { LazyLoader } from '../fs/lazy-loader.ts';
+import { Priority } from '../fs/span-ledger.ts';
 import type { Logger } from '../log.ts';
 import { KiB, MiB } from '../units.ts';
 import { fetchStartFiles, type StartCommand } from './start-files.ts';
@@ -58,7 +58,7 @@ async function fetchOne(start: ImageStart): Promise<void> {
   const startedMs = performance.now();
   if (start.config.length > MAX_CONFIG_BYTES || (await stat(start.metadata)).size > MAX_METADATA_BYTES) return;
   const tree = new ErofsReader(await readFile(start.metadata));
-  const options = { layers: start.layerIds, priority: Priority.prefetch, signal };
+  const options = { layers: start.layerIds, priority: Priority.start, signal };
   const { files, bytes } = await fetchStartFiles(tree, startCommandOf(start.config), {
     ensure: (ranges) => loader.ensure(ranges, options),
     read: async (ranges) => {

@@ -148,7 +148,7 @@ describe('LazyLoader', () => {
     const range = (file: number) => ({ offset: stored.addresses[file]!, length: 4096 });
     const wanted = Array.from({ length: 20 }, (_, i) => range(i * 2));
     const prefetch = Promise.all(
-      wanted.map((one) => test.loader.ensure([one], { layers: [stored.layerId], priority: Priority.prefetch })),
+      wanted.map((one) => test.loader.ensure([one], { layers: [stored.layerId], priority: Priority.guess })),
     );
     await new Promise((resolve) => setTimeout(resolve, 15));
     assert.ok((await test.readFile(stored, 'f59')).equals(files[59]!.content));

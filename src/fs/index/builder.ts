@@ -4,7 +4,7 @@
 import { createHash } from 'node:crypto';
 import { type Digest, digestFromBytes, digestOf } from '../../digest.ts';
 import { DedupError } from '../../errors.ts';
-import { MiB } from '../../units.ts';
+import { KiB, MiB } from '../../units.ts';
 import { native, type RestartPoint } from '../native.ts';
 import { buildChunkTable } from './chunk-table.ts';
 import { Chunker, type OnPiece } from './chunker.ts';
@@ -15,6 +15,15 @@ import { compressionOf, decodeLayer, OutputBuffers, tooFar } from './layer-decod
 import { type Compression, EntryType, type LayerIndex } from './layer-index.ts';
 import { FramingWriter, SpanWriter } from './restart-blob.ts';
 import { type TarMember, TarReader, type TarSink } from './tar-reader.ts';
+
+/**
+ * Pieces of chunks of this size, bytes: small, because a read of a few KiB needs its whole piece, and one in four pieces of
+ * 256 KiB lies in two spans instead of nearly every one of 1 MiB; yet no more than 16 of a chunk, so that the database can
+ * record them one by one (MAX_MASKED_PIECES). Measured in docs/decisions/0025-pieces-of-256-kib.md.
+ */
+export function pieceBytesFor(chunkBytes: number): number {
+  return Math.min(chunkBytes, Math.max(256 * KiB, chunkBytes / 16));
+}
 
 /** Uncompressed bytes that may wait to be hashed. */
 const MAX_UNNAMED_BYTES = 4 * MiB;
@@ -30,7 +39,7 @@ export interface BuildOptions {
   readonly spanBytes?: number;
   /** Default 4 MiB. */
   readonly chunkBytes?: number;
-  /** Default 1 MiB. */
+  /** Default: `pieceBytesFor` the chunk size. */
   readonly pieceBytes?: number;
   /** Called after every buffer with the compressed bytes read so far. */
   readonly onProgress?: ((layerBytes: number) => void) | undefined;
@@ -53,7 +62,7 @@ export interface BuiltIndex {
  * (nowhere to restart decompression), DIGEST_MISMATCH, CANCELLED, and what `stream` throws.
  */
 export async function buildLayerIndex(options: BuildOptions): Promise<BuiltIndex> {
-  const { spanBytes = MiB, chunkBytes = 4 * MiB, pieceBytes = MiB } = options;
+  const { spanBytes = MiB, chunkBytes = 4 * MiB, pieceBytes = pieceBytesFor(chunkBytes) } = options;
   const chunker = new Chunker({ chunkBytes, pieceBytes, onPiece: options.onPiece });
   const entries = new EntryColumns();
   const framing = new FramingWriter();

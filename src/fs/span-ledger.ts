@@ -1,0 +1,163 @@
+// What became of every span that was fetched: why it was, whether a reader had to wait for it, whether anybody read it. Owned by
+// the SpanFetcher, told of reads by the recorder of access traces; what is known of usefulness comes from here.
+import type { LayerMap } from './loadable-layer.ts';
+
+/** Priorities of what is fetched: a reader waits; the rest by how certain it is that somebody will. */
+export const Priority = { onDemand: 100, trace: 40, start: 30, sequential: 20, guess: 10, background: 0 } as const;
+
+/** Priority from which on somebody waits for a span. */
+export const WANTED_PRIORITY: number = Priority.onDemand;
+
+/** Why a span was fetched first. */
+export type Origin = 'read' | 'trace' | 'start' | 'sequential' | 'guess' | 'background';
+const ORIGINS: readonly Origin[] = ['read', 'trace', 'start', 'sequential', 'guess', 'background'];
+
+function originOf(priority: number): Origin {
+  if (priority >= Priority.onDemand) return 'read';
+  if (priority >= Priority.trace) return 'trace';
+  if (priority >= Priority.start) return 'start';
+  if (priority >= Priority.sequential) return 'sequential';
+  return priority >= Priority.guess ? 'guess' : 'background';
+}
+
+/** Of each span one byte: the number of its origin plus one, and what happened since. */
+const ORIGIN_MASK = 7;
+const LATE = 8;
+const READ = 16;
+const SETTLED = 32;
+
+/** Spans of one kind that were fetched ahead lately. */
+interface Sample {
+  readonly layerId: number;
+  readonly span: number;
+  readonly atMs: number;
+}
+
+/** Usefulness of a kind is judged by so many spans, once they have had this time to be read. */
+const SAMPLES = 64;
+const ENOUGH_SAMPLES = 12;
+const SAMPLE_AGE_MS = 1_000;
+
+export interface LedgerStats {
+  /** Distinct spans that a reader waited for, and their compressed bytes. */
+  readonly spans: number;
+  readonly spanBytes: number;
+  /** Compressed bytes of the distinct spans that were only fetched ahead; readers may have found them here since. */
+  readonly aheadBytes: number;
+  /** Of all that was fetched ahead: read while it was here, waited for while on its way, not read in its recording. */
+  readonly prefetchBytes: number;
+  readonly usefulBytes: number;
+  readonly lateBytes: number;
+  readonly wastedBytes: number;
+}
+
+export class SpanLedger {
+  /** By layer; kept while its layer is known, so that nothing is counted twice. */
+  readonly #spans = new Map<number, { readonly map: LayerMap; readonly state: Uint8Array }>();
+  readonly #samples = new Map<Origin, Sample[]>();
+  #count = 0;
+  #spanBytes = 0;
+  #aheadBytes = 0;
+  #prefetchBytes = 0;
+  #usefulBytes = 0;
+  #lateBytes = 0;
+  #wastedBytes = 0;
+
+  stats(): LedgerStats {
+    return {
+      spans: this.#count,
+      spanBytes: this.#spanBytes,
+      aheadBytes: this.#aheadBytes,
+      prefetchBytes: this.#prefetchBytes,
+      usefulBytes: this.#usefulBytes,
+      lateBytes: this.#lateBytes,
+      wastedBytes: this.#wastedBytes,
+    };
+  }
+
+  /** Tells that a span is asked for; `underWay`: it is being fetched already. */
+  asked(map: LayerMap, span: number, priority: number, underWay: boolean): void {
+    let layer = this.#spans.get(map.layerId);
+    if (layer === undefined) this.#spans.set(map.layerId, (layer = { map, state: new Uint8Array(map.spanCount) }));
+    const { state } = layer;
+    const before = state[span]!;
+    const origin = originOf(priority);
+    if (before === 0) {
+      const bytes = bytesOf(map, span);
+      state[span] = ORIGINS.indexOf(origin) + 1;
+      if (origin === 'read') this.#waitedFor(bytes);
+      else {
+        this.#aheadBytes += bytes;
+        this.#prefetchBytes += bytes;
+        this.#sample(origin, { layerId: map.layerId, span, atMs: performance.now() });
+      }
+    } else if (origin === 'read' && (before & (ORIGIN_MASK | LATE)) > 1 && (before & LATE) === 0) {
+      // A reader waits for what was fetched ahead: it is on its way still, or what was brought is gone again.
+      const bytes = bytesOf(map, span);
+      state[span] = before | LATE;
+      this.#aheadBytes -= bytes;
+      this.#waitedFor(bytes);
+      if (underWay && (before & READ) === 0) this.#lateBytes += bytes;
+    }
+  }
+
+  #waitedFor(bytes: number): void {
+    this.#count++;
+    this.#spanBytes += bytes;
+  }
+
+  #sample(origin: Origin, sample: Sample): void {
+    const samples = this.#samples.get(origin) ?? [];
+    samples.push(sample);
+    if (samples.length > SAMPLES) samples.shift();
+    this.#samples.set(origin, samples);
+  }
+
+  /** Why a span was fetched first; undefined when it was not, by this process. */
+  origin(layerId: number, span: number): Origin | undefined {
+    const state = this.#spans.get(layerId)?.state[span] ?? 0;
+    return state === 0 ? undefined : ORIGINS[(state & ORIGIN_MASK) - 1];
+  }
+
+  /** Tells that somebody read bytes of a span. */
+  read(layerId: number, span: number): void {
+    const layer = this.#spans.get(layerId);
+    const before = layer?.state[span] ?? 0;
+    if (layer === undefined || (before & READ) !== 0 || before === 0) return;
+    layer.state[span] = before | READ;
+    const ahead = (before & ORIGIN_MASK) > 1;
+    if (ahead && (before & (LATE | SETTLED)) === 0) this.#usefulBytes += bytesOf(layer.map, span);
+  }
+
+  /** Tells that a start has ended: what was fetched ahead in these layers and not read until now was for nothing. */
+  settle(layerIds: readonly number[]): void {
+    for (const layerId of layerIds) {
+      const layer = this.#spans.get(layerId);
+      for (let span = 0; layer !== undefined && span < layer.state.length; span++) {
+        const before = layer.state[span]!;
+        if ((before & ORIGIN_MASK) <= 1 || (before & (LATE | READ | SETTLED)) !== 0) continue;
+        layer.state[span] = before | SETTLED;
+        this.#wastedBytes += bytesOf(layer.map, span);
+      }
+    }
+  }
+
+  /** The share of what was fetched ahead for this reason lately that was read, 0 to 1; undefined while too little is known. */
+  usefulness(origin: Origin, nowMs: number): number | undefined {
+    let [old, used] = [0, 0];
+    for (const { layerId, span, atMs } of this.#samples.get(origin) ?? []) {
+      if (nowMs - atMs < SAMPLE_AGE_MS) continue;
+      old++;
+      if (((this.#spans.get(layerId)?.state[span] ?? 0) & (READ | LATE)) !== 0) used++;
+    }
+    return old < ENOUGH_SAMPLES ? undefined : used / old;
+  }
+
+  forget(layerId: number): void {
+    this.#spans.delete(layerId);
+  }
+}
+
+function bytesOf(map: LayerMap, span: number): number {
+  return map.compressedRange(span, 1).length;
+}
