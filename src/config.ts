@@ -1,6 +1,7 @@
 // The one schema of the configuration file: types, defaults, units, documentation and checks come from here. The file
 // is merged over the defaults; unknown keys and bad combinations are refused with the reason; the result is frozen.
 import { readFileSync } from 'node:fs';
+import { isIP } from 'node:net';
 import { z } from 'zod';
 import { DedupError } from './errors.ts';
 import {
@@ -56,6 +57,11 @@ const exporterConfig = z.strictObject({
   enable: z.boolean().default(false).describe('serve Prometheus metrics'),
   uriPrefix: z.string().regex(/^\//).default('/metrics').describe('path of the metrics'),
   port: z.int().min(1).max(65535).default(9863).describe('TCP port of the metrics'),
+  address: z
+    .string()
+    .refine((value) => value === '' || isIP(value) !== 0, 'must be an IP address, or empty for all of this machine')
+    .default('')
+    .describe('IP address the metrics are served on; empty: all of this machine'),
 });
 
 const schema = z.strictObject({
@@ -153,7 +159,6 @@ const NOT_YET: readonly (readonly [path: string, feature: string])[] = [
   ['ksm', 'memory deduplication'],
   ['prefetch.queue_size', 'access traces and prefetch'],
   ['prefetch.trace_dir', 'access traces and prefetch'],
-  ['exporterConfig', 'the Prometheus exporter'],
   ['autoRemoveDev', 'choosing to keep devices (they are always removed)'],
   ['dedupd.fscache_domain', 'the fscache transport'],
   ['logReportCaller', 'caller positions in log lines'],

@@ -113,6 +113,7 @@ describe('the configuration', () => {
       ['prefetch.queue_size', 1.5],
       ['ksm.scan_interval', -1],
       ['exporterConfig.port', 70_000],
+      ['exporterConfig.address', 'localhost'],
       ['mirrorRegistry', [{ host: '' }]],
       ['mirrorRegistry', [{ host: 'https://m' }]],
       ['registry', 'http://'],

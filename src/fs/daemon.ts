@@ -7,12 +7,14 @@ import { Command } from 'commander';
 import { type Config, lazyDisabledReason, loadConfig } from '../config.ts';
 import { DedupError, errorCode } from '../errors.ts';
 import { createLogger, type Logger } from '../log.ts';
+import type { Metrics } from '../metrics.ts';
 import { DEFAULT_CONFIG_FILE, RootPaths, RunPaths } from '../paths.ts';
 import { EXIT_LOCKED } from '../protocol.ts';
 import { isRoot } from '../runtime.ts';
 import { VERSION } from '../version.ts';
 import { type ImagePuller, startControlServer } from './control-server.ts';
 import { DataPlane } from './data-plane.ts';
+import { type Exporter, startExporter } from './exporter.ts';
 import { native } from './native.ts';
 import type { LocalBlobs } from './registry/local-blobs.ts';
 
@@ -78,6 +80,18 @@ function isStillLocked(paths: RootPaths, lock: number): boolean {
   return found !== undefined && found.ino === held.ino && found.dev === held.dev;
 }
 
+/** Loaded only where it is wanted: the library takes 20 ms of a start, and memory for good. */
+async function makeMetrics(config: Config): Promise<Metrics | undefined> {
+  if (!config.exporterConfig.enable) return undefined;
+  return new (await import('../metrics.ts')).Metrics();
+}
+
+function serveMetrics(metrics: Metrics, plane: DataPlane, config: Config, log: Logger): Promise<Exporter> {
+  const { port, uriPrefix: path, address } = config.exporterConfig;
+  metrics.collect(() => plane.numbers());
+  return startExporter({ port, path, address, metrics, log });
+}
+
 /** How often it is looked whether the root is still ours. */
 const ROOT_CHECK_MS = 1_000;
 
@@ -97,11 +111,13 @@ async function serve(config: Config, log: Logger, containerd: ContainerdSide): P
   const servesRoot = () => isStillLocked(paths, lock);
   try {
     await mkdir(run.dir, { recursive: true, mode: 0o700 });
+    const metrics = await makeMetrics(config);
     await using plane = await DataPlane.open({
       config,
       paths,
       run,
       localBlobs: containerd.localBlobs(config.containerd_address),
+      onWaited: metrics === undefined ? undefined : (ms) => metrics.waited(ms),
       log,
     });
     const server = await startControlServer({
@@ -113,6 +129,7 @@ async function serve(config: Config, log: Logger, containerd: ContainerdSide): P
       servesRoot,
       onShutdown: () => requestShutdown(),
     });
+    const exporter = metrics && (await serveMetrics(metrics, plane, config, log));
     log.info({ root: config.root, transport: plane.transportName }, 'dedupd is ready');
     const watch = setInterval(() => {
       try {
@@ -126,6 +143,7 @@ async function serve(config: Config, log: Logger, containerd: ContainerdSide): P
     }, ROOT_CHECK_MS);
     log.info({ reason: await stopped }, 'stopping');
     clearInterval(watch);
+    await exporter?.close();
     await server.close();
     // The successor on an emptied root may listen there by now.
     if (servesRoot()) rmSync(run.dedupdSocket, { force: true });

@@ -5,6 +5,7 @@ import type { Config } from '../config.ts';
 import { type Digest, isDigest } from '../digest.ts';
 import { DedupError } from '../errors.ts';
 import type { Logger } from '../log.ts';
+import type { NumbersNow } from '../metrics.ts';
 import type { RootPaths, RunPaths } from '../paths.ts';
 import { fetchImageStart } from '../prefetch/image-start.ts';
 import { registryOptions } from '../registry-settings.ts';
@@ -38,6 +39,7 @@ import { LayerIntake } from './layer-intake.ts';
 import { LazyLoader } from './lazy-loader.ts';
 import { type MountableBelow, type MountableLayer, MountTable } from './mount-table.ts';
 import { native } from './native.ts';
+import { reportNumbers } from './numbers-report.ts';
 import { OrdinaryLayers } from './ordinary-layers.ts';
 import { detachDeadSessions, removeHalfWritten } from './orphans.ts';
 import { ReferenceMounts } from './reference-mounts.ts';
@@ -68,6 +70,8 @@ export interface DataPlaneOptions {
   readonly localBlobs?: LocalBlobs | undefined;
   /** Layout of EROFS metadata; what the kernel calls for when absent. Newer kernels mount the older layout too. */
   readonly layout?: ErofsLayoutKind;
+  /** As the LazyLoader's. */
+  readonly onWaited?: ((ms: number) => void) | undefined;
 }
 
 export class DataPlane implements ControlledPlane, AsyncDisposable {
@@ -259,6 +263,7 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
         log,
         limits,
         guess: config.prefetch.enabled,
+        onWaited: options.onWaited,
       });
       opened.push({ [Symbol.asyncDispose]: async () => loader.close() });
       store.onDropped(async (layerIds) => {
@@ -560,6 +565,17 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
       control_requests: traffic.requests - loader.requests,
       ahead_bytes: loader.aheadBytes,
     };
+  }
+
+  /** What the exporter shows. Errors: CLOSED, STORE_IO. */
+  numbers(): Promise<NumbersNow> {
+    return reportNumbers({
+      store: this.#store,
+      loader: this.#loader,
+      transport: this.#transport,
+      registry: this.#registry,
+      mounts: this.#mounts,
+    });
   }
 
   /** The root is somebody else's now: close() takes nothing down by its path. */

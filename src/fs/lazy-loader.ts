@@ -36,6 +36,8 @@ export interface LazyLoaderOptions {
   readonly layerBytes?: number;
   /** Fetch what lies around the misses of a start. Default false. */
   readonly guess?: boolean;
+  /** Told of every read that had to wait for a fetch and was answered: how long it took, milliseconds. */
+  readonly onWaited?: ((ms: number) => void) | undefined;
 }
 
 export interface ReadOptions {
@@ -77,6 +79,7 @@ export class LazyLoader {
   readonly #log: Logger;
   readonly #fetcher: SpanFetcher;
   readonly #deadlineMs: number;
+  readonly #onWaited: ((ms: number) => void) | undefined;
   readonly #maps: LRUCache<number, LayerMap>;
   readonly #opening = new Map<number, Promise<LayerMap>>();
   readonly #pieces = new Map<number, Promise<PieceBytes>>();
@@ -96,6 +99,7 @@ export class LazyLoader {
     this.#provider = options.layers;
     this.#log = options.log;
     this.#deadlineMs = options.deadlineMs ?? 60_000;
+    this.#onWaited = options.onWaited;
     this.#fetcher = new SpanFetcher(
       options.store,
       options.native,
@@ -163,6 +167,7 @@ export class LazyLoader {
     const waited = performance.now() - started;
     this.#waitMs += waited;
     this.#maxWaitMs = Math.max(this.#maxWaitMs, waited);
+    this.#onWaited?.(waited);
     this.#logMiss(range, slots, waited);
     return parts;
   }

@@ -204,11 +204,11 @@ describe('the command line', () => {
   });
 
   test('the service reports at start every key of its file that nothing uses yet', async () => {
-    const product = await Product.create({ enable_lazy: false, ksm: { scan_interval: 200 }, exporterConfig: {} });
+    const product = await Product.create({ enable_lazy: false, ksm: { scan_interval: 200 }, logReportCaller: true });
     try {
       await product.start();
       assert.match(product.log(), /"level":"warn".*\\"ksm\\" is accepted but not yet in effect: .*memory dedup/);
-      assert.match(product.log(), /\\"exporterConfig\\" is accepted but not yet in effect/);
+      assert.match(product.log(), /\\"logReportCaller\\" is accepted but not yet in effect/);
       assert.doesNotMatch(product.log(), /\\"prefetch\\" is accepted/);
     } finally {
       await product.stop();

@@ -110,6 +110,19 @@ describe('DataPlane', { skip }, () => {
     await assert.rejects(plane.prebuildImage([layer]), { code: 'NOT_FOUND' });
   });
 
+  it('numbers what is in the store and mounted, for the exporter', async () => {
+    const { layer } = await prepare(await layerHere('numbers'));
+    const before = await plane.numbers();
+    assert.ok(before.chunks > 0);
+    await plane.mountImage([layer], true, []);
+    const after = await plane.numbers();
+    assert.equal(after.imagesMounted, before.imagesMounted + 1);
+    for (const [name, value] of Object.entries(after))
+      assert.ok(value === undefined || value >= 0, `${name}: ${value}`);
+    await plane.releaseImages([]);
+    await plane.retainLayers([]);
+  });
+
   it('does not build on a damaged index file, but asks the registry for it again', async () => {
     const layer = await layerHere('two');
     const answer = await prepare(layer);

@@ -259,4 +259,19 @@ describe('LazyLoader', () => {
     await test.mustEqual(flat);
     assert.equal(registry.requests.length, 0);
   });
+
+  it('tells how long a read waited for a fetch, and nothing of reads that did not wait', async () => {
+    const layer = await layerOf(someFiles('a'), small);
+    const registry = new MemoryBlobs(layer);
+    registry.delayMs = 20;
+    const waits: number[] = [];
+    const test = await rig({ onWaited: (ms) => waits.push(ms) });
+    const stored = await test.add(layer, [{ host: 'one', reader: registry }]);
+    await test.readFile(stored, 'small');
+    assert.equal(waits.length, 1);
+    // Timers may end a millisecond early.
+    assert.ok(waits[0]! >= 19, `${waits[0]} ms`);
+    await test.readFile(stored, 'small');
+    assert.equal(waits.length, 1);
+  });
 });
