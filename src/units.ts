@@ -14,9 +14,22 @@ export interface ByteRange {
   readonly length: number;
 }
 
-/** The value of an HTTP Range header for `range` (RFC 9110 §14.1.2). The only place where an inclusive end exists. */
-export function httpRange(range: ByteRange): string {
-  return `bytes=${range.offset}-${range.offset + range.length - 1}`;
+/**
+ * The value of an HTTP Range header for `ranges`, none of them empty (RFC 9110 §14.1.2). An inclusive end exists only here
+ * and in parseContentRange.
+ */
+export function httpRange(...ranges: readonly ByteRange[]): string {
+  return `bytes=${ranges.map(({ offset, length }) => `${offset}-${offset + length - 1}`).join(',')}`;
+}
+
+/** What an HTTP Content-Range header says (RFC 9110 §14.4); `size` is undefined for "*". Undefined when it is not one. */
+export function parseContentRange(text: string): { range: ByteRange; size: number | undefined } | undefined {
+  const match = /^bytes (\d{1,16})-(\d{1,16})\/(\d{1,16}|\*)$/i.exec(text.trim());
+  if (match === null) return undefined;
+  const [first, last] = [Number(match[1]), Number(match[2])];
+  const size = match[3] === '*' ? undefined : Number(match[3]);
+  if (!Number.isSafeInteger(last) || last < first || (size !== undefined && size <= last)) return undefined;
+  return { range: { offset: first, length: last + 1 - first }, size };
 }
 
 export function roundUp(value: number, multiple: number): number {

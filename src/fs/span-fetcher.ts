@@ -378,6 +378,18 @@ export class SpanFetcher {
         this.#wireBytes += bytes.length;
         return bytes;
       },
+      readRanges: async (blob, ranges, signal, onPart) => {
+        this.#requests++;
+        const startedMs = performance.now();
+        let length = 0;
+        await reader.readRanges(blob, ranges, signal, (index, bytes) => {
+          length += bytes.length;
+          this.#wireBytes += bytes.length;
+          onPart(index, bytes);
+        });
+        const nowMs = performance.now();
+        this.#linkTo(host).add(nowMs - startedMs, length, nowMs);
+      },
       readAll: (blob, signal) => reader.readAll(blob, signal),
     };
   }

@@ -13,7 +13,8 @@ import type { LayerIndex } from '../../src/fs/index/layer-index.ts';
 import { LazyLoader, type LazyLoaderOptions } from '../../src/fs/lazy-loader.ts';
 import type { LayerBlobSource, LoadableLayer } from '../../src/fs/loadable-layer.ts';
 import { native } from '../../src/fs/native.ts';
-import type { BlobId, BlobReader } from '../../src/fs/registry/blob-reader.ts';
+import type { BlobId, BlobReader, OnPart } from '../../src/fs/registry/blob-reader.ts';
+import { readRangesOneByOne } from '../../src/fs/registry/wanted-parts.ts';
 import { createLogger, type Logger } from '../../src/log.ts';
 import { RootPaths } from '../../src/paths.ts';
 import { type ByteRange, GiB } from '../../src/units.ts';
@@ -132,6 +133,10 @@ export class MemoryBlobs implements BlobReader {
     } finally {
       this.running--;
     }
+  }
+
+  readRanges(blob: BlobId, ranges: readonly ByteRange[], signal: AbortSignal, onPart: OnPart): Promise<void> {
+    return readRangesOneByOne(this, blob, ranges, signal, onPart);
   }
 
   async *readAll(blob: BlobId): AsyncGenerator<Buffer> {

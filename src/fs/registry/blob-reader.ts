@@ -9,12 +9,21 @@ export interface BlobId {
   readonly size: number;
 }
 
+/** Takes the bytes of range number `index`; the buffer is the receiver's. What it throws ends the call it was given to. */
+export type OnPart = (index: number, bytes: Buffer) => void;
+
 export interface BlobReader {
   /**
    * Exactly the bytes of `range`, which must lie within the blob. The bytes are not verified.
    * Errors: REGISTRY_HTTP, REGISTRY_AUTH, REGISTRY_NOT_FOUND, REGISTRY_PROTOCOL, DEADLINE, CANCELLED.
    */
   readRange(blob: BlobId, range: ByteRange, signal: AbortSignal): Promise<Buffer>;
+  /**
+   * Exactly the bytes of each of `ranges` (ascending, not overlapping, within the blob), in one request where the registry
+   * can. `onPart(i, bytes)` is called once for each, as soon as its bytes are here, in ascending order as a rule. The bytes
+   * are not verified. Errors as readRange; parts told before stay told.
+   */
+  readRanges(blob: BlobId, ranges: readonly ByteRange[], signal: AbortSignal, onPart: OnPart): Promise<void>;
   /**
    * The whole blob as a stream of exactly `blob.size` bytes; ends with DIGEST_MISMATCH when they do not have the
    * digest. Errors as readRange.

@@ -5,13 +5,21 @@ import { type Digest, digestOf, isDigest } from '../../digest.ts';
 import { DedupError } from '../../errors.ts';
 import { type ByteRange, httpRange, MiB } from '../../units.ts';
 import type { Authorizer, Scope } from './auth.ts';
-import type { BlobId, ManifestBytes } from './blob-reader.ts';
+import type { BlobId, ManifestBytes, OnPart } from './blob-reader.ts';
 import { discard, drop, type ExchangeRequest, HttpExchange, header } from './http-exchange.ts';
+import {
+  MAX_STRETCHES,
+  RangesResponse,
+  SINGLE_RANGE_STATUSES,
+  type SingleRangeServers,
+  singleRangeServers,
+} from './http-ranges.ts';
 import type { HttpResponse, HttpTransport } from './http-transport.ts';
 import { INDEX_TYPES, MANIFEST_TYPES, mediaTypeOf, type ReferrerDescriptor, referrersIn } from './manifest-json.ts';
 import { serverOf } from './reference.ts';
 import { referrerTag } from './referrer-tag.ts';
 import { checkRange, type StreamingRepository, verified, verifiedBlob } from './verified-stream.ts';
+import { fewAtOnce, WantedParts } from './wanted-parts.ts';
 
 /** More than any registry accepts for a manifest (the common limit is 4 MiB). */
 const MAX_MANIFEST_BYTES = 8 * MiB;
@@ -32,6 +40,8 @@ export interface HttpRepositoryOptions {
   readonly endpoint?: string;
   /** The registry this server mirrors; sent along as `ns`, by which mirrors of several registries tell them apart. */
   readonly mirrorOf?: string;
+  /** What is known of servers, shared by all repositories of a process. Default: this repository's own. */
+  readonly singleRangeServers?: SingleRangeServers;
 }
 
 export class HttpRepository implements StreamingRepository {
@@ -41,6 +51,7 @@ export class HttpRepository implements StreamingRepository {
   readonly #exchange: HttpExchange;
   readonly #endpoint: string | undefined;
   readonly #mirrorOf: string | undefined;
+  readonly #singleRangeServers: SingleRangeServers;
   readonly #redirects = new LRUCache<Digest, URL>({ max: 1024, ttl: REDIRECT_TTL_MS });
 
   constructor(options: HttpRepositoryOptions) {
@@ -50,6 +61,7 @@ export class HttpRepository implements StreamingRepository {
     this.#exchange = new HttpExchange(options.transport, options.authorizer);
     this.#endpoint = options.endpoint;
     this.#mirrorOf = options.mirrorOf;
+    this.#singleRangeServers = options.singleRangeServers ?? singleRangeServers();
   }
 
   get name(): string {
@@ -71,6 +83,45 @@ export class HttpRepository implements StreamingRepository {
     return out;
   }
 
+  async readRanges(blob: BlobId, ranges: readonly ByteRange[], signal: AbortSignal, onPart: OnPart): Promise<void> {
+    const parts = new WantedParts(blob, ranges, onPart);
+    if (parts.complete) return;
+    const { origin } = await this.#url('', signal);
+    while (!this.#singleRangeServers.has(origin)) {
+      const stretches = parts.missing().slice(0, MAX_STRETCHES);
+      if (stretches.length < 2) break;
+      await this.#readSeveral(blob, stretches, parts, origin, signal);
+    }
+    await fewAtOnce(parts.missing(), async (stretch) => {
+      const sink = parts.sink(stretch.offset);
+      for await (const chunk of this.streamRange(blob, stretch, signal)) sink(chunk);
+    });
+  }
+
+  /** Asks for `stretches` in one request. Afterwards all are told, or the server is known to need a request for each. */
+  async #readSeveral(
+    blob: BlobId,
+    stretches: readonly ByteRange[],
+    parts: WantedParts,
+    origin: string,
+    signal: AbortSignal,
+  ): Promise<void> {
+    const wanted = stretches.reduce((sum, { length }) => sum + length, 0);
+    const doing = `reading ${wanted} bytes in ${stretches.length} ranges of blob ${blob.digest} from ${this.name}`;
+    const response = await this.#openBlob(blob, httpRange(...stretches), SINGLE_RANGE_STATUSES, doing, signal);
+    const answer = new RangesResponse(response, blob, stretches, parts, doing);
+    let able = false;
+    try {
+      able = await answer.read(this.#exchange, signal);
+    } catch (error) {
+      // A server that has this wrong has it wrong the next time, too; whatever may pass says nothing about it.
+      able = !(error instanceof DedupError && error.code === 'REGISTRY_PROTOCOL');
+      throw error;
+    } finally {
+      if (!able) this.#singleRangeServers.set(origin, true);
+    }
+  }
+
   readAll(blob: BlobId, signal: AbortSignal): AsyncIterable<Buffer> {
     return verified(blob, this.streamRange(blob, { offset: 0, length: blob.size }, signal), this.name);
   }
@@ -79,23 +130,22 @@ export class HttpRepository implements StreamingRepository {
     checkRange(blob, range);
     if (range.length === 0) return;
     const doing = `reading ${range.length} bytes at ${range.offset} of blob ${blob.digest} from ${this.name}`;
-    const response = await this.#openBlob(blob, range, doing, signal);
+    const whole = range.offset === 0 && range.length === blob.size;
+    const response = await this.#openBlob(blob, whole ? undefined : httpRange(range), [], doing, signal);
     this.#checkHead(response, blob, range, doing);
-    let length = 0;
-    for await (const chunk of this.#exchange.body(response, doing, signal)) {
-      length += chunk.length;
-      if (length > range.length) throw new DedupError('REGISTRY_PROTOCOL', `${doing}: the body is longer than that`);
-      yield chunk;
-    }
-    if (length < range.length) {
-      throw new DedupError('REGISTRY_HTTP', `${doing}: the body ended after ${length} bytes`);
-    }
+    yield* this.#exchange.bodyOf(range.length, response, doing, signal);
   }
 
-  /** A response with status 200 or 206 for the blob, through a remembered redirect where there is one. */
-  async #openBlob(blob: BlobId, range: ByteRange, doing: string, signal: AbortSignal): Promise<HttpResponse> {
-    const whole = range.offset === 0 && range.length === blob.size;
-    const headers = { 'accept-encoding': 'identity', ...(whole ? {} : { range: httpRange(range) }) };
+  /** A response for the blob with status 200, 206 or one of `others`, through a remembered redirect where there is one. */
+  async #openBlob(
+    blob: BlobId,
+    range: string | undefined,
+    others: readonly number[],
+    doing: string,
+    signal: AbortSignal,
+  ): Promise<HttpResponse> {
+    const answers = (status: number) => status === 200 || status === 206 || others.includes(status);
+    const headers = { 'accept-encoding': 'identity', ...(range === undefined ? {} : { range }) };
     const request = { method: 'GET', headers, lane: 'data', signal } as const;
     const origin = await this.#url(`blobs/${blob.digest}`, signal);
     const remembered = this.#redirects.get(blob.digest);
@@ -104,17 +154,18 @@ export class HttpRepository implements StreamingRepository {
         this.#forget(blob.digest, remembered);
         throw error;
       });
-      if (response.status === 200 || response.status === 206) return response;
-      this.#forget(blob.digest, remembered);
       // Signed URLs expire with 400, 401, 403, 404 or 410, depending on who serves them: ask the registry for a new one.
       const expired = [400, 401, 403, 404, 410].includes(response.status);
+      if (answers(response.status) && !expired) return response;
+      this.#forget(blob.digest, remembered);
       if (!expired) throw await this.#exchange.failure(response, doing, signal);
       await discard(response);
     }
     const response = await this.#exchange.send({ ...request, url: origin, scope: this.#scope('pull') });
-    if (response.status !== 200 && response.status !== 206) throw await this.#exchange.failure(response, doing, signal);
+    if (!answers(response.status)) throw await this.#exchange.failure(response, doing, signal);
     // On the registry itself a request needs authorization, which a remembered URL does not get.
-    if (response.url.origin !== origin.origin) this.#redirects.set(blob.digest, response.url);
+    const found = response.status === 200 || response.status === 206;
+    if (found && response.url.origin !== origin.origin) this.#redirects.set(blob.digest, response.url);
     return response;
   }
 

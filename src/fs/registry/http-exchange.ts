@@ -123,6 +123,24 @@ export class HttpExchange {
     }
   }
 
+  /** The chunks of a body of exactly `length` bytes. Errors: those of body; REGISTRY_PROTOCOL for more, REGISTRY_HTTP for fewer. */
+  async *bodyOf(
+    length: number,
+    response: HttpResponse,
+    doing: string,
+    signal: AbortSignal,
+  ): AsyncGenerator<Buffer, void, undefined> {
+    let received = 0;
+    for await (const chunk of this.body(response, doing, signal)) {
+      received += chunk.length;
+      if (received > length) throw new DedupError('REGISTRY_PROTOCOL', `${doing}: the body is longer than that`);
+      yield chunk;
+    }
+    if (received < length) {
+      throw new DedupError('REGISTRY_HTTP', `${doing}: the body ended after ${received} bytes`);
+    }
+  }
+
   /** A whole body of at most `maxBytes`. Errors: REGISTRY_PROTOCOL when it is longer. */
   async bytes(response: HttpResponse, maxBytes: number, doing: string, signal: AbortSignal): Promise<Buffer> {
     const chunks: Buffer[] = [];

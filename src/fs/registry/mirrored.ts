@@ -4,10 +4,11 @@ import { LRUCache } from 'lru-cache';
 import type { Digest } from '../../digest.ts';
 import { DedupError } from '../../errors.ts';
 import type { ByteRange } from '../../units.ts';
-import type { BlobId, ManifestBytes } from './blob-reader.ts';
+import type { BlobId, ManifestBytes, OnPart } from './blob-reader.ts';
 import type { ReferrerDescriptor } from './manifest-json.ts';
 import type { RegistryLog } from './retrying.ts';
 import { checkRange, type StreamingRepository, verified } from './verified-stream.ts';
+import { WantedParts } from './wanted-parts.ts';
 
 const COOL_DOWN_MS = 30_000;
 const MISSING_MS = 5 * 60_000;
@@ -51,6 +52,19 @@ export class MirroredRepository implements StreamingRepository {
 
   readRange(blob: BlobId, range: ByteRange, signal: AbortSignal): Promise<Buffer> {
     return this.#firstOf(blob.digest, signal, (repository) => repository.readRange(blob, range, signal));
+  }
+
+  async readRanges(blob: BlobId, ranges: readonly ByteRange[], signal: AbortSignal, onPart: OnPart): Promise<void> {
+    const parts = new WantedParts(blob, ranges, onPart);
+    for (const mirror of this.#usable(blob.digest)) {
+      try {
+        await parts.readFrom(mirror.repository, blob, signal);
+        return;
+      } catch (error) {
+        this.#note(mirror, blob.digest, error, signal);
+      }
+    }
+    await parts.readFrom(this.#origin, blob, signal);
   }
 
   readAll(blob: BlobId, signal: AbortSignal): AsyncIterable<Buffer> {

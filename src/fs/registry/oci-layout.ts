@@ -7,11 +7,12 @@ import { join, resolve } from 'node:path';
 import { type Digest, digestHex, digestOf, isDigest, parseDigest } from '../../digest.ts';
 import { DedupError } from '../../errors.ts';
 import { type ByteRange, KiB } from '../../units.ts';
-import type { BlobId, ManifestBytes } from './blob-reader.ts';
+import type { BlobId, ManifestBytes, OnPart } from './blob-reader.ts';
 import { throwIfAborted } from './http-transport.ts';
 import { type Descriptor, mediaTypeOf, parseIndex, type ReferrerDescriptor, referrersIn } from './manifest-json.ts';
 import { referrerTag } from './referrer-tag.ts';
 import { checkRange, type StreamingRepository, verified, verifiedBlob } from './verified-stream.ts';
+import { WantedParts } from './wanted-parts.ts';
 
 const TAG_ANNOTATION = 'org.opencontainers.image.ref.name';
 const READ_BYTES = 256 * KiB;
@@ -76,6 +77,17 @@ export class OciLayout implements StreamingRepository {
     return out;
   }
 
+  async readRanges(blob: BlobId, ranges: readonly ByteRange[], signal: AbortSignal, onPart: OnPart): Promise<void> {
+    const parts = new WantedParts(blob, ranges, onPart);
+    if (parts.complete) return;
+    await using file = await this.#openBlob(blob.digest, signal);
+    await this.#checkSize(file, blob);
+    for (const range of parts.missing()) {
+      const sink = parts.sink(range.offset);
+      for await (const chunk of this.#chunksOf(file, blob, range, signal)) sink(chunk);
+    }
+  }
+
   readAll(blob: BlobId, signal: AbortSignal): AsyncIterable<Buffer> {
     return verified(blob, this.streamRange(blob, { offset: 0, length: blob.size }, signal), this.name);
   }
@@ -84,6 +96,15 @@ export class OciLayout implements StreamingRepository {
     checkRange(blob, range);
     await using file = await this.#openBlob(blob.digest, signal);
     await this.#checkSize(file, blob);
+    yield* this.#chunksOf(file, blob, range, signal);
+  }
+
+  async *#chunksOf(
+    file: FileHandle,
+    blob: BlobId,
+    range: ByteRange,
+    signal: AbortSignal,
+  ): AsyncGenerator<Buffer, void, undefined> {
     const end = range.offset + range.length;
     for (let offset = range.offset; offset < end; ) {
       throwIfAborted(signal, `reading blob ${blob.digest} from ${this.name}`);

@@ -4,6 +4,7 @@ import { createHash } from 'node:crypto';
 import { Authorizer } from './auth.ts';
 import { CredentialFiles, type Credentials } from './credentials.ts';
 import { HttpRepository } from './http-blob.ts';
+import { singleRangeServers } from './http-ranges.ts';
 import { HttpTransport, type TransportOptions } from './http-transport.ts';
 import { MirroredRepository } from './mirrored.ts';
 import type { ImageReference } from './reference.ts';
@@ -33,6 +34,7 @@ export class RegistryPool {
   readonly #options: RegistryOptions;
   readonly #transport: HttpTransport;
   readonly #files: CredentialFiles;
+  readonly #singleRangeServers = singleRangeServers();
   readonly #repositories = new Map<string, StreamingRepository>();
 
   constructor(options: RegistryOptions = {}) {
@@ -101,6 +103,7 @@ export class RegistryPool {
       host: name.host,
       path: name.path,
       transport: this.#transport,
+      singleRangeServers: this.#singleRangeServers,
       authorizer: new Authorizer(this.#transport, name.host, find),
       ...(endpoint === undefined ? {} : { endpoint }),
       ...(mirrorOf === undefined ? {} : { mirrorOf }),

@@ -4,10 +4,11 @@ import { setTimeout as sleep } from 'node:timers/promises';
 import type { Digest } from '../../digest.ts';
 import { DedupError } from '../../errors.ts';
 import type { ByteRange } from '../../units.ts';
-import type { BlobId, ManifestBytes } from './blob-reader.ts';
+import type { BlobId, ManifestBytes, OnPart } from './blob-reader.ts';
 import { abortError } from './http-transport.ts';
 import type { ReferrerDescriptor } from './manifest-json.ts';
 import { checkRange, type StreamingRepository, verified } from './verified-stream.ts';
+import { WantedParts } from './wanted-parts.ts';
 
 /** What the registry client needs of a logger; pino's fits. */
 export interface RegistryLog {
@@ -78,6 +79,26 @@ export class RetryingRepository implements StreamingRepository {
         filled += chunk.length;
       }
       return out;
+    });
+  }
+
+  readRanges(blob: BlobId, ranges: readonly ByteRange[], signal: AbortSignal, onPart: OnPart): Promise<void> {
+    return this.#withDeadline(`reading from blob ${blob.digest}`, signal, async (bounded, endsAt) => {
+      let failures = 0;
+      const parts = new WantedParts(blob, ranges, (index, bytes) => {
+        failures = 0;
+        onPart(index, bytes);
+      });
+      while (!parts.complete) {
+        try {
+          await parts.readFrom(this.#inner, blob, bounded);
+        } catch (error) {
+          // Everything wanted is here; what broke after it does not matter.
+          if (parts.complete && mayPass(error)) return;
+          failures++;
+          await this.#pause(error, failures, endsAt, bounded);
+        }
+      }
     });
   }
 

@@ -186,7 +186,8 @@ describe('the index builder', () => {
     const local = join(dir, 'restart');
     await writeFile(local, built.restartBlob);
     const reader = new RestartReader(built.index, local, new WindowCache(MiB));
-    const nowhere = { readRange: () => assert.fail('not local'), readAll: () => assert.fail('not local') };
+    const notLocal = () => assert.fail('not local');
+    const nowhere = { readRange: notLocal, readRanges: notLocal, readAll: notLocal };
     for (let i = 0; i < spans.count; i++) {
       const end = i + 1 < spans.count ? spans.outOffset[i + 1]! : tarBytes;
       const inEnd = i + 1 < spans.count ? spans.inOffset[i + 1]! : layer.length;
