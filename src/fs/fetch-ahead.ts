@@ -4,12 +4,15 @@ import type { Logger } from '../log.ts';
 import type { LayerMap } from './loadable-layer.ts';
 import { Neighbours } from './neighbours.ts';
 import { Readahead } from './readahead.ts';
-import { Priority } from './span-ledger.ts';
+import { type Origin, Priority } from './span-ledger.ts';
 
 /** Spans guessed at a miss at most. */
 const MAX_GUESSES = 8;
 /** Where a round trip's time carries fewer spans than this, a wrong guess costs a reader more than a right one saves. */
 const MIN_GUESSES = 3;
+
+/** Of the guesses of five recorded starts 40 % were read (docs/decisions/0015-guesses-around-misses.md). */
+const USUAL_USEFULNESS = 0.4;
 
 export interface FetchAheadOptions {
   readonly fetch: (map: LayerMap, span: number, priority: number) => Promise<unknown>;
@@ -18,6 +21,8 @@ export interface FetchAheadOptions {
   /** False: only what follows a sequential reader is fetched. */
   readonly guess: boolean;
   readonly isPresent: (address: number, length: number) => boolean;
+  /** The share of what was fetched for this reason lately that was read; undefined while that is not known. */
+  readonly usefulness: (origin: Origin, nowMs: number) => number | undefined;
   readonly log: Logger;
 }
 
@@ -28,15 +33,26 @@ export class FetchAhead {
   /** Layers that were read, by their number: those that guesses can be in. */
   readonly #maps = new Map<number, LayerMap>();
 
+  /** Layers whose readers a trace knows. */
+  readonly #foreseen = new Set<number>();
+
   constructor(options: FetchAheadOptions) {
     this.#options = options;
+  }
+
+  /** Says whether a trace tells what will be read of layers: nothing is guessed then. */
+  foresee(layerIds: readonly number[], known: boolean): void {
+    for (const layerId of layerIds) {
+      if (known) this.#foreseen.add(layerId);
+      else this.#foreseen.delete(layerId);
+    }
   }
 
   /** Tells of a miss in these spans of a layer, whose fetch has begun. */
   onMiss(map: LayerMap, spans: ReadonlySet<number>): void {
     if (spans.size === 0) return; // A piece of zeros within a sparse chunk needs nothing of the layer.
     this.#followReader(map, spans);
-    if (this.#options.guess) this.#guess(map, spans);
+    if (this.#options.guess && !this.#foreseen.has(map.layerId)) this.#guess(map, spans);
   }
 
   /** What the link would carry while the reader waits: the reader's own bytes go first. */
@@ -45,7 +61,10 @@ export class FetchAhead {
     this.#maps.set(map.layerId, map);
     this.#neighbours.onMiss(map.layerId, spans, map.spanCount, nowMs);
     const spanBytes = map.blob.size / map.spanCount;
-    const count = Math.min(MAX_GUESSES, Math.floor(this.#options.roundTripBytes(map) / spanBytes));
+    const carried = Math.min(MAX_GUESSES, Math.floor(this.#options.roundTripBytes(map) / spanBytes));
+    // Guessing well where half of it is read: fewer guesses where it is less.
+    const useful = this.#options.usefulness('guess', nowMs) ?? USUAL_USEFULNESS;
+    const count = Math.floor(carried * Math.min(1, useful / USUAL_USEFULNESS));
     if (count < MIN_GUESSES) return;
     const guesses = this.#neighbours.take(count, nowMs, ({ layerId, span }) => {
       const near = this.#maps.get(layerId);
@@ -55,14 +74,16 @@ export class FetchAhead {
   }
 
   #followReader(map: LayerMap, spans: ReadonlySet<number>): void {
-    const { from, count } = this.#readahead.onMiss(map.layerId, Math.min(...spans), Math.max(...spans), map.spanCount);
+    const useful = this.#options.usefulness('sequential', performance.now());
+    const [first, last] = [Math.min(...spans), Math.max(...spans)];
+    const { from, count } = this.#readahead.onMiss(map.layerId, first, last, map.spanCount, useful);
     if (count === 0) return;
     // Whole pieces: half of one would be thrown away again.
     let end = map.spanEnd(from + count - 1);
     for (const { ref, tarOffset } of map.ordinaryPieces(end - 1, end)) end = Math.max(end, tarOffset + ref.length);
-    const last = map.spanAt(end - 1);
-    this.#readahead.extend(map.layerId, last + 1);
-    for (let span = from; span <= last; span++) {
+    const until = map.spanAt(end - 1);
+    this.#readahead.extend(map.layerId, until + 1);
+    for (let span = from; span <= until; span++) {
       if (!this.#isHere(map, span)) void this.#fetch(map, span, Priority.sequential);
     }
   }
@@ -90,6 +111,7 @@ export class FetchAhead {
   forget(layerId: number): void {
     this.#readahead.forget(layerId);
     this.#neighbours.forget(layerId);
+    this.#foreseen.delete(layerId);
     this.#maps.delete(layerId);
   }
 }

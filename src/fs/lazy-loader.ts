@@ -9,7 +9,7 @@ import { FetchAhead } from './fetch-ahead.ts';
 import { LayerMap, type LayerProvider, nameOf, type PieceRef } from './loadable-layer.ts';
 import { copyTar } from './span-edges.ts';
 import { DEFAULT_FETCH_LIMITS, type FetchLimits, type FetchStats, SpanFetcher } from './span-fetcher.ts';
-import { Priority } from './span-ledger.ts';
+import { Priority, type SpanLedger } from './span-ledger.ts';
 import { type LoaderNative, type LoaderStore, type RunOutput, toStore } from './span-storer.ts';
 
 /** What the loader needs of the node store: look-ups, reads, verified writes. */
@@ -108,7 +108,8 @@ export class LazyLoader {
     );
     this.#ahead = new FetchAhead({
       fetch: (map, span, priority) => this.#fetcher.fetch(map, span, priority),
-      roundTripBytes: (map) => this.#fetcher.roundTripBytes(map),
+      roundTripBytes: (map) => this.#fetcher.link(map).roundTripBytes,
+      usefulness: (origin, nowMs) => this.#fetcher.ledger.usefulness(origin, nowMs),
       guess: options.guess ?? false,
       isPresent: (address, length) => options.store.isPresent(address, length),
       log: options.log,
@@ -195,10 +196,30 @@ export class LazyLoader {
     return await this.#readStore(range.offset, range.length);
   }
 
+  /** Layers as they are open here: their chunks, addresses and spans. Errors: those of the provider. */
+  async maps(layerIds: readonly number[]): Promise<LayerMap[]> {
+    this.#mustBeOpen();
+    return await Promise.all(layerIds.map((layerId) => this.#open(layerId)));
+  }
+
+  /** Says whether a trace tells what will be read of layers: nothing is guessed around their misses then. */
+  foresee(layerIds: readonly number[], known: boolean): void {
+    this.#ahead.foresee(layerIds, known);
+  }
+
+  /** Whole spans, for plans. */
+  get batches(): SpanFetcher {
+    return this.#fetcher;
+  }
+
+  /** Why spans were fetched, and whether they were read. */
+  get ledger(): SpanLedger {
+    return this.#fetcher.ledger;
+  }
+
   /** Opens layers that are likely to be read soon: the first read does not wait for it. Errors: those of the provider. */
   async open(layerIds: readonly number[]): Promise<void> {
-    this.#mustBeOpen();
-    await Promise.all(layerIds.map((layerId) => this.#open(layerId)));
+    await this.maps(layerIds);
   }
 
   /** Forgets layers that were dropped: nothing is fetched for them any more, and what is under way is given up. */

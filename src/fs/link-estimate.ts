@@ -28,17 +28,28 @@ export class LinkEstimate {
 
   /** Bytes that fit into one round trip; 0 as long as too little is known. */
   roundTripBytes(nowMs: number): number {
+    const { roundTripMs, bytesPerMs } = this.#estimate(nowMs);
+    return roundTripMs * bytesPerMs;
+  }
+
+  /** The rate of the link, bytes a millisecond; 0 as long as too little is known. */
+  bytesPerMs(nowMs: number): number {
+    return this.#estimate(nowMs).bytesPerMs;
+  }
+
+  #estimate(nowMs: number): { roundTripMs: number; bytesPerMs: number } {
     while (this.#answers.length > 0 && nowMs - this.#answers[0]!.atMs > REMEMBERED_MS) this.#answers.shift();
-    if (this.#answers.length < ENOUGH) return 0;
+    const unknown = { roundTripMs: 0, bytesPerMs: 0 };
+    if (this.#answers.length < ENOUGH) return unknown;
     let roundTripMs = Number.POSITIVE_INFINITY;
     for (const { tookMs, bytes } of this.#answers) if (bytes < LARGE_BYTES) roundTripMs = Math.min(roundTripMs, tookMs);
     // Among large answers alone, round trip and transfer cannot be told apart.
-    if (roundTripMs === Number.POSITIVE_INFINITY) return 0;
+    if (roundTripMs === Number.POSITIVE_INFINITY) return unknown;
     // An answer takes at least the round trip and its transfer, so no single one shows more than the link's rate.
     let bytesPerMs = 0;
     for (const { tookMs, bytes } of this.#answers) {
       if (bytes >= LARGE_BYTES) bytesPerMs = Math.max(bytesPerMs, bytes / Math.max(1, tookMs - roundTripMs));
     }
-    return roundTripMs * bytesPerMs;
+    return { roundTripMs, bytesPerMs };
   }
 }

@@ -31,6 +31,15 @@ export interface WindowReader {
    * Errors: those of BlobReader.readRange, INDEX_INVALID.
    */
   readWindows(first: number, count: number, reader: BlobReader, signal: AbortSignal): Promise<readonly Uint8Array[]>;
+  /**
+   * Windows of these spans, ascending, by span and none where a span needs none; those that are not local through `reader`
+   * in one request where the registry can. They are not kept. Absent: readWindows is called for them. Errors: the same.
+   */
+  readMany?(
+    spans: readonly number[],
+    reader: BlobReader,
+    signal: AbortSignal,
+  ): Promise<ReadonlyMap<number, Uint8Array>>;
   /** Drops kept windows of these spans: what they gave failed verification. */
   forget?(first: number, count: number): void;
 }
@@ -235,6 +244,29 @@ export class LayerMap {
           yield { ref, parts };
       }
     }
+  }
+
+  /** Chunks with a byte in [start, end) of the store, ascending by address. */
+  *chunksIn(start: number, end: number): Generator<number> {
+    const { addresses, index } = this.layer;
+    const count = this.#byAddress.length;
+    const at = lastAtMost(count, start, (i) => addresses[this.#byAddress[i]!]!);
+    for (let i = Math.max(0, at); i < count; i++) {
+      const chunk = this.#byAddress[i]!;
+      const address = addresses[chunk]!;
+      if (address >= end) return;
+      if (address + index.chunks.length[chunk]! > start) yield chunk;
+    }
+  }
+
+  /** Spans that hold a byte of a piece, ascending. */
+  spansOf(ref: PieceRef): Set<number> {
+    const spans = new Set<number>();
+    for (const part of this.partsOf(ref)) {
+      const last = this.spanAt(part.tarOffset + part.length - 1);
+      for (let span = this.spanAt(part.tarOffset); span <= last; span++) spans.add(span);
+    }
+    return spans;
   }
 
   /** True when a sparse chunk has a byte in [start, end) of the tar. */

@@ -10,6 +10,7 @@ export interface CountingParts {
   readonly transport: { stats(): TransportStats };
   readonly registry: { readonly traffic: { readonly requests: number; readonly bytes: number } };
   readonly mounts: { list(): readonly unknown[] };
+  readonly traces: { readonly queuedSpans: number; readonly recorded: number; readonly replayed: number };
 }
 
 /** Errors: CLOSED, STORE_IO. */
@@ -23,14 +24,13 @@ export async function reportNumbers(parts: CountingParts): Promise<NumbersNow> {
     hits: parts.transport.stats().hits + Math.max(0, loader.reads - loader.misses),
     misses: loader.misses,
     failedReads: loader.failedReads,
-    // Not counted yet.
-    prefetchUsefulBytes: 0,
-    prefetchLateBytes: 0,
-    prefetchWastedBytes: 0,
-    prefetchUnreadBytes: 0,
-    prefetchQueueSpans: 0,
-    tracesRecorded: 0,
-    tracesReplayed: 0,
+    prefetchUsefulBytes: loader.usefulBytes,
+    prefetchLateBytes: loader.lateBytes,
+    prefetchWastedBytes: loader.wastedBytes,
+    prefetchUnreadBytes: loader.prefetchBytes - loader.usefulBytes - loader.lateBytes - loader.wastedBytes,
+    prefetchQueueSpans: parts.traces.queuedSpans,
+    tracesRecorded: parts.traces.recorded,
+    tracesReplayed: parts.traces.replayed,
     waitingSpans: loader.waiting,
     dataBytes: loader.wireBytes,
     dataRequests: loader.requests,

@@ -2,8 +2,12 @@
 // natively and never seen here; a reader that catches up with what is being fetched misses again, and so moves it on.
 // Called by the LazyLoader; decides only, fetches nothing.
 
-/** Spans ahead of the reader at most: about 8 MiB uncompressed. */
+/** Spans ahead of the reader: about 8 MiB uncompressed; more where nearly all of it was read, fewer where half was not. */
 const MAX_WINDOW = 8;
+const WIDE_WINDOW = 32;
+const NARROW_WINDOW = 2;
+const WIDE_FROM = 0.9;
+const NARROW_BELOW = 0.5;
 /**
  * Spans read one after the other before anything is fetched ahead. Starting programs map files of a few spans from end to
  * end and then go elsewhere: with an earlier start a fifth of what the demo's starts fetched was never read.
@@ -29,9 +33,16 @@ export class Readahead {
 
   /**
    * Tells of a miss in spans [first, last] of a layer with `spanCount` spans; the spans to fetch ahead, as a range.
-   * The window opens once a run of misses is long enough, and doubles with each further one.
+   * The window opens once a run of misses is long enough, and doubles with each further one, up to what `useful` allows:
+   * the share of what was fetched ahead lately that was read; undefined when that is not known.
    */
-  onMiss(layerId: number, first: number, last: number, spanCount: number): { from: number; count: number } {
+  onMiss(
+    layerId: number,
+    first: number,
+    last: number,
+    spanCount: number,
+    useful?: number,
+  ): { from: number; count: number } {
     let streams = this.#streams.get(layerId);
     if (streams === undefined) this.#streams.set(layerId, (streams = []));
     const at = streams.findIndex((stream) => first >= stream.last && first <= Math.max(stream.last + 1, stream.ahead));
@@ -44,7 +55,7 @@ export class Readahead {
     }
     if (moved) {
       stream.run += last - stream.last;
-      if (stream.run >= OPENING_RUN) stream.window = Math.min(MAX_WINDOW, Math.max(2, stream.window * 2));
+      if (stream.run >= OPENING_RUN) stream.window = Math.min(mostSpans(useful), Math.max(2, stream.window * 2));
     }
     stream.last = last;
     const from = Math.max(stream.ahead, last + 1);
@@ -68,4 +79,11 @@ export class Readahead {
   clear(): void {
     this.#streams.clear();
   }
+}
+
+/** How wide a window may be, by the share of what was fetched ahead that was read. */
+function mostSpans(useful: number | undefined): number {
+  if (useful === undefined) return MAX_WINDOW;
+  if (useful >= WIDE_FROM) return WIDE_WINDOW;
+  return useful < NARROW_BELOW ? NARROW_WINDOW : MAX_WINDOW;
 }

@@ -93,6 +93,7 @@ export class SpanFetcher {
   /** Runs whose bytes are on their way, until they are stored or given up. */
   readonly #runs = new Set<Run>();
   #starting: Flight[] = [];
+  #lastReadMs = Number.NEGATIVE_INFINITY;
   #requests = 0;
   #wireBytes = 0;
 
@@ -130,13 +131,124 @@ export class SpanFetcher {
       if (known.queued && priority > known.priority) this.#promote(known, priority);
       return known.promise;
     }
-    const flight: Flight = { map, span, key, priority, queued: true, ...Promise.withResolvers<RunOutput>() };
-    this.#flights.set(key, flight);
-    const settled = (): void => void this.#flights.delete(key);
-    flight.promise.then(settled, settled);
+    if (priority >= WANTED_PRIORITY) this.#lastReadMs = performance.now();
+    const flight = this.#newFlight(map, span, key, priority, true);
     // Started together with everything else that is wanted in this turn of the loop, so that neighbours are joined.
     if (this.#starting.push(flight) === 1) setImmediate(() => this.#startAll());
     return flight.promise;
+  }
+
+  /**
+   * Fetches spans of a layer that a plan foresees, in one request where the registry can: each is stored as soon as its bytes
+   * are here. Spans that are under way are left to whoever fetches them. Resolves when all have ended; never rejects.
+   */
+  async fetchBatch(map: LayerMap, spans: readonly number[], priority: number): Promise<void> {
+    if (this.#abort.signal.aborted || this.#dropped.has(map.layerId)) return;
+    const flights: Flight[] = [];
+    for (const span of spans) {
+      const key = `${map.layerId}:${span}`;
+      if (this.#flights.has(key)) continue;
+      this.ledger.asked(map, span, priority, false);
+      flights.push(this.#newFlight(map, span, key, priority, false));
+    }
+    const promises = flights.map(({ promise }) => promise);
+    // Whoever joins one sees its failure; nobody else is interested.
+    for (const promise of promises) promise.catch(() => undefined);
+    const [source] = this.#sources(map);
+    if (source === undefined) for (const flight of flights) flight.reject(droppedError(map));
+    else if (flights.length > 0) await this.#startBatch(this.#runsOf(map, flights), source);
+    await Promise.allSettled(promises);
+  }
+
+  #newFlight(map: LayerMap, span: number, key: string, priority: number, queued: boolean): Flight {
+    const flight: Flight = { map, span, key, priority, queued, ...Promise.withResolvers<RunOutput>() };
+    this.#flights.set(key, flight);
+    const settled = (): void => void this.#flights.delete(key);
+    flight.promise.then(settled, settled);
+    return flight;
+  }
+
+  /** Consecutive spans together, as far as they are decoded at once. */
+  #runsOf(map: LayerMap, flights: readonly Flight[]): Run[] {
+    const dropped = new AbortController();
+    const runs: (Run & { flights: Flight[] })[] = [];
+    for (const flight of flights) {
+      const last = runs.at(-1);
+      const count = (last?.flights.length ?? 0) + 1;
+      const joins =
+        last !== undefined &&
+        last.first + last.flights.length === flight.span &&
+        map.spanEnd(flight.span) - map.spanStart(last.first) <= this.#limits.maxRunOutputBytes &&
+        map.compressedRange(last.first, count).length <= this.#limits.maxRunBytes;
+      if (joins) last.flights.push(flight);
+      else runs.push({ map, first: flight.span, flights: [flight], dropped });
+    }
+    return runs;
+  }
+
+  /** Begins the request of several runs of one layer; resolves when its last byte is here, or it has failed. Never rejects. */
+  async #startBatch(runs: readonly Run[], source: LayerBlobSource): Promise<void> {
+    for (const run of runs) this.#follow(run);
+    const { map, dropped } = runs[0]!;
+    const ranges = runs.map(({ first, flights }) => map.compressedRange(first, flights.length));
+    const bytes = ranges.reduce((sum, { length }) => sum + length, 0);
+    const rounds = Math.max(1, bytes / this.#limits.maxRunBytes);
+    const timeout = AbortSignal.timeout(Math.ceil(this.#limits.attemptTimeoutMs * rounds));
+    const failed = new AbortController();
+    const signal = AbortSignal.any([timeout, this.#abort.signal, failed.signal, dropped.signal]);
+    const reader = this.#counted(source);
+    const windows = this.#windowsOf(runs, reader, signal);
+    windows.catch(() => undefined); // Seen by each run.
+    const here = new Set<number>();
+    const take = (i: number, data: Buffer): void => {
+      if (failed.signal.aborted) return;
+      here.add(i);
+      void this.#processLater(runs[i]!, source, data, windows);
+    };
+    try {
+      await orAborted(reader.readRanges(map.blob, ranges, signal, take), signal, givenUp);
+    } catch (error) {
+      failed.abort();
+      const late = new DedupError('DEADLINE', `${source.host} gave no answer in time`, { cause: error });
+      const failure = timeout.aborted ? late : error;
+      // Readers may have joined them: each goes its own way from here on.
+      for (const [i, run] of runs.entries()) if (!here.has(i)) this.#nextSource(run, source, [], failure);
+    }
+  }
+
+  async #windowsOf(
+    runs: readonly Run[],
+    reader: BlobReader,
+    signal: AbortSignal,
+  ): Promise<ReadonlyMap<number, Uint8Array>> {
+    const { map } = runs[0]!;
+    const { windows } = map.layer;
+    const spans = runs.flatMap(({ flights }) => flights.map(({ span }) => span));
+    if (windows.readMany !== undefined)
+      return await orAborted(windows.readMany(spans, reader, signal), signal, givenUp);
+    const found = new Map<number, Uint8Array>();
+    for (const { first, flights } of runs) {
+      const some = await windows.readWindows(first, flights.length, reader, signal);
+      some.forEach((window, i) => void found.set(first + i, window));
+    }
+    return found;
+  }
+
+  /** Decodes a run of a batch once its windows are here. Never rejects. */
+  async #processLater(
+    run: Run,
+    source: LayerBlobSource,
+    data: Buffer,
+    windows: Promise<ReadonlyMap<number, Uint8Array>>,
+  ): Promise<void> {
+    try {
+      const all = await windows;
+      const own = run.flights.map(({ span }) => all.get(span) ?? new Uint8Array(0));
+      const priority = Math.max(...run.flights.map((flight) => flight.priority));
+      await this.#decodes.add(() => this.#process(run, source, [], data, own), { priority });
+    } catch (error) {
+      this.#nextSource(run, source, [], error);
+    }
   }
 
   /** Moves a span that waits further ahead. */
@@ -255,9 +367,13 @@ export class SpanFetcher {
 
   /** Begins a run and follows it to its end: a flight of it settles when what it brought is stored, or is not to be. */
   async #start(run: Run, source: LayerBlobSource): Promise<void> {
+    this.#follow(run);
+    await this.#attempt(run, source, []);
+  }
+
+  #follow(run: Run): void {
     this.#runs.add(run);
     void Promise.allSettled(run.flights.map(({ promise }) => promise)).then(() => this.#runs.delete(run));
-    await this.#attempt(run, source, []);
   }
 
   /** Resolves once every run that is under way now has ended. Never rejects. */
@@ -354,10 +470,28 @@ export class SpanFetcher {
     }
   }
 
-  /** Bytes that the first source of a layer sends in the time of a round trip; 0 as long as that is not known. */
-  roundTripBytes(map: LayerMap): number {
+  /** True for a span that somebody has read, or waited for. */
+  wasRead(map: LayerMap, span: number): boolean {
+    return this.ledger.wasRead(map.layerId, span);
+  }
+
+  /** True for a span that is being fetched, or waits for that. */
+  isUnderWay(map: LayerMap, span: number): boolean {
+    return this.#flights.has(`${map.layerId}:${span}`);
+  }
+
+  /** When a reader last wanted a span that was not under way, by performance.now(). */
+  get lastReadMs(): number {
+    return this.#lastReadMs;
+  }
+
+  /** What the way to the first source of a layer carries; zeros as long as that is not known. */
+  link(map: LayerMap): { roundTripBytes: number; bytesPerMs: number } {
     const [source] = this.#sources(map);
-    return source === undefined ? 0 : this.#linkTo(source.host).roundTripBytes(performance.now());
+    if (source === undefined) return { roundTripBytes: 0, bytesPerMs: 0 };
+    const link = this.#linkTo(source.host);
+    const nowMs = performance.now();
+    return { roundTripBytes: link.roundTripBytes(nowMs), bytesPerMs: link.bytesPerMs(nowMs) };
   }
 
   #linkTo(host: string): LinkEstimate {

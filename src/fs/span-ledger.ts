@@ -119,6 +119,11 @@ export class SpanLedger {
     return state === 0 ? undefined : ORIGINS[(state & ORIGIN_MASK) - 1];
   }
 
+  /** True for a span that somebody has read, or waited for. */
+  wasRead(layerId: number, span: number): boolean {
+    return ((this.#spans.get(layerId)?.state[span] ?? 0) & (READ | LATE)) !== 0;
+  }
+
   /** Tells that somebody read bytes of a span. */
   read(layerId: number, span: number): void {
     const layer = this.#spans.get(layerId);

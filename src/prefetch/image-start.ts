@@ -11,7 +11,7 @@ import { KiB, MiB } from '../units.ts';
 import { fetchStartFiles, type StartCommand } from './start-files.ts';
 
 /** Metadata larger than this is not read into memory for a hint: about 400,000 entries. */
-const MAX_METADATA_BYTES = 64 * MiB;
+export const MAX_METADATA_BYTES = 64 * MiB;
 
 /** A configuration larger than this is none that people write. */
 const MAX_CONFIG_BYTES = 128 * KiB;

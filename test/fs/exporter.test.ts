@@ -117,6 +117,10 @@ describe('the exporter', () => {
       spans: 0,
       storedPieces: 0,
       badPieces: 0,
+      prefetchBytes: 0,
+      usefulBytes: 0,
+      lateBytes: 0,
+      wastedBytes: 0,
     };
     const reads = { waiting: 0, reads: 12, misses: 2, failedReads: 0, waitMs: 0, maxWaitMs: 0, edgeBytes: 0 };
     const stats = { ...loader, ...reads };
@@ -127,6 +131,7 @@ describe('the exporter', () => {
         transport: { stats: () => ({ requests: 0, hits: 3, misses: 0, hitBytes: 0, errors: 0 }) },
         registry: { traffic },
         mounts: { list: () => [{}, {}] },
+        traces: { queuedSpans: 0, recorded: 0, replayed: 0 },
       }),
     );
     const { port } = await start({ metrics });

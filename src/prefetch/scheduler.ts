@@ -1,0 +1,227 @@
+// Fetches the spans of plans ahead of their readers: how many at once, how much per request, and how far ahead. Several
+// plans share the places fairly. Called by replay.ts and warm-up; requests themselves are the SpanFetcher's.
+import type { LayerMap } from '../fs/loadable-layer.ts';
+import { Priority } from '../fs/span-ledger.ts';
+import type { Logger } from '../log.ts';
+import { MiB } from '../units.ts';
+import type { PlannedSpan } from './planner.ts';
+
+/** What the scheduler needs of the loader. */
+export interface BatchFetcher {
+  /** Fetches spans of one layer, ascending, in one request where the registry can. Never rejects. */
+  fetchBatch(map: LayerMap, spans: readonly number[], priority: number): Promise<void>;
+  /** True for a span that is being fetched. */
+  isUnderWay(map: LayerMap, span: number): boolean;
+  /** True for a span that somebody has read, or waits for. */
+  wasRead(map: LayerMap, span: number): boolean;
+  /** What the way to a layer's registry carries; zeros as long as that is not known. */
+  link(map: LayerMap): { readonly roundTripBytes: number; readonly bytesPerMs: number };
+  /** When a reader last wanted a span that was not under way, by performance.now(). */
+  readonly lastReadMs: number;
+}
+
+export interface Plan {
+  /** In the order of first need. */
+  readonly spans: Iterator<PlannedSpan>;
+  /** What was fetched and not read yet may be so much, compressed bytes: how far ahead of the reader, and the most that can be wasted. */
+  readonly maxUnreadBytes: number;
+  /** Bytes a second at most; absent: no limit. */
+  readonly bytesPerSecond?: number;
+  readonly priority?: number;
+  readonly signal: AbortSignal;
+  /** Told of compressed bytes after each request. */
+  readonly onProgress?: (bytes: number) => void;
+}
+
+export interface SchedulerOptions {
+  readonly fetcher: BatchFetcher;
+  /** Requests at once at most (configuration key `prefetch.workers`). */
+  readonly workers: number;
+  /** Spans that wait at most, of all plans together (`prefetch.queue_size`); what exceeds it is planned when there is room. */
+  readonly queueSize: number;
+  readonly log: Logger;
+}
+
+/** Longest request, compressed bytes. */
+const MAX_BATCH_BYTES = 8 * MiB;
+/** The first request of a plan: what is needed first is not to wait for much else. */
+const FIRST_BATCH_BYTES = 2 * MiB;
+/** While somebody reads what no plan foresaw: the link is not to be taken for long. */
+const POLITE_BATCH_BYTES = MiB;
+const POLITE_MS = 1_000;
+/** A request is not to last longer than this on a slow link, milliseconds. */
+const MAX_BATCH_MS = 500;
+/** Of a plan so many times the size of a request are looked through for spans of the same layer. */
+const LOOK_AHEAD = 2;
+/** How often it is looked whether readers have come closer, milliseconds. */
+const LOOK_MS = 50;
+
+interface Running {
+  readonly plan: Plan;
+  readonly queue: PlannedSpan[];
+  /** Fetched, and not known to have been read. */
+  unread: PlannedSpan[];
+  unreadBytes: number;
+  batches: number;
+  underWay: number;
+  ended: boolean;
+  /** When the rate allows the next request, by performance.now(). */
+  nextMs: number;
+  readonly done: PromiseWithResolvers<void>;
+}
+
+export class PrefetchScheduler {
+  readonly #options: SchedulerOptions;
+  readonly #running: Running[] = [];
+  #requests = 0;
+  #timer: NodeJS.Timeout | undefined;
+
+  constructor(options: SchedulerOptions) {
+    this.#options = options;
+  }
+
+  /** Spans that wait to be asked for. */
+  get queuedSpans(): number {
+    return this.#running.reduce((sum, { queue }) => sum + queue.length, 0);
+  }
+
+  /** Fetches a plan. Resolves when all of it is here, could not be had, or `signal` is aborted; never rejects. */
+  run(plan: Plan): Promise<void> {
+    const running: Running = {
+      plan,
+      queue: [],
+      unread: [],
+      unreadBytes: 0,
+      batches: 0,
+      underWay: 0,
+      ended: false,
+      nextMs: 0,
+      done: Promise.withResolvers<void>(),
+    };
+    this.#running.push(running);
+    plan.signal.addEventListener('abort', () => this.#pump(), { once: true });
+    this.#pump();
+    return running.done.promise;
+  }
+
+  #fill(running: Running): void {
+    let room = this.#options.queueSize - this.queuedSpans;
+    while (!running.ended && room > 0) {
+      const next = running.plan.spans.next();
+      if (next.done === true) running.ended = true;
+      else {
+        running.queue.push(next.value);
+        room--;
+      }
+    }
+  }
+
+  #pump(): void {
+    clearTimeout(this.#timer);
+    this.#timer = undefined;
+    let progress = true;
+    while (progress) {
+      progress = false;
+      for (const running of [...this.#running]) {
+        if (running.plan.signal.aborted) {
+          running.queue.length = 0;
+          running.ended = true;
+        } else if (running.queue.length < this.#options.queueSize / 2) this.#fill(running);
+        if (this.#startOne(running)) progress = true;
+        if (running.ended && running.queue.length === 0 && running.underWay === 0) this.#finish(running);
+      }
+      // Each plan in turn.
+      const first = this.#running.shift();
+      if (first !== undefined) this.#running.push(first);
+    }
+    // Readers come closer without telling.
+    if (this.#running.some(({ queue }) => queue.length > 0))
+      this.#timer = setTimeout(() => this.#pump(), LOOK_MS).unref();
+  }
+
+  #finish(running: Running): void {
+    const at = this.#running.indexOf(running);
+    if (at >= 0) this.#running.splice(at, 1);
+    running.done.resolve();
+  }
+
+  /** Begins the next request of a plan, if there is a place and it is not too far ahead. */
+  #startOne(running: Running): boolean {
+    const { fetcher } = this.#options;
+    const { queue, plan } = running;
+    while (queue.length > 0 && fetcher.isUnderWay(queue[0]!.map, queue[0]!.span)) queue.shift();
+    const head = queue[0];
+    const now = performance.now();
+    if (head === undefined || now < running.nextMs || this.#requests >= this.#places(head.map)) return false;
+    const room = this.#room(running);
+    if (room <= 0) return false;
+    const batch = this.#take(running, Math.min(room, this.#batchBytes(running, head.map)));
+    const bytes = batch.reduce((sum, span) => sum + span.bytes, 0);
+    running.batches++;
+    running.underWay++;
+    running.unread.push(...batch);
+    running.unreadBytes += bytes;
+    if (plan.bytesPerSecond !== undefined)
+      running.nextMs = Math.max(now, running.nextMs) + (bytes / plan.bytesPerSecond) * 1000;
+    this.#requests++;
+    const spans = batch.map(({ span }) => span).sort((a, b) => a - b);
+    void fetcher.fetchBatch(head.map, spans, plan.priority ?? Priority.trace).then(() => {
+      this.#requests--;
+      running.underWay--;
+      plan.onProgress?.(bytes);
+      this.#pump();
+    });
+    return true;
+  }
+
+  /** Requests that may be under way at once: enough for the link to be full, no more. */
+  #places(map: LayerMap): number {
+    const { workers, fetcher } = this.#options;
+    return Math.min(workers, 2 + Math.ceil(fetcher.link(map).roundTripBytes / MAX_BATCH_BYTES));
+  }
+
+  #batchBytes(running: Running, map: LayerMap): number {
+    const { fetcher } = this.#options;
+    if (performance.now() - fetcher.lastReadMs < POLITE_MS) return POLITE_BATCH_BYTES;
+    const { bytesPerMs } = fetcher.link(map);
+    const most = bytesPerMs === 0 ? MAX_BATCH_BYTES : Math.max(POLITE_BATCH_BYTES, bytesPerMs * MAX_BATCH_MS);
+    return Math.min(MAX_BATCH_BYTES, most, FIRST_BATCH_BYTES * 2 ** running.batches);
+  }
+
+  /** Bytes by which a plan may go on now. */
+  #room(running: Running): number {
+    const { maxUnreadBytes } = running.plan;
+    if (running.unreadBytes >= maxUnreadBytes) {
+      const { fetcher } = this.#options;
+      running.unread = running.unread.filter(({ map, span }) => !fetcher.wasRead(map, span));
+      running.unreadBytes = running.unread.reduce((sum, { bytes }) => sum + bytes, 0);
+    }
+    return maxUnreadBytes - running.unreadBytes;
+  }
+
+  /** Takes the next span and what soon follows it of the same layer, at least one, at most `bytes`. */
+  #take({ queue }: Running, bytes: number): PlannedSpan[] {
+    const { fetcher } = this.#options;
+    const { map } = queue[0]!;
+    const batch: PlannedSpan[] = [];
+    let [taken, looked] = [0, 0];
+    for (let at = 0; at < queue.length && looked < bytes * LOOK_AHEAD; ) {
+      const span = queue[at]!;
+      looked += span.bytes;
+      if (span.map !== map) {
+        at++;
+        continue;
+      }
+      if (taken > 0 && taken + span.bytes > bytes) break;
+      queue.splice(at, 1);
+      if (fetcher.isUnderWay(map, span.span)) continue;
+      batch.push(span);
+      taken += span.bytes;
+    }
+    return batch;
+  }
+
+  close(): void {
+    clearTimeout(this.#timer);
+  }
+}
