@@ -7,7 +7,7 @@ import { type Digest, digestOf } from '../../src/digest.ts';
 import { DedupError, type ErrorCode } from '../../src/errors.ts';
 import { addReferrerTag } from '../../src/fs/registry/referrer-tag.ts';
 import type { StreamingRepository } from '../../src/fs/registry/verified-stream.ts';
-import { MiB } from '../../src/units.ts';
+import { type ByteRange, MiB } from '../../src/units.ts';
 
 export interface RepositoryUnderTest {
   readonly repository: StreamingRepository;
@@ -95,6 +95,84 @@ export function blobReaderSuite(name: string, factory: () => Promise<RepositoryU
       for (const [i, { offset, length }] of ranges.entries()) {
         assert.ok(got[i]?.equals(bytes.subarray(offset, offset + length)), `range ${i}`);
       }
+    });
+
+    /** What readRanges tells for `ranges`, by number. */
+    const readSeveral = async (ranges: readonly ByteRange[]): Promise<Map<number, Buffer>> => {
+      const told = new Map<number, Buffer>();
+      await repository.readRanges(blob, ranges, soon(), (i, part) => {
+        assert.ok(!told.has(i), `range ${i} is told twice`);
+        told.set(i, part);
+      });
+      return told;
+    };
+    const checkSeveral = async (ranges: readonly ByteRange[]): Promise<void> => {
+      const told = await readSeveral(ranges);
+      assert.equal(told.size, ranges.length);
+      for (const [i, { offset, length }] of ranges.entries()) {
+        assert.ok(told.get(i)?.equals(bytes.subarray(offset, offset + length)), `range ${i} of ${ranges.length}`);
+      }
+    };
+
+    test('several ranges are told once each with exactly their bytes, wherever they lie', async () => {
+      const cuts = fc.uniqueArray(fc.integer({ min: 0, max: blob.size }), { minLength: 2, maxLength: 40 });
+      // Every second gap between two cuts is left out, or none is: then all ranges touch.
+      const check = fc.asyncProperty(cuts, fc.boolean(), async (unsorted, touching) => {
+        const sorted = unsorted.toSorted((a, b) => a - b);
+        const all = sorted.slice(1).map((end, i) => ({ offset: sorted[i]!, length: end - sorted[i]! }));
+        await checkSeveral(touching ? all : all.filter((_, i) => i % 2 === 0));
+      });
+      await fc.assert(check, { numRuns: 15 });
+      await checkSeveral([]);
+      await checkSeveral([{ offset: 0, length: blob.size }]);
+      await checkSeveral([
+        { offset: 0, length: 1 },
+        { offset: 5, length: 0 },
+        { offset: 5, length: 1 },
+        { offset: blob.size - 1, length: 1 },
+        { offset: blob.size, length: 0 },
+      ]);
+    });
+
+    test('more ranges than fit into one request are all read', async () => {
+      await checkSeveral(Array.from({ length: 200 }, (_, i) => ({ offset: i * 15_000, length: 700 + i })));
+    });
+
+    test('several ranges of which one is outside of the blob, or that overlap, are refused before anything is asked for', async () => {
+      const { requests } = repository.traffic;
+      const first = { offset: 10, length: 10 };
+      for (const second of [
+        { offset: blob.size, length: 1 },
+        { offset: 19, length: 5 },
+        { offset: 0, length: 5 },
+        { offset: 30, length: -1 },
+      ]) {
+        await assert.rejects(readSeveral([first, second]), withCode('INVALID_ARGUMENT'));
+      }
+      assert.equal(repository.traffic.requests, requests);
+    });
+
+    test('several ranges of a blob that is not there are REGISTRY_NOT_FOUND, and an aborted call is CANCELLED', async () => {
+      const ranges = [
+        { offset: 0, length: 2 },
+        { offset: 5, length: 2 },
+      ];
+      const missing = { digest: digestOf('nobody has this'), size: 10 };
+      const never = () => assert.fail('nothing is told');
+      await assert.rejects(repository.readRanges(missing, ranges, soon(), never), withCode('REGISTRY_NOT_FOUND'));
+      await assert.rejects(repository.readRanges(blob, ranges, AbortSignal.abort(), never), withCode('CANCELLED'));
+    });
+
+    test('what is thrown where a part is told ends the call', async () => {
+      const ranges = [
+        { offset: 0, length: 2 },
+        { offset: 50_000, length: 2 },
+      ];
+      const refuse = () => {
+        throw new RangeError('enough');
+      };
+      await assert.rejects(repository.readRanges(blob, ranges, soon(), refuse), RangeError);
+      await checkSeveral(ranges);
     });
 
     test('the whole blob streams and is counted', async () => {

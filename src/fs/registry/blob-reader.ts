@@ -9,7 +9,10 @@ export interface BlobId {
   readonly size: number;
 }
 
-/** Takes the bytes of range number `index`; the buffer is the receiver's. What it throws ends the call it was given to. */
+/**
+ * Takes the bytes of range number `index`; the buffer is the receiver's. What it throws ends the call it was given to;
+ * parts that are under way on other connections may still be told.
+ */
 export type OnPart = (index: number, bytes: Buffer) => void;
 
 export interface BlobReader {

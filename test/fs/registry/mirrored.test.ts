@@ -101,6 +101,23 @@ describe('mirrors', () => {
     assert.ok(start > 200_000 && start <= 400_000, String(start));
   });
 
+  test('of several ranges, only those that a mirror did not tell are asked for at the registry', async () => {
+    mirror.setRules(
+      { path: /blobs/, times: 1, fault: { kind: 'short', bytes: 400_000 } },
+      { path: /blobs/, fault: { kind: 'status', status: 500 } },
+    );
+    const ranges = Array.from({ length: 10 }, (_, i) => ({ offset: i * 100_000, length: 90_000 }));
+    const told: number[] = [];
+    await repository.readRanges(blob, ranges, soon(), (i, part) => {
+      told.push(i);
+      assert.ok(part.equals(bytes.subarray(i * 100_000, i * 100_000 + 90_000)), `range ${i}`);
+    });
+    assert.deepEqual(told, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]);
+    assert.equal(origin.seen.length, 1);
+    const asked = origin.seen[0]?.range?.split(',').length ?? 0;
+    assert.ok(asked >= 6 && asked < 10, String(asked));
+  });
+
   test('the error of the registry itself is the one reported', async () => {
     mirror.setRules({ path: /./, fault: { kind: 'status', status: 500 } });
     origin.setRules({ path: /./, fault: { kind: 'status', status: 403 } });

@@ -100,6 +100,29 @@ describe('retries', () => {
     assert.ok(starts[1]! > 100_000 && starts[2]! > starts[1]! + 100_000, String(starts));
   });
 
+  test('a broken answer of several ranges is asked again only for those that were not told', async () => {
+    const ranges = Array.from({ length: 10 }, (_, i) => ({ offset: i * 100_000, length: 50_000 }));
+    const faults: readonly Fault[] = [
+      { kind: 'reset', afterBytes: 220_000 },
+      { kind: 'short', bytes: 220_000 },
+      { kind: 'stall', afterBytes: 220_000 },
+    ];
+    for (const fault of faults) {
+      proxy.reset();
+      proxy.setRules({ method: 'GET', path: get, times: 1, fault });
+      const told: number[] = [];
+      await repository.readRanges(blob, ranges, soon(), (i, part) => {
+        told.push(i);
+        assert.ok(part.equals(bytes.subarray(i * 100_000, i * 100_000 + 50_000)), `range ${i}`);
+      });
+      assert.deepEqual(told, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]);
+      const asked = proxy.seen.map((one) => one.range?.split(',').length);
+      assert.equal(asked.length, 2, fault.kind);
+      // What a broken connection still had in its buffer is lost and comes again.
+      assert.ok(asked[0] === 10 && asked[1]! <= 8 && asked[1]! >= 6, `${fault.kind}: ${String(asked)}`);
+    }
+  });
+
   test('attempts without progress are limited, and the last error is the one reported', async () => {
     proxy.setRules({ path: get, fault: { kind: 'status', status: 502, body: 'bad gateway' } });
     await assert.rejects(repository.readRange(blob, range, soon()), withCode('REGISTRY_HTTP', /502: bad gateway/));
