@@ -71,7 +71,7 @@ function legend(summary: TraceSummary, y: number): string[] {
   return OUTCOMES_BY_WAIT.flatMap((outcome) => {
     const label = `${outcome}: ${OUTCOME_WORDS[outcome]}, ${formatBytes(summary.outcomes[outcome].bytes)}`;
     const at = x;
-    x += 16 + textWidth(label, FONT_PIXELS.small) + 14;
+    x += 15 + 0.9 * textWidth(label, FONT_PIXELS.small) + 11; // the estimate is an upper one, and all four must fit
     return [rect(at, y - 9, 10, 10, `o-${outcome}`), text(at + 15, y, label, { class: 's' })];
   });
 }
