@@ -69,6 +69,8 @@ const VERBS: Readonly<Record<string, (program: Command, context: SharedContext) 
     (await import('./stats-command.ts')).registerStatsCommand(program, await context()),
   dedup: async (program, context) =>
     (await import('./dedup-command.ts')).registerDedupCommand(program, await context()),
+  trace: async (program, context) =>
+    (await import('./trace-command.ts')).registerTraceCommand(program, await context()),
   repair: async (program, context) =>
     (await import('./repair-command.ts')).registerRepairCommand(program, await context()),
   bench: async (program, context) =>

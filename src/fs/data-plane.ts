@@ -8,6 +8,8 @@ import type { Logger } from '../log.ts';
 import type { NumbersNow } from '../metrics.ts';
 import type { RootPaths, RunPaths } from '../paths.ts';
 import { fetchImageStart } from '../prefetch/image-start.ts';
+import { identityOf, Prefetch } from '../prefetch/prefetch.ts';
+import { TraceStore } from '../prefetch/trace-store.ts';
 import { registryOptions } from '../registry-settings.ts';
 import { MiB } from '../units.ts';
 import type { LayerSourceName } from './chunks/index-protocol.ts';
@@ -90,6 +92,7 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
   readonly #publisher: IndexPublisher;
   readonly #ahead: ImagesAhead;
   readonly #ordinary: OrdinaryLayers;
+  readonly #prefetch: Prefetch;
   readonly #retention: Retention;
   readonly #references: ReferenceMounts;
   readonly #credentials: Map<string, Credentials>;
@@ -129,6 +132,18 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
       () => parts.loader.stats().misses + parts.registry.traffic.requests + this.#mountsAsked,
       () => parts.loader.stats().waiting > 0 || this.#ahead.isReading,
     );
+    const { enabled, workers, queue_size, trace_dir } = options.config.prefetch;
+    this.#prefetch = new Prefetch({
+      loader: parts.loader,
+      transport: parts.transport,
+      traces: new TraceStore(trace_dir),
+      isPresent: (address, length) => store.isPresent(address, length),
+      readIndex: (layerId) => parts.book.readIndex(layerId, 'all'),
+      enabled,
+      workers,
+      queueSize: queue_size,
+      log: options.log,
+    });
     this.#mounts = new MountTable({
       paths: options.paths,
       transport: parts.transport,
@@ -152,6 +167,14 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
         known: () => this.#knownImages(),
       },
       build: buildImage,
+      onMounted: ({ id, layers }) => {
+        const layerIds = layers.map(({ layerId }) => layerId);
+        const rows = layerIds.map((layerId) => parts.book.all().find((row) => row.id === layerId));
+        const known = rows.filter((row) => row !== undefined);
+        if (known.length < rows.length) return; // Dropped under it: nothing is worth noting.
+        void this.#prefetch.mounted(id, { layerIds, identity: identityOf(known), signal: this.#stop.signal });
+      },
+      onUnserved: (imageId) => this.#prefetch.unmounted(imageId),
       log: options.log,
     });
     this.#intake = new LayerIntake({
@@ -173,6 +196,10 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
       readsWhole: parts.choice.layout !== 'flat' && options.config.index_trust.includes('local'),
       expectBuild: prepareBuilder,
       prebuild: (layers, config) => this.#prebuild(layers, config),
+      known: (layers, { manifest, source, tag }) => {
+        const identity = identityOf(layers, { manifest, tag, repository: `${source.host}/${source.repository}` });
+        this.#prefetch.begin({ layerIds: layers.map(({ id }) => id), identity, signal: this.#stop.signal });
+      },
       indexed: (manifest, source) => this.#indexed(manifest, source),
       stop: this.#stop.signal,
       log: options.log,
@@ -373,11 +400,11 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
     manifest: Digest,
     layers: readonly ManifestLayer[],
     config: Promise<Buffer>,
-    source: RepositoryName,
+    source: RepositoryName & { readonly tag?: string | undefined },
     onRead: ReadProgress,
     ours: Promise<boolean>,
   ): ImageAhead {
-    const from = { host: source.host, repository: source.path };
+    const from = { host: source.host, repository: source.path, tag: source.tag };
     return this.#ahead.ofPull(manifest, layers, config, from, onRead, ours);
   }
 
@@ -391,6 +418,8 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
     if (metadata === undefined || !this.#options.config.prefetch.enabled) return;
     const { log } = this.#options;
     const signal = this.#stop.signal;
+    // A trace of the image knows better.
+    if (await this.#prefetch.built(layerIds, metadata, signal)) return;
     await fetchImageStart({ metadata, layerIds, config: await config, loader: this.#loader, signal, log });
   }
 
@@ -575,6 +604,7 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
       transport: this.#transport,
       registry: this.#registry,
       mounts: this.#mounts,
+      traces: this.#prefetch,
     });
   }
 
@@ -590,6 +620,7 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
     this.#stop.abort(new DedupError('CLOSED', 'dedupd is stopping'));
     // In this order, and each step whatever became of the one before: nothing may stay mounted or open.
     const steps = [
+      () => this.#prefetch.close(),
       () => this.#references.close(),
       () => this.#mounts.close(),
       () => this.#loader.close(),

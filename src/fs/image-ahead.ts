@@ -38,6 +38,14 @@ export interface ManifestLayer {
   readonly annotations: Readonly<Record<string, string>>;
 }
 
+/** What a pull calls an image. */
+export interface ImageName {
+  readonly manifest: Digest;
+  readonly source: LayerSourceName;
+  /** Absent where the client names none. */
+  readonly tag?: string | undefined;
+}
+
 /** Told how many compressed bytes of a layer, by its position, have been read; for layers that are read whole. */
 export type ReadProgress = (position: number, bytesDone: number) => void;
 
@@ -54,6 +62,8 @@ export interface ImagesAheadOptions {
    * start will read; `config` are the bytes of its configuration.
    */
   readonly prebuild: (layers: readonly MountableLayer[], config: Promise<Buffer>) => Promise<void>;
+  /** Told of an image whose layers are all known, before its file system is built. */
+  readonly known: (layers: readonly LayerRecord[], about: ImageName) => void;
   /** Told of an image of which layers were indexed here. */
   readonly indexed: (manifest: Digest, source: LayerSourceName) => void;
   /** Aborted when the daemon stops. */
@@ -99,10 +109,10 @@ export class ImagesAhead {
       const { bytes } = await this.#options.repository(source).getManifest(manifest, this.#options.stop);
       const { layers, config } = parseManifest(bytes, `manifest ${manifest}`);
       const rows = this.#addLayers(manifest, layers, sources, NOBODY);
-      await this.#build(
-        rows,
-        this.#options.repository(source).readBlob(config.digest, MAX_JSON_BYTES, this.#options.stop),
-      );
+      const configuration = this.#options
+        .repository(source)
+        .readBlob(config.digest, MAX_JSON_BYTES, this.#options.stop);
+      await this.#build(rows, configuration, { manifest, source });
     };
     fetchAhead().catch((error: unknown) => this.#aheadFailed(manifest, source, error));
   }
@@ -112,14 +122,15 @@ export class ImagesAhead {
     manifest: Digest,
     layers: readonly ManifestLayer[],
     config: Promise<Buffer>,
-    source: LayerSourceName,
+    source: LayerSourceName & { readonly tag?: string | undefined },
     onRead: ReadProgress,
     ours: Promise<boolean>,
   ): ImageAhead {
     const end = new AbortController();
     const underWay = (): boolean => !end.signal.aborted;
     const stored = new Set<number>();
-    const rows = this.#addLayers(manifest, layers, [source], underWay, (wanted, position) => {
+    const { host, repository } = source;
+    const rows = this.#addLayers(manifest, layers, [{ host, repository }], underWay, (wanted, position) => {
       const { mediaType, digest, size } = layers[position]!;
       if (!this.#options.readsWhole) return undefined;
       if (!classifyLayer({ mediaType }).lazy) return undefined;
@@ -137,7 +148,7 @@ export class ImagesAhead {
       });
     });
     this.#prepared.set(imageKey(manifest, source), true);
-    const building = this.#build(rows, config);
+    const building = this.#build(rows, config, { manifest, source, tag: source.tag });
     building.catch((error: unknown) => this.#aheadFailed(manifest, source, error));
     Promise.all(rows).then(
       () => stored.size > 0 && this.#options.indexed(manifest, source),
@@ -190,12 +201,17 @@ export class ImagesAhead {
   }
 
   /** Builds the file system of an image of which every layer is lazy. Errors: those of the layers. */
-  async #build(layers: readonly (Promise<LayerRecord> | undefined)[], config: Promise<Buffer>): Promise<void> {
+  async #build(
+    layers: readonly (Promise<LayerRecord> | undefined)[],
+    config: Promise<Buffer>,
+    about: ImageName,
+  ): Promise<void> {
     config.catch(() => undefined); // Looked at once the layers are here.
     if (layers.every((layer) => layer !== undefined)) this.#options.expectBuild();
     const rows = await Promise.all(layers);
     const lazy = rows.filter((row) => row !== undefined);
     if (lazy.length < rows.length) return;
+    this.#options.known(lazy, about);
     await this.#options.prebuild(await Promise.all(lazy.map((row) => this.#intake.mountable(row))), config);
   }
 

@@ -74,6 +74,10 @@ export interface MountTableOptions {
   readonly direct: boolean;
   readonly images: ImageRegistry;
   readonly build: (request: ImageBuildRequest) => Promise<ImageBuildResult>;
+  /** Told of an image that was just mounted and whose reads pass through us: nothing of it is in the page cache. */
+  readonly onMounted?: (image: MountedImage) => void;
+  /** Told that no more reads of an image will pass through us; its layers are here until the promise settles. Never rejects. */
+  readonly onUnserved?: (imageId: number) => Promise<void>;
   readonly log: Logger;
   /** Where loop devices begin in their files; for tests. Default: those of this machine. */
   readonly loopOffsets?: () => readonly number[];
@@ -204,6 +208,7 @@ export class MountTable {
       idleSinceMs: undefined,
     };
     this.#mounted.set(id, image);
+    if (!direct) this.#options.onMounted?.(image);
     return image;
   }
 
@@ -246,6 +251,7 @@ export class MountTable {
     try {
       image.direct = await images.admitDirect(wanted, () => transport.complete(image.id));
       this.#retryDirectAt.delete(image.id);
+      if (image.direct) await this.#options.onUnserved?.(image.id);
     } catch (error) {
       this.#retryDirectAt.set(image.id, performance.now() + RETRY_DIRECT_MS);
       log.warn({ err: error, image: image.id }, 'an image that is here completely goes on being read through dedupd');
@@ -388,6 +394,7 @@ export class MountTable {
   }
 
   async #takeDown(image: MountedImage): Promise<void> {
+    await this.#options.onUnserved?.(image.id);
     try {
       await this.#options.transport.unmount(image.path);
     } catch (error) {

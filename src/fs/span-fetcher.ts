@@ -4,7 +4,7 @@ import PQueue from 'p-queue';
 import { DedupError, errorCode, wrapError } from '../errors.ts';
 import type { Logger } from '../log.ts';
 import { orAborted } from '../or-aborted.ts';
-import { MiB } from '../units.ts';
+import { type ByteRange, MiB } from '../units.ts';
 import { LinkEstimate } from './link-estimate.ts';
 import { type LayerBlobSource, type LayerMap, nameOf } from './loadable-layer.ts';
 import type { BlobReader } from './registry/blob-reader.ts';
@@ -190,7 +190,8 @@ export class SpanFetcher {
   async #startBatch(runs: readonly Run[], source: LayerBlobSource): Promise<void> {
     for (const run of runs) this.#follow(run);
     const { map, dropped } = runs[0]!;
-    const ranges = runs.map(({ first, flights }) => map.compressedRange(first, flights.length));
+    const whole = runs.map(({ first, flights }) => map.compressedRange(first, flights.length));
+    const ranges = withoutOverlap(whole);
     const bytes = ranges.reduce((sum, { length }) => sum + length, 0);
     const rounds = Math.max(1, bytes / this.#limits.maxRunBytes);
     const timeout = AbortSignal.timeout(Math.ceil(this.#limits.attemptTimeoutMs * rounds));
@@ -199,11 +200,22 @@ export class SpanFetcher {
     const reader = this.#counted(source);
     const windows = this.#windowsOf(runs, reader, signal);
     windows.catch(() => undefined); // Seen by each run.
-    const here = new Set<number>();
+    const parts: Buffer[] = [];
+    const begun = new Set<number>();
+    const begin = (i: number): void => {
+      const [data, before] = [parts[i], parts[i - 1]];
+      if (data === undefined || begun.has(i)) return;
+      const shared = whole[i]!.offset < ranges[i]!.offset;
+      if (shared && before === undefined) return; // Its first bits are still to come.
+      begun.add(i);
+      const bytes = shared ? Buffer.concat([before!.subarray(-1), data]) : data;
+      void this.#processLater(runs[i]!, source, bytes, windows);
+    };
     const take = (i: number, data: Buffer): void => {
       if (failed.signal.aborted) return;
-      here.add(i);
-      void this.#processLater(runs[i]!, source, data, windows);
+      parts[i] = data;
+      begin(i);
+      begin(i + 1);
     };
     try {
       await orAborted(reader.readRanges(map.blob, ranges, signal, take), signal, givenUp);
@@ -212,7 +224,7 @@ export class SpanFetcher {
       const late = new DedupError('DEADLINE', `${source.host} gave no answer in time`, { cause: error });
       const failure = timeout.aborted ? late : error;
       // Readers may have joined them: each goes its own way from here on.
-      for (const [i, run] of runs.entries()) if (!here.has(i)) this.#nextSource(run, source, [], failure);
+      for (const [i, run] of runs.entries()) if (!begun.has(i)) this.#nextSource(run, source, [], failure);
     }
   }
 
@@ -569,6 +581,15 @@ export class SpanFetcher {
     for (const flight of [...this.#flights.values()]) flight.reject(new DedupError('CLOSED', 'the loader is closed'));
     this.edges.clear();
   }
+}
+
+/** Spans begin within the last byte of the one before: that byte is asked for once. */
+function withoutOverlap(ranges: readonly ByteRange[]): ByteRange[] {
+  return ranges.map(({ offset, length }, i) => {
+    const before = ranges[i - 1];
+    const cut = before === undefined ? 0 : Math.max(0, before.offset + before.length - offset);
+    return { offset: offset + cut, length: length - cut };
+  });
 }
 
 /** For those who wait for a layer that is dropped: another one with the same chunk may still be asked. */

@@ -199,9 +199,9 @@ export class Prefetch {
     }
   }
 
-  /** Ends the recording of an image that is unmounted, or read without us from now on. */
-  unmounted(imageId: number): void {
-    this.#recorder.end(imageId);
+  /** Ends the recording of an image that is unmounted, or read without us from now on; resolves once it is kept. */
+  unmounted(imageId: number): Promise<void> {
+    return this.#recorder.end(imageId);
   }
 
   async #filesOf(map: LayerMap, chunks: ReadonlySet<number>): Promise<Map<number, ChunkFile>> {

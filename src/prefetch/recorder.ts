@@ -73,7 +73,7 @@ interface Recording extends RecordedImage {
 export class Recorder {
   readonly #options: RecorderOptions;
   readonly #recordings = new Map<number, Recording>();
-  readonly #saving = new Set<Promise<void>>();
+  readonly #saving = new Map<number, Promise<void>>();
   #timer: NodeJS.Timeout | undefined;
   /** Runs that became part of a trace. */
   recorded = 0;
@@ -93,12 +93,14 @@ export class Recorder {
     this.#timer ??= setInterval(() => this.#tick(), TICK_MS).unref();
   }
 
-  /** Ends the recording of an image: it is unmounted, or read without us from now on. */
-  end(imageId: number): void {
+  /** Ends the recording of an image; resolves once what was recorded of it is kept, or could not be. Never rejects. */
+  async end(imageId: number): Promise<void> {
     const recording = this.#recordings.get(imageId);
-    if (recording === undefined) return;
-    this.#takeReads();
-    this.#finish(recording);
+    if (recording !== undefined) {
+      this.#takeReads();
+      this.#finish(recording);
+    }
+    await this.#saving.get(imageId);
   }
 
   #tick(): void {
@@ -186,8 +188,10 @@ export class Recorder {
       // The next start is no worse off than this one was.
       this.#options.log.warn({ err: error, image: recording.imageId }, 'a trace could not be kept');
     });
-    this.#saving.add(saving);
-    void saving.then(() => this.#saving.delete(saving));
+    this.#saving.set(recording.imageId, saving);
+    void saving.then(() => {
+      if (this.#saving.get(recording.imageId) === saving) this.#saving.delete(recording.imageId);
+    });
   }
 
   async #save(recording: Recording): Promise<void> {
@@ -229,7 +233,11 @@ export class Recorder {
       if (!known.has(digest)) nameless.add(chunk);
     }
     if (nameless.size > 0) {
-      const files = await this.#options.filesOf(map, nameless);
+      const files = await this.#options.filesOf(map, nameless).catch((error: unknown) => {
+        // Dropped meanwhile. Chunks are found by their digests all the same, only those of later versions are not.
+        this.#options.log.debug({ err: error, layer: map.blob.digest }, 'the files of a layer have no names');
+        return new Map<number, ChunkFile>();
+      });
       for (const chunk of nameless) known.set(digests.get(chunk)!, files.get(chunk) ?? { path: '', offset: 0 });
     }
     for (const [key, { atMs, outcome }] of seen) {
@@ -244,7 +252,7 @@ export class Recorder {
 
   /** Keeps what was recorded so far. Never rejects. */
   async close(): Promise<void> {
-    for (const imageId of [...this.#recordings.keys()]) this.end(imageId);
-    await Promise.all(this.#saving);
+    for (const imageId of [...this.#recordings.keys()]) void this.end(imageId);
+    await Promise.all(this.#saving.values());
   }
 }

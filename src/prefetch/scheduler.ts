@@ -165,7 +165,13 @@ export class PrefetchScheduler {
       running.nextMs = Math.max(now, running.nextMs) + (bytes / plan.bytesPerSecond) * 1000;
     this.#requests++;
     const spans = batch.map(({ span }) => span).sort((a, b) => a - b);
+    const { log } = this.#options;
+    const startedMs = now;
     void fetcher.fetchBatch(head.map, spans, plan.priority ?? Priority.trace).then(() => {
+      log.debug(
+        { spans: spans.length, bytes, ms: Math.round(performance.now() - startedMs), queued: queue.length },
+        'a part of a plan was fetched',
+      );
       this.#requests--;
       running.underWay--;
       plan.onProgress?.(bytes);

@@ -15,7 +15,21 @@ const SOURCE = join(REPOSITORY, 'src', 'dedup-snapshotter.ts');
 const DAEMON_SOURCE = join(REPOSITORY, 'src', 'dedupd.ts');
 const NOBODY = ['--reuid=65534', '--regid=65534', '--clear-groups'];
 const VERBS = [
-  ...['bench', 'index', 'rpull', 'mount', 'umount', 'images', 'gc', 'stats', 'dedup', 'repair', 'config', 'doctor'],
+  ...[
+    'bench',
+    'index',
+    'rpull',
+    'mount',
+    'umount',
+    'images',
+    'gc',
+    'stats',
+    'dedup',
+    'trace',
+    'repair',
+    'config',
+    'doctor',
+  ],
 ];
 
 interface Outcome {

@@ -32,6 +32,7 @@ describe('guesses', () => {
       roundTripBytes: () => room * SPAN_BYTES,
       guess: true,
       isPresent: () => false,
+      usefulness: () => undefined,
       log: quiet,
       ...options,
     });

@@ -1,19 +1,22 @@
 // The manifest that holds the index blobs of one image, and the reports that `index` gives. Shared by publish.ts, which
 // indexes, and annotate.ts, which pushes re-annotated copies.
-import { type Digest, digestOf } from '../../digest.ts';
+import type { Digest } from '../../digest.ts';
+import {
+  type Artifact,
+  type ArtifactBlob,
+  type ArtifactContent,
+  listAsReferrer,
+  pushArtifactManifest,
+  type Subject,
+} from '../registry/artifact.ts';
 import type { Repository } from '../registry/blob-reader.ts';
-import { OCI_MANIFEST } from '../registry/manifest-json.ts';
-import { addReferrerTag } from '../registry/referrer-tag.ts';
 import {
   INDEX_ARTIFACT_TYPE,
   INDEX_LAYER_MEDIA_TYPE,
   INDEXED_LAYER_ANNOTATION,
   RESTART_LAYER_MEDIA_TYPE,
 } from './layer-index.ts';
-import { type Json, type ManifestDescriptor, type ParsedManifest, toBytes } from './manifests.ts';
-import { OCI_EMPTY } from './media-types.ts';
-
-const EMPTY_JSON = Buffer.from('{}');
+import type { Json, ManifestDescriptor, ParsedManifest } from './manifests.ts';
 
 export interface ImageLocation {
   readonly repository: Repository;
@@ -64,26 +67,13 @@ export interface SourceImage {
   readonly diffIds: readonly string[];
 }
 
-/** What was pushed for one image. */
-export interface Artifact {
-  readonly bytes: Buffer;
-  readonly digest: Digest;
-  /** True when the registry lists it as a referrer by itself. */
-  readonly subjectKnown: boolean;
-}
-
 export function layerReports(image: SourceImage, layers: ReadonlyMap<Digest, LayerReport>): LayerReport[] {
   return image.manifest.layers.map((layer) => layers.get(layer.digest)!);
 }
 
-/** Pushes the manifest that holds the index blobs of one image; undefined when no layer has an index. */
-export async function pushArtifact(
-  repository: Repository,
-  subject: Pick<ManifestDescriptor, 'mediaType' | 'digest' | 'size'>,
-  layers: readonly LayerReport[],
-  signal: AbortSignal,
-): Promise<Artifact | undefined> {
-  const blobs: Json[] = [];
+/** The manifest that holds the index blobs of one image; undefined when no layer has an index. */
+function indexArtifact(subject: Subject, layers: readonly LayerReport[]): ArtifactContent | undefined {
+  const blobs: ArtifactBlob[] = [];
   const seen = new Set<Digest>();
   for (const { digest, index, restart } of layers) {
     if (index === undefined || restart === undefined || seen.has(digest)) continue;
@@ -92,20 +82,18 @@ export async function pushArtifact(
     blobs.push({ mediaType: INDEX_LAYER_MEDIA_TYPE, digest: index.digest, size: index.size, annotations });
     blobs.push({ mediaType: RESTART_LAYER_MEDIA_TYPE, digest: restart.digest, size: restart.size, annotations });
   }
-  if (blobs.length === 0) return undefined;
-  const config = digestOf(EMPTY_JSON);
-  await repository.putBlob(config, EMPTY_JSON, signal);
-  const bytes = toBytes({
-    schemaVersion: 2,
-    mediaType: OCI_MANIFEST,
-    artifactType: INDEX_ARTIFACT_TYPE,
-    config: { mediaType: OCI_EMPTY, digest: config, size: EMPTY_JSON.length },
-    layers: blobs,
-    subject: { mediaType: subject.mediaType, digest: subject.digest, size: subject.size },
-  });
-  const digest = digestOf(bytes);
-  const { subjectKnown } = await repository.putManifest(digest, OCI_MANIFEST, bytes, signal);
-  return { bytes, digest, subjectKnown };
+  return blobs.length === 0 ? undefined : { artifactType: INDEX_ARTIFACT_TYPE, subject, layers: blobs };
+}
+
+/** Pushes the manifest that holds the index blobs of one image; undefined when no layer has an index. */
+export async function pushArtifact(
+  repository: Repository,
+  subject: Subject,
+  layers: readonly LayerReport[],
+  signal: AbortSignal,
+): Promise<Artifact | undefined> {
+  const content = indexArtifact(subject, layers);
+  return content === undefined ? undefined : await pushArtifactManifest(repository, content, signal);
 }
 
 /**
@@ -114,24 +102,13 @@ export async function pushArtifact(
  */
 export async function pushReferrer(
   repository: Repository,
-  subject: Pick<ManifestDescriptor, 'mediaType' | 'digest' | 'size'>,
+  subject: Subject,
   layers: readonly LayerReport[],
   signal: AbortSignal,
 ): Promise<Digest | undefined> {
-  const artifact = await pushArtifact(repository, subject, layers, signal);
-  if (artifact === undefined || artifact.subjectKnown) return artifact?.digest;
-  const referrer = {
-    mediaType: OCI_MANIFEST,
-    digest: artifact.digest,
-    size: artifact.bytes.length,
-    artifactType: INDEX_ARTIFACT_TYPE,
-  };
-  await addReferrerTag(
-    repository,
-    subject.digest,
-    referrer,
-    signal,
-    (other) => other.artifactType === INDEX_ARTIFACT_TYPE,
-  );
+  const content = indexArtifact(subject, layers);
+  if (content === undefined) return undefined;
+  const artifact = await pushArtifactManifest(repository, content, signal);
+  await listAsReferrer(repository, artifact, content, signal);
   return artifact.digest;
 }

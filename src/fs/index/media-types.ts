@@ -10,7 +10,6 @@ import {
 } from '../registry/manifest-json.ts';
 
 export const OCI_CONFIG = 'application/vnd.oci.image.config.v1+json';
-export const OCI_EMPTY = 'application/vnd.oci.empty.v1+json';
 const DOCKER_CONFIG = 'application/vnd.docker.container.image.v1+json';
 
 const TO_OCI: Readonly<Record<string, string>> = {

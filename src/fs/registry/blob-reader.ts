@@ -65,12 +65,15 @@ export interface Repository extends BlobReader {
     bytes: Uint8Array,
     signal: AbortSignal,
   ): Promise<{ subjectKnown: boolean }>;
-  /** Manifests that name `subject` (referrers API, else the `sha256-<hex>` tag), of one artifact type. */
+  /**
+   * Manifests that name `subject` (referrers API, else the `sha256-<hex>` tag), of one artifact type; `created` (RFC 3339)
+   * where the list says it.
+   */
   referrers(
     subject: Digest,
     artifactType: string,
     signal: AbortSignal,
-  ): Promise<{ digest: Digest; size: number; mediaType: string }[]>;
+  ): Promise<{ digest: Digest; size: number; mediaType: string; created?: string }[]>;
   /** Requests and bytes received so far, for tables and tests. */
   readonly traffic: { readonly requests: number; readonly bytes: number };
 }

@@ -8,8 +8,13 @@ export interface ReferrerDescriptor {
   digest: Digest;
   size: number;
   mediaType: string;
+  /** When it was made, as its annotation says: whoever looks at a few only wants the latest. */
+  created?: string;
 }
 
+export const OCI_EMPTY = 'application/vnd.oci.empty.v1+json';
+/** Annotation of manifests: RFC 3339 (OCI image spec, annotations.md). */
+export const CREATED_ANNOTATION = 'org.opencontainers.image.created';
 export const OCI_MANIFEST = 'application/vnd.oci.image.manifest.v1+json';
 export const OCI_INDEX = 'application/vnd.oci.image.index.v1+json';
 export const DOCKER_MANIFEST = 'application/vnd.docker.distribution.manifest.v2+json';
@@ -37,11 +42,20 @@ export function parseIndex(bytes: Uint8Array, doing: string): Descriptor[] {
   }
 }
 
+/** Of others' making and not checked by the schema: lists are written back as they were read. */
+export function annotationsOf(entry: Descriptor): Readonly<Record<string, string | undefined>> {
+  const annotations = (entry as { annotations?: unknown }).annotations;
+  return typeof annotations === 'object' && annotations !== null ? (annotations as Record<string, string>) : {};
+}
+
 /** The descriptors of one artifact type in a list of referrers. */
 export function referrersIn(bytes: Uint8Array, artifactType: string, doing: string): ReferrerDescriptor[] {
-  return parseIndex(bytes, doing).flatMap(({ digest, size, mediaType, artifactType: type }) =>
-    type === artifactType && isDigest(digest) ? [{ digest, size, mediaType }] : [],
-  );
+  return parseIndex(bytes, doing).flatMap((entry) => {
+    const { digest, size, mediaType } = entry;
+    if (entry.artifactType !== artifactType || !isDigest(digest)) return [];
+    const created = annotationsOf(entry)[CREATED_ANNOTATION];
+    return [{ digest, size, mediaType, ...(typeof created === 'string' ? { created } : {}) }];
+  });
 }
 
 /** The media type of a manifest: what the server says, else what the manifest says of itself. */

@@ -9,7 +9,14 @@ import { DedupError } from '../../errors.ts';
 import { type ByteRange, KiB } from '../../units.ts';
 import type { BlobId, ManifestBytes, OnPart } from './blob-reader.ts';
 import { throwIfAborted } from './http-transport.ts';
-import { type Descriptor, mediaTypeOf, parseIndex, type ReferrerDescriptor, referrersIn } from './manifest-json.ts';
+import {
+  annotationsOf,
+  type Descriptor,
+  mediaTypeOf,
+  parseIndex,
+  type ReferrerDescriptor,
+  referrersIn,
+} from './manifest-json.ts';
 import { referrerTag } from './referrer-tag.ts';
 import { checkRange, type StreamingRepository, verified, verifiedBlob } from './verified-stream.ts';
 import { WantedParts } from './wanted-parts.ts';
@@ -317,11 +324,6 @@ export class OciLayout implements StreamingRepository {
       throw error;
     }
   }
-}
-
-function annotationsOf(entry: Descriptor): Readonly<Record<string, string | undefined>> {
-  const annotations = (entry as { annotations?: unknown }).annotations;
-  return typeof annotations === 'object' && annotations !== null ? (annotations as Record<string, string>) : {};
 }
 
 /** Subject and artifact type of a manifest; a missing artifact type is the media type of its configuration. */
