@@ -77,6 +77,8 @@ const DISTRUST_MS = 30_000;
 export class SpanFetcher {
   readonly edges: SpanEdges;
   readonly ledger = new SpanLedger();
+  /** Told of a span that a reader wants and that is not under way, before it is asked for: fetchBatch() may have it. */
+  onWanted: ((map: LayerMap, span: number) => void) | undefined;
   readonly #storer: SpanStorer;
   readonly #limits: FetchLimits;
   readonly #log: Logger;
@@ -125,6 +127,8 @@ export class SpanFetcher {
     // Also for who had begun to read before: nothing may come to be under way after `drained` was asked.
     if (this.#dropped.has(map.layerId)) return Promise.reject(droppedError(map));
     const key = `${map.layerId}:${span}`;
+    // A reader that has caught up with a plan: the plan goes on from there, and the reader waits for its part of that.
+    if (priority >= WANTED_PRIORITY && !this.#flights.has(key)) this.onWanted?.(map, span);
     const known = this.#flights.get(key);
     this.ledger.asked(map, span, priority, known !== undefined);
     if (known !== undefined) {

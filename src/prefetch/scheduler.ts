@@ -16,8 +16,10 @@ export interface BatchFetcher {
   wasRead(map: LayerMap, span: number): boolean;
   /** What the way to a layer's registry carries; zeros as long as that is not known. */
   link(map: LayerMap): { readonly roundTripBytes: number; readonly bytesPerMs: number };
-  /** When a reader last wanted a span that was not under way, by performance.now(). */
+  /** When a reader last wanted a span that was not under way and that no plan had, by performance.now(). */
   readonly lastReadMs: number;
+  /** To be told of a span that a reader wants and that is not under way. */
+  onWanted: ((map: LayerMap, span: number) => void) | undefined;
 }
 
 export interface Plan {
@@ -43,16 +45,18 @@ export interface SchedulerOptions {
 }
 
 /** Longest request, compressed bytes. */
-const MAX_BATCH_BYTES = 8 * MiB;
+const MAX_BATCH_BYTES = 10 * MiB;
 /** The first request of a plan: what is needed first is not to wait for much else. */
-const FIRST_BATCH_BYTES = 2 * MiB;
+const FIRST_BATCH_BYTES = 4 * MiB;
 /** While somebody reads what no plan foresaw: the link is not to be taken for long. */
 const POLITE_BATCH_BYTES = MiB;
 const POLITE_MS = 1_000;
 /** A request is not to last longer than this on a slow link, milliseconds. */
-const MAX_BATCH_MS = 500;
+const MAX_BATCH_MS = 700;
+/** The same for a request whose first bytes a reader waits for. */
+const MAX_URGENT_MS = 40;
 /** Of a plan so many times the size of a request are looked through for spans of the same layer. */
-const LOOK_AHEAD = 2;
+const LOOK_AHEAD = 6;
 /** How often it is looked whether readers have come closer, milliseconds. */
 const LOOK_MS = 50;
 
@@ -78,6 +82,7 @@ export class PrefetchScheduler {
 
   constructor(options: SchedulerOptions) {
     this.#options = options;
+    options.fetcher.onWanted = (map, span) => this.#urge(map, span);
   }
 
   /** Spans that wait to be asked for. */
@@ -145,6 +150,18 @@ export class PrefetchScheduler {
     running.done.resolve();
   }
 
+  /** A reader has caught up with a plan: it goes on from there at once, beyond its places. */
+  #urge(map: LayerMap, span: number): void {
+    for (const running of this.#running) {
+      const at = running.queue.findIndex((planned) => planned.span === span && planned.map.layerId === map.layerId);
+      if (at < 0) continue;
+      const { bytesPerMs } = this.#options.fetcher.link(map);
+      const bytes = Math.min(MAX_BATCH_BYTES, Math.max(POLITE_BATCH_BYTES, bytesPerMs * MAX_URGENT_MS));
+      this.#start(running, this.#take(running, at, bytes), Priority.onDemand - 1);
+      return;
+    }
+  }
+
   /** Begins the next request of a plan, if there is a place and it is not too far ahead. */
   #startOne(running: Running): boolean {
     const { fetcher } = this.#options;
@@ -155,7 +172,15 @@ export class PrefetchScheduler {
     if (head === undefined || now < running.nextMs || this.#requests >= this.#places(head.map)) return false;
     const room = this.#room(running);
     if (room <= 0) return false;
-    const batch = this.#take(running, Math.min(room, this.#batchBytes(running, head.map)));
+    const batch = this.#take(running, 0, Math.min(room, this.#batchBytes(running, head.map)));
+    this.#start(running, batch, plan.priority ?? Priority.trace);
+    return true;
+  }
+
+  #start(running: Running, batch: readonly PlannedSpan[], priority: number): void {
+    const { fetcher, log } = this.#options;
+    const { plan, queue } = running;
+    const now = performance.now();
     const bytes = batch.reduce((sum, span) => sum + span.bytes, 0);
     running.batches++;
     running.underWay++;
@@ -165,19 +190,14 @@ export class PrefetchScheduler {
       running.nextMs = Math.max(now, running.nextMs) + (bytes / plan.bytesPerSecond) * 1000;
     this.#requests++;
     const spans = batch.map(({ span }) => span).sort((a, b) => a - b);
-    const { log } = this.#options;
-    const startedMs = now;
-    void fetcher.fetchBatch(head.map, spans, plan.priority ?? Priority.trace).then(() => {
-      log.debug(
-        { spans: spans.length, bytes, ms: Math.round(performance.now() - startedMs), queued: queue.length },
-        'a part of a plan was fetched',
-      );
+    void fetcher.fetchBatch(batch[0]!.map, spans, priority).then(() => {
+      const ms = Math.round(performance.now() - now);
+      log.debug({ spans: spans.length, bytes, ms, queued: queue.length }, 'a part of a plan was fetched');
       this.#requests--;
       running.underWay--;
       plan.onProgress?.(bytes);
       this.#pump();
     });
-    return true;
   }
 
   /** Requests that may be under way at once: enough for the link to be full, no more. */
@@ -205,13 +225,13 @@ export class PrefetchScheduler {
     return maxUnreadBytes - running.unreadBytes;
   }
 
-  /** Takes the next span and what soon follows it of the same layer, at least one, at most `bytes`. */
-  #take({ queue }: Running, bytes: number): PlannedSpan[] {
+  /** Takes the span at a place of the queue and what soon follows it of the same layer, at least one, at most `bytes`. */
+  #take({ queue }: Running, from: number, bytes: number): PlannedSpan[] {
     const { fetcher } = this.#options;
-    const { map } = queue[0]!;
+    const { map } = queue[from]!;
     const batch: PlannedSpan[] = [];
     let [taken, looked] = [0, 0];
-    for (let at = 0; at < queue.length && looked < bytes * LOOK_AHEAD; ) {
+    for (let at = from; at < queue.length && looked < bytes * LOOK_AHEAD; ) {
       const span = queue[at]!;
       looked += span.bytes;
       if (span.map !== map) {
