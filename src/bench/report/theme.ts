@@ -21,6 +21,7 @@ const REQUESTS: Readonly<Record<RequestTime['kind'], Colour>> = {
   manifest: { light: '#ad3f91', dark: '#e68fd0' },
   config: { light: '#c2590a', dark: '#f0a050' },
   index: { light: '#0a7d55', dark: '#45cf9a' },
+  window: { light: '#7b3fb5', dark: '#c297ff' },
   layer: { light: '#0b62c4', dark: '#58a6ff' },
   other: { light: '#6b7280', dark: '#9aa3b2' },
 };
