@@ -19,6 +19,8 @@ const RECORDED_MS = 60_000;
 /** What a run recorded is written when its image is unmounted; when it is unmounted, within this time. */
 const WRITTEN_MS = 5000;
 const UNMOUNTED_MS = 60_000;
+/** A file that is being written when the image has just gone. */
+const SETTLED_MS = 500;
 const LOOK_MS = 50;
 const PULL_TIMEOUT_MS = 600_000;
 
@@ -33,12 +35,10 @@ export class TraceDirectory {
     this.#store = new TraceStore(new RootPaths(product.root).traces);
   }
 
-  /**
-   * Leaves these traces and no other. What still records has written its trace before: dedupd writes when it unmounts, and
-   * has no image mounted then.
-   */
+  /** Leaves these traces and no other. What was recording has written its trace before: dedupd writes when it unmounts. */
   async set(traces: readonly AccessTrace[]): Promise<void> {
     await this.#unmounted();
+    await sleep(SETTLED_MS);
     const directory = this.#store.directory;
     for (const name of await readdir(directory).catch(() => [])) await rm(join(directory, name), { force: true });
     for (const trace of traces) await this.#store.save(trace);
