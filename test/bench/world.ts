@@ -29,6 +29,7 @@ import { type Inside, Link, type LinkProfile } from '../support/link/link.ts';
 import { PROGRAM, Product } from '../support/product.ts';
 import { RegistryProcess } from '../support/registry.ts';
 import { makeCertificates } from '../support/tls.ts';
+import { TraceDirectory } from './traces/trace-directory.ts';
 
 /** A peer and how it is started here; without a command it must listen already and reach the registry. */
 export interface WorldPeer {
@@ -111,9 +112,11 @@ export class World implements Meter {
         { name: 'dedupd', pid: await product.daemonPid() },
       ],
     });
+    const traces = new TraceDirectory(product);
     this.contenders = [
       overlayfs(this.node),
-      ours,
+      // Each start is the first of its image: what an earlier one has read is not known.
+      { ...ours, prepare: async () => await traces.clear() },
       ...peers.map(({ spec, directories }) => peer(this.node, spec, directories)),
     ];
   }

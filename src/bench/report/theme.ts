@@ -16,12 +16,14 @@ const SERIES: readonly Colour[] = [
   { light: '#0f7b6c', dark: '#4fd1b5' },
 ];
 
-const REQUESTS: Readonly<Record<RequestTime['kind'], Colour>> = {
+/** Windows look like the indexes that they were made with. */
+type RequestLook = Exclude<RequestTime['kind'], 'window'>;
+
+const REQUESTS: Readonly<Record<RequestLook, Colour>> = {
   token: { light: '#c62828', dark: '#ff7b72' },
   manifest: { light: '#ad3f91', dark: '#e68fd0' },
   config: { light: '#c2590a', dark: '#f0a050' },
   index: { light: '#0a7d55', dark: '#45cf9a' },
-  window: { light: '#7b3fb5', dark: '#c297ff' },
   layer: { light: '#0b62c4', dark: '#58a6ff' },
   other: { light: '#6b7280', dark: '#9aa3b2' },
 };
@@ -36,7 +38,7 @@ const PHASE_COLOURS: readonly Colour[] = [
 ];
 const PHASE_OTHER: Colour = { light: '#dfe3e8', dark: '#3a424d' };
 
-export const REQUEST_KINDS = Object.keys(REQUESTS) as RequestTime['kind'][];
+export const REQUEST_KINDS = Object.keys(REQUESTS) as RequestLook[];
 
 export function seriesFill(place: number): string {
   return `f${Math.min(Math.max(place, 0), SERIES.length - 1)}`;
@@ -47,7 +49,7 @@ export function seriesLine(place: number): string {
 }
 
 export function requestFill(kind: RequestTime['kind']): string {
-  return `q-${kind}`;
+  return `q-${kind === 'window' ? 'index' : kind}`;
 }
 
 export function phaseFill(name: string): string {

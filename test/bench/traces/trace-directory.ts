@@ -38,10 +38,15 @@ export class TraceDirectory {
   /** Leaves these traces and no other. What was recording has written its trace before: dedupd writes when it unmounts. */
   async set(traces: readonly AccessTrace[]): Promise<void> {
     await this.#unmounted();
+    await this.clear();
+    for (const trace of traces) await this.#store.save(trace);
+  }
+
+  /** Leaves none, whatever still records. */
+  async clear(): Promise<void> {
     await sleep(SETTLED_MS);
     const directory = this.#store.directory;
     for (const name of await readdir(directory).catch(() => [])) await rm(join(directory, name), { force: true });
-    for (const trace of traces) await this.#store.save(trace);
   }
 
   /** What tells a file from one written later under the same name; undefined where there is none. */
