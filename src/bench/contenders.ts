@@ -29,6 +29,10 @@ export interface Contender {
   daemons(): Promise<readonly Daemon[]>;
   /** What grows when an image arrives. */
   readonly directories: readonly string[];
+  /** Called before caches are dropped: puts on the node what this contender may know of earlier starts. */
+  readonly prepare?: (target: BenchTarget) => Promise<void>;
+  /** Called when the image is gone again: what its own counters grew by since `prepare`. */
+  readonly counters?: (target: BenchTarget) => Promise<Readonly<Record<string, number>>>;
 }
 
 /** What all contenders of one node share. */

@@ -21,6 +21,8 @@ export interface Meter {
 export interface ImageBlobs {
   readonly layers: ReadonlySet<string>;
   readonly configs: ReadonlySet<string>;
+  /** Restart blobs, read for the windows of spans; absent: they count as indexes. */
+  readonly restarts?: ReadonlySet<string>;
 }
 
 export function requestKind(path: string, blobs: ImageBlobs): RequestTime['kind'] {
@@ -28,6 +30,7 @@ export function requestKind(path: string, blobs: ImageBlobs): RequestTime['kind'
   const digest = /\/blobs\/(sha256:[0-9a-f]{64})/.exec(path)?.[1];
   if (digest !== undefined) {
     if (blobs.layers.has(digest)) return 'layer';
+    if (blobs.restarts?.has(digest) === true) return 'window';
     return blobs.configs.has(digest) ? 'config' : 'index';
   }
   return /token/.test(path) ? 'token' : 'other';

@@ -1,4 +1,5 @@
 // Runs a target once with all its data present and says which bytes it touched until it was ready (needed.ts).
+import { readFile } from 'node:fs/promises';
 import { DedupError } from '../errors.ts';
 import type { BenchTarget, Contender } from './contenders.ts';
 import { type Needed, neededBytes, readIndexes, touchedFiles, withoutReadahead } from './needed.ts';
@@ -28,8 +29,29 @@ export function lowerDirectories(mountCommand: string): string[] {
   return (/lowerdir=([^,\s]+)/.exec(mountCommand)?.[1] ?? '').split(':').filter((path) => path !== '');
 }
 
-/** Errors: those of the commands; FAILED_PRECONDITION when a layer of the image is not loaded lazily. */
+const ATTEMPTS = 3;
+
+/** How often anybody on this machine has dropped the page cache (proc(5), vmstat). */
+async function cacheDrops(): Promise<number> {
+  return Number(/^drop_pagecache (\d+)/m.exec(await readFile('/proc/vmstat', 'utf8'))?.[1] ?? 0);
+}
+
+/**
+ * Errors: those of the commands; FAILED_PRECONDITION when a layer of the image is not loaded lazily; UNAVAILABLE when others
+ * keep dropping caches, in which what was touched is looked up.
+ */
 export async function measureNeeded(setup: NeededSetup): Promise<NeededResult> {
+  for (let attempt = 0; attempt < ATTEMPTS; attempt++) {
+    const found = await measureOnce(setup);
+    if (found !== undefined) return found;
+  }
+  throw new DedupError('UNAVAILABLE', 'caches were dropped while it was looked up which pages a start has touched', {
+    hint: 'run nothing beside a benchmark',
+  });
+}
+
+/** Undefined when caches were dropped meanwhile. */
+async function measureOnce(setup: NeededSetup): Promise<NeededResult | undefined> {
   const { node, contender, target, timeoutMs } = setup;
   const container = new BenchContainer(setup);
   try {
@@ -53,8 +75,10 @@ export async function measureNeeded(setup: NeededSetup): Promise<NeededResult> {
     const restore = await withoutReadahead(lowers);
     try {
       await dropCaches();
+      const drops = await cacheDrops();
       await container.startAndWait();
       const files = (await Promise.all(lowers.map(touchedFiles))).flat();
+      if ((await cacheDrops()) !== drops) return undefined;
       const uncompressedBytes = layers.reduce((sum, { tarBytes }) => sum + tarBytes, 0);
       return { ...neededBytes(layers, files), uncompressedBytes };
     } finally {

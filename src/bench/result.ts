@@ -71,6 +71,8 @@ export interface ColdStartResult {
   readonly diskBytes: number;
   /** Bytes that reached the machine's disks until everything of the start was written back; absent where not measured. */
   readonly deviceBytes?: number;
+  /** What the snapshotter's own counters grew by until the image was gone again: says why, and is never compared. */
+  readonly counters?: Readonly<Record<string, number>>;
   /** Requests at the registry over time, for the time line. */
   readonly requestTimes?: readonly RequestTime[];
 }
@@ -79,7 +81,7 @@ export interface RequestTime {
   readonly startMs: number;
   readonly endMs: number;
   readonly bytes: number;
-  readonly kind: 'manifest' | 'config' | 'index' | 'layer' | 'token' | 'other';
+  readonly kind: 'manifest' | 'config' | 'index' | 'window' | 'layer' | 'token' | 'other';
 }
 
 /** The least a cold start can take, with its terms, each measured apart from the product (docs/benchmarks.md). */

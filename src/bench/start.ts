@@ -41,10 +41,21 @@ export async function diskBytes(directories: readonly string[]): Promise<number>
   return text.split('\n').reduce((sum, line) => sum + Number(line.split('\t')[0] ?? 0), 0);
 }
 
+interface Measured {
+  readonly result: StartOutcome;
+  readonly trace?: Omit<ResourceTrace, 'link'>;
+}
+
 /** Errors: those of the commands, with their output; the node is cleaned in any case. */
-export async function coldStart(
-  setup: StartSetup,
-): Promise<{ result: StartOutcome; trace?: Omit<ResourceTrace, 'link'> }> {
+export async function coldStart(setup: StartSetup): Promise<Measured> {
+  const { contender, target } = setup;
+  await contender.prepare?.(target);
+  const measured = await measuredStart(setup);
+  const counters = await contender.counters?.(target);
+  return counters === undefined ? measured : { ...measured, result: { ...measured.result, counters } };
+}
+
+async function measuredStart(setup: StartSetup): Promise<Measured> {
   const { contender, target, meter, sampler } = setup;
   const directories = contender.directories;
   const diskBefore = await diskBytes(directories);

@@ -59,6 +59,12 @@ export interface StatsMessage {
   readonly control_bytes: number;
   readonly control_requests: number;
   readonly ahead_bytes: number;
+  readonly prefetch_bytes: number;
+  readonly prefetch_useful_bytes: number;
+  readonly prefetch_late_bytes: number;
+  readonly prefetch_wasted_bytes: number;
+  readonly asked_bytes: number;
+  readonly asked_present_bytes: number;
 }
 
 /** proto/dedupd.proto, SpaceImage. */

@@ -593,6 +593,12 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
       control_bytes: traffic.bytes - loader.wireBytes,
       control_requests: traffic.requests - loader.requests,
       ahead_bytes: loader.aheadBytes,
+      prefetch_bytes: 0,
+      prefetch_useful_bytes: 0,
+      prefetch_late_bytes: 0,
+      prefetch_wasted_bytes: 0,
+      asked_bytes: 0,
+      asked_present_bytes: 0,
     };
   }
 

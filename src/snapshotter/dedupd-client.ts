@@ -54,7 +54,13 @@ export type DedupdStats = Readonly<
     | 'span_bytes'
     | 'control_bytes'
     | 'control_requests'
-    | 'ahead_bytes',
+    | 'ahead_bytes'
+    | 'prefetch_bytes'
+    | 'prefetch_useful_bytes'
+    | 'prefetch_late_bytes'
+    | 'prefetch_wasted_bytes'
+    | 'asked_bytes'
+    | 'asked_present_bytes',
     number
   >
 >;

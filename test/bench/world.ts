@@ -6,6 +6,7 @@ import { existsSync, readdirSync, readFileSync, readlinkSync } from 'node:fs';
 import { mkdtemp, readdir, readFile, rm } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
+import { setTimeout as sleep } from 'node:timers/promises';
 import {
   type BenchTarget,
   type Contender,
@@ -19,6 +20,7 @@ import type { LinkProbe } from '../../src/bench/floor.ts';
 import type { Meter } from '../../src/bench/meter.ts';
 import { execute } from '../../src/bench/node-commands.ts';
 import type { BenchImage, BenchLink } from '../../src/bench/result.ts';
+import type { IndexReport } from '../../src/fs/index/artifact.ts';
 import { RootPaths } from '../../src/paths.ts';
 import { MiB } from '../../src/units.ts';
 import { socketAnswers, TestContainerd, waitFor } from '../support/containerd.ts';
@@ -27,6 +29,7 @@ import { type Inside, Link, type LinkProfile } from '../support/link/link.ts';
 import { PROGRAM, Product } from '../support/product.ts';
 import { RegistryProcess } from '../support/registry.ts';
 import { makeCertificates } from '../support/tls.ts';
+import { TraceDirectory } from './traces/trace-directory.ts';
 
 /** A peer and how it is started here; without a command it must listen already and reach the registry. */
 export interface WorldPeer {
@@ -52,7 +55,17 @@ export interface WorldImage {
   readonly tag: string;
 }
 
+/** An image that is at the registry. */
+export interface PushedImage {
+  readonly target: BenchTarget;
+  /** Digests, bottom to top. */
+  readonly layers: readonly string[];
+}
+
 const PUSH_TIMEOUT_MS = 1_800_000;
+/** What is still on its way when a start is over is waited for, so long at most; it has arrived when nothing came for a moment. */
+const ARRIVAL_MS = 2000;
+const MOMENT_MS = 100;
 const PROBE_BYTES = 64 * MiB;
 const LIFETIME_SECONDS = 7 * 86_400;
 
@@ -99,9 +112,11 @@ export class World implements Meter {
         { name: 'dedupd', pid: await product.daemonPid() },
       ],
     });
+    const traces = new TraceDirectory(product);
     this.contenders = [
       overlayfs(this.node),
-      ours,
+      // Each start is the first of its image: what an earlier one has read is not known.
+      { ...ours, prepare: async () => await traces.clear() },
       ...peers.map(({ spec, directories }) => peer(this.node, spec, directories)),
     ];
   }
@@ -177,13 +192,17 @@ export class World implements Meter {
   async push(
     { image, dir, tag }: WorldImage,
     { index = true }: { readonly index?: boolean } = {},
-  ): Promise<{ target: BenchTarget; layers: readonly string[] }> {
+  ): Promise<PushedImage> {
     const repository = tag.replace(/[^a-z0-9-]/g, '-');
     const plain = `${this.registry.host}/${repository}:plain`;
     const lazy = index ? `${this.registry.host}/${repository}:lazy` : plain;
     await this.#copy(dir, tag, plain);
-    const makeIndexes = [PROGRAM, '--config', this.product.configFile, 'index', plain, '--annotate', lazy];
-    if (index) await execute([...this.#far, ...makeIndexes], { timeoutMs: PUSH_TIMEOUT_MS });
+    const makeIndexes = [PROGRAM, '--config', this.product.configFile, 'index', plain, '--annotate', lazy, '--json'];
+    const made = index
+      ? await execute([...this.#far, ...makeIndexes], { timeoutMs: PUSH_TIMEOUT_MS })
+      : '{"images":[]}';
+    const { images } = JSON.parse(made) as IndexReport;
+    const restarts = images.flatMap((one) => one.layers.flatMap(({ restart }) => restart?.digest ?? []));
     const { config, layers } = await manifestOf(dir, tag);
     const digests = layers.map(({ digest }) => digest);
     return {
@@ -193,7 +212,7 @@ export class World implements Meter {
         image: { ...image, compressedBytes: layers.reduce((sum, { size }) => sum + size, 0), layers: layers.length },
         plain,
         lazy,
-        blobs: { layers: new Set(digests), configs: new Set([config.digest]) },
+        blobs: { layers: new Set(digests), configs: new Set([config.digest]), restarts: new Set(restarts) },
         prepare: async () => await this.#warmRegistry(repository),
       },
     };
@@ -223,9 +242,20 @@ export class World implements Meter {
   }
 
   async requests(fromAt: number, toAt: number): ReturnType<Meter['requests']> {
+    await this.#arrived();
     const all = this.registry.answered(fromAt);
     const within = all.filter(({ startedAt }) => startedAt >= fromAt && startedAt <= toAt);
     return await Promise.resolve(within.sort((a, b) => a.startedAt - b.startedAt));
+  }
+
+  /** Waits until the link carries nothing: the registry's log has a request only when it was answered. */
+  async #arrived(): Promise<void> {
+    const untilMs = performance.now() + ARRIVAL_MS;
+    let before = -1;
+    while (this.link !== undefined && performance.now() < untilMs && this.receivedBytes !== before) {
+      before = this.receivedBytes;
+      await sleep(MOMENT_MS);
+    }
   }
 
   /** Makes the link what `link` says. */

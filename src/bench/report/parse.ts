@@ -57,13 +57,14 @@ const start = z.object({
   ),
   diskBytes: time,
   deviceBytes: time.exactOptional(),
+  counters: z.record(z.string(), time).exactOptional(),
   requestTimes: z
     .array(
       z.object({
         startMs: time,
         endMs: time,
         bytes: amount,
-        kind: z.enum(['manifest', 'config', 'index', 'layer', 'token', 'other']),
+        kind: z.enum(['manifest', 'config', 'index', 'window', 'layer', 'token', 'other']),
       }),
     )
     .exactOptional(),

@@ -16,7 +16,10 @@ const SERIES: readonly Colour[] = [
   { light: '#0f7b6c', dark: '#4fd1b5' },
 ];
 
-const REQUESTS: Readonly<Record<RequestTime['kind'], Colour>> = {
+/** Windows look like the indexes that they were made with. */
+type RequestLook = Exclude<RequestTime['kind'], 'window'>;
+
+const REQUESTS: Readonly<Record<RequestLook, Colour>> = {
   token: { light: '#c62828', dark: '#ff7b72' },
   manifest: { light: '#ad3f91', dark: '#e68fd0' },
   config: { light: '#c2590a', dark: '#f0a050' },
@@ -35,7 +38,7 @@ const PHASE_COLOURS: readonly Colour[] = [
 ];
 const PHASE_OTHER: Colour = { light: '#dfe3e8', dark: '#3a424d' };
 
-export const REQUEST_KINDS = Object.keys(REQUESTS) as RequestTime['kind'][];
+export const REQUEST_KINDS = Object.keys(REQUESTS) as RequestLook[];
 
 export function seriesFill(place: number): string {
   return `f${Math.min(Math.max(place, 0), SERIES.length - 1)}`;
@@ -46,7 +49,7 @@ export function seriesLine(place: number): string {
 }
 
 export function requestFill(kind: RequestTime['kind']): string {
-  return `q-${kind}`;
+  return `q-${kind === 'window' ? 'index' : kind}`;
 }
 
 export function phaseFill(name: string): string {

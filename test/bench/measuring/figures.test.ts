@@ -54,6 +54,7 @@ test('requests are told apart by path and digest', () => {
   assert.equal(requestKind(`/v2/a/blobs/${layer}`, blobs), 'layer');
   assert.equal(requestKind(`/v2/a/blobs/${config}`, blobs), 'config');
   assert.equal(requestKind(`/v2/a/blobs/${other}`, blobs), 'index');
+  assert.equal(requestKind(`/v2/a/blobs/${other}`, { ...blobs, restarts: new Set([other!]) }), 'window');
   assert.equal(requestKind('/token?scope=x', blobs), 'token');
   assert.equal(requestKind('/v2/', blobs), 'other');
 });
