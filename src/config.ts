@@ -32,11 +32,16 @@ const prefetch = z.strictObject({
     .boolean()
     .default(true)
     .describe(
-      'fetch what a start will read: while its image is pulled, and around what it reads; false: only what is read, and ahead of it',
+      'fetch what a start will read, by traces of earlier ones: while its image is pulled, and around what it reads; false: only what is read, and ahead of it',
     ),
-  workers: z.int().min(1).max(64).default(4).describe('parallel prefetch requests'),
-  queue_size: z.int().min(1).max(1_000_000).default(1000).describe('prefetch requests waiting at most'),
-  trace_dir: absolute.optional().describe('where traces are kept; always below the root unless given'),
+  workers: z.int().min(1).max(64).default(4).describe('parallel prefetch requests, of all images together'),
+  queue_size: z
+    .int()
+    .min(1)
+    .max(1_000_000)
+    .default(1000)
+    .describe('spans that are planned ahead at most; the rest of a trace is planned as they are fetched'),
+  trace_dir: absolute.optional().describe('where traces of starts are kept; always below the root unless given'),
 });
 
 const ksm = z.strictObject({
@@ -120,6 +125,10 @@ const schema = z.strictObject({
     .describe(
       'what becomes of the index of a layer that this node had to read whole: kept for the next pull here, or pushed beside the image for all nodes, too',
     ),
+  registry_traces: z
+    .boolean()
+    .default(true)
+    .describe('look for a trace beside the image in its registry when this node has none of it'),
   credentials_file: absolute.optional().describe('Docker config.json with registry credentials'),
   ca_files: z.array(absolute).default([]).describe('PEM files with additional certificate authorities'),
   insecure_registries: z
@@ -157,8 +166,6 @@ const NOT_YET: readonly (readonly [path: string, feature: string])[] = [
   ['enable_fscache', 'the fscache transport'],
   ['enable_mem_dedup', 'memory deduplication'],
   ['ksm', 'memory deduplication'],
-  ['prefetch.queue_size', 'access traces and prefetch'],
-  ['prefetch.trace_dir', 'access traces and prefetch'],
   ['autoRemoveDev', 'choosing to keep devices (they are always removed)'],
   ['dedupd.fscache_domain', 'the fscache transport'],
   ['logReportCaller', 'caller positions in log lines'],

@@ -8,7 +8,8 @@ import type { Logger } from '../log.ts';
 import type { NumbersNow } from '../metrics.ts';
 import type { RootPaths, RunPaths } from '../paths.ts';
 import { fetchImageStart } from '../prefetch/image-start.ts';
-import { identityOf, Prefetch } from '../prefetch/prefetch.ts';
+import { identityOf, Prefetch, type StartingImage } from '../prefetch/prefetch.ts';
+import { findTrace } from '../prefetch/trace-artifact.ts';
 import { TraceStore } from '../prefetch/trace-store.ts';
 import { registryOptions } from '../registry-settings.ts';
 import { MiB } from '../units.ts';
@@ -59,6 +60,9 @@ import { verifyAnew } from './verify-anew.ts';
 
 /** Memory for decompressed windows of gzip restart points, bytes. */
 const WINDOW_CACHE_BYTES = 4 * MiB;
+
+/** A trace that its registry does not give by then comes too late for the start, milliseconds. */
+const TRACE_LOOK_UP_MS = 10_000;
 
 /** A burst of reads is over when none came for this long. */
 const IDLE_CHECK_MS = 1_000;
@@ -197,8 +201,13 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
       expectBuild: prepareBuilder,
       prebuild: (layers, config) => this.#prebuild(layers, config),
       known: (layers, { manifest, source, tag }) => {
+        const { signal } = this.#stop;
         const identity = identityOf(layers, { manifest, tag, repository: `${source.host}/${source.repository}` });
-        this.#prefetch.begin({ layerIds: layers.map(({ id }) => id), identity, signal: this.#stop.signal });
+        const looked = AbortSignal.any([signal, AbortSignal.timeout(TRACE_LOOK_UP_MS)]);
+        const inRegistry: StartingImage['registry'] = (digests) =>
+          findTrace(parts.repository(source), manifest, digests, looked);
+        const registry = options.config.registry_traces ? inRegistry : undefined;
+        this.#prefetch.begin({ layerIds: layers.map(({ id }) => id), identity, registry, signal });
       },
       indexed: (manifest, source) => this.#indexed(manifest, source),
       stop: this.#stop.signal,
@@ -593,12 +602,12 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
       control_bytes: traffic.bytes - loader.wireBytes,
       control_requests: traffic.requests - loader.requests,
       ahead_bytes: loader.aheadBytes,
-      prefetch_bytes: 0,
-      prefetch_useful_bytes: 0,
-      prefetch_late_bytes: 0,
-      prefetch_wasted_bytes: 0,
-      asked_bytes: 0,
-      asked_present_bytes: 0,
+      prefetch_bytes: loader.prefetchBytes,
+      prefetch_useful_bytes: loader.usefulBytes,
+      prefetch_late_bytes: loader.lateBytes,
+      prefetch_wasted_bytes: loader.wastedBytes,
+      asked_bytes: this.#prefetch.asked.bytes,
+      asked_present_bytes: this.#prefetch.asked.presentBytes,
     };
   }
 

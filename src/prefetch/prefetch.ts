@@ -82,6 +82,11 @@ export class Prefetch {
     return this.#recorder.recorded;
   }
 
+  /** Distinct bytes that recorded starts asked for, and those of them that were present then. */
+  get asked(): { readonly bytes: number; readonly presentBytes: number } {
+    return { bytes: this.#recorder.askedBytes, presentBytes: this.#recorder.presentBytes };
+  }
+
   get scheduler(): PrefetchScheduler {
     return this.#scheduler;
   }

@@ -77,6 +77,9 @@ export class Recorder {
   #timer: NodeJS.Timeout | undefined;
   /** Runs that became part of a trace. */
   recorded = 0;
+  /** Distinct bytes that recorded starts asked for, and those of them that were present then; in parts of 64 KiB. */
+  askedBytes = 0;
+  presentBytes = 0;
 
   constructor(options: RecorderOptions) {
     this.#options = options;
@@ -150,6 +153,9 @@ export class Recorder {
           if (recording.units[number]!.has(key)) continue;
           recording.units[number]!.set(key, { atMs, outcome });
           recording.count++;
+          const bytes = Math.min(TRACE_UNIT_BYTES, index.chunks.length[chunk]! - unit * TRACE_UNIT_BYTES);
+          this.askedBytes += bytes;
+          if (!missed) this.presentBytes += bytes;
         }
       }
       // Blocks are padded, and layers share chunks: what is left of a page is nobody's.
