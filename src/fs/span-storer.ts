@@ -91,7 +91,34 @@ export class SpanStorer {
     await this.#storeWhole(map, output);
     if (output.bad.size > 0) map.layer.windows.forget?.(first, count);
     this.#keepEdges(map, first, last, output, whole);
+    for (const border of [first, last + 1]) await this.#completeAcross(map, border, output);
     return output;
+  }
+
+  /**
+   * Stores an absent piece across the beginning of a span when both its parts are kept: two runs that were decoded beside
+   * each other have each brought one.
+   */
+  async #completeAcross(
+    map: LayerMap,
+    span: number,
+    output: { source: string; stored: Set<number>; bad: Set<number> },
+  ): Promise<void> {
+    if (span === 0 || span >= map.spanCount) return;
+    const [tail, head] = [this.#edges.tail(map.layerId, span - 1), this.#edges.head(map.layerId, span)];
+    if (tail === undefined || head === undefined) return;
+    const border = map.spanStart(span);
+    for (const { ref, tarOffset } of map.ordinaryPieces(border - 1, border)) {
+      const end = tarOffset + ref.length;
+      if (tarOffset >= border || end <= border || output.bad.has(ref.address)) continue;
+      if (this.#store.isPresent(ref.address, ref.length)) continue;
+      const assembled = Buffer.alloc(ref.length);
+      const whole =
+        copyTar(tail, tarOffset, border, assembled, 0) && copyTar(head, border, end, assembled, border - tarOffset);
+      if (!whole) continue;
+      const piece = toStore(ref, 0);
+      this.#note(map, output, [piece], await this.#store.store(assembled, [piece]), false);
+    }
   }
 
   /** Where decoding may stop: behind the last byte of an absent piece. */
