@@ -1,13 +1,17 @@
 // The directory of access traces (configuration key `prefetch.trace_dir`): one file an image, named after it. Used by dedupd
 // and, for files alone, by the `trace` verbs; whoever else puts a file there is believed as little as a registry is.
-import { mkdir, open, readdir, readFile, rename, rm, stat } from 'node:fs/promises';
+import { constants } from 'node:fs';
+import { type FileHandle, mkdir, open, readdir, rename, rm, stat } from 'node:fs/promises';
 import { join } from 'node:path';
-import { errorCode, wrapError } from '../errors.ts';
+import { DedupError, errorCode, wrapError } from '../errors.ts';
 import { type AccessTrace, formatTrace, MAX_TRACE_BYTES, parseTrace, traceId } from './access-trace.ts';
 
 const SUFFIX = '.trace';
 /** Oldest traces go beyond this number. */
 const MAX_TRACES = 1000;
+/** What save() writes before it has its name, and how long that takes at most, milliseconds. */
+const HALF_WRITTEN = /\.trace\.tmp-\d+-\d+$/;
+const HALF_WRITTEN_MS = 600_000;
 /** Bytes of a file that hold its header, however many layers an image has. */
 const HEAD_BYTES = 32 * 1024;
 
@@ -48,21 +52,23 @@ export class TraceStore {
 
   /** The trace of the image with this id; undefined when there is none, or none that can be read. */
   async load(id: string): Promise<AccessTrace | undefined> {
-    const name = (await this.#files()).find((file) => file.endsWith(`-${id.slice(0, 16)}${SUFFIX}`));
-    if (name === undefined) return undefined;
-    const trace = await this.read(join(this.directory, name)).catch((error: unknown) => {
-      // Damaged, or gone since: a hint less. The next run writes it anew.
-      if (['TRACE_INVALID', 'STORE_IO'].includes(errorCode(error))) return undefined;
-      throw error;
-    });
-    return trace !== undefined && traceId(trace.layers) === id ? trace : undefined;
+    for (const name of await this.#files()) {
+      if (!name.endsWith(`-${id.slice(0, 16)}${SUFFIX}`)) continue;
+      const trace = await this.read(join(this.directory, name)).catch((error: unknown) => {
+        // Damaged, or gone since: a hint less. The next run writes it anew.
+        if (['TRACE_INVALID', 'STORE_IO'].includes(errorCode(error))) return undefined;
+        throw error;
+      });
+      if (trace !== undefined && traceId(trace.layers) === id) return trace;
+    }
+    return undefined;
   }
 
   /** A trace from a file. Errors: STORE_IO, TRACE_INVALID. */
   async read(path: string): Promise<AccessTrace> {
     let text: string;
     try {
-      await using file = await open(path, 'r');
+      await using file = await openFile(path);
       const { size } = await file.stat();
       if (size > MAX_TRACE_BYTES) return parseTrace('x'.repeat(MAX_TRACE_BYTES + 1), path);
       text = await file.readFile('latin1');
@@ -78,8 +84,7 @@ export class TraceStore {
     for (const name of await this.#files()) {
       const file = join(this.directory, name);
       try {
-        const { size } = await stat(file);
-        const text = size > HEAD_BYTES ? await readHead(file) : await readFile(file, 'latin1');
+        const { size, text } = await readHead(file);
         const { layers, repository, tag, manifest, runs, updatedMs } = parseTrace(wholeLines(text), file);
         found.push({ id: traceId(layers), file, bytes: size, repository, tag, manifest, runs, updatedMs });
       } catch {
@@ -109,12 +114,20 @@ export class TraceStore {
     // Under the name it had before it was pulled by this tag.
     for (const other of await this.#files())
       if (other !== name && other.endsWith(`-${id.slice(0, 16)}${SUFFIX}`))
-        await rm(join(this.directory, other), { force: true });
+        // What cannot be removed like a file is somebody else's, and is no trace.
+        await rm(join(this.directory, other), { force: true }).catch(() => undefined);
     await this.#prune();
     return path;
   }
 
   async #prune(): Promise<void> {
+    // Of writers that were killed.
+    for (const name of await readdir(this.directory)) {
+      if (!HALF_WRITTEN.test(name)) continue;
+      const path = join(this.directory, name);
+      const { mtimeMs } = await stat(path).catch(() => ({ mtimeMs: Number.POSITIVE_INFINITY }));
+      if (Date.now() - mtimeMs > HALF_WRITTEN_MS) await rm(path, { force: true });
+    }
     const files = await this.#files();
     if (files.length <= MAX_TRACES) return;
     for (const { file } of (await this.list()).slice(MAX_TRACES)) await rm(file, { force: true });
@@ -128,10 +141,19 @@ export class TraceStore {
   }
 }
 
-async function readHead(path: string): Promise<string> {
-  await using file = await open(path, 'r');
+/** A file, and nothing that would have us wait: a pipe nobody writes to holds a thread for good. Errors: those of open(2). */
+async function openFile(path: string): Promise<FileHandle> {
+  const file = await open(path, constants.O_RDONLY | constants.O_NONBLOCK);
+  if ((await file.stat()).isFile()) return file;
+  await file.close();
+  throw new DedupError('STORE_IO', `${path} is not a file`);
+}
+
+async function readHead(path: string): Promise<{ readonly size: number; readonly text: string }> {
+  await using file = await openFile(path);
+  const { size } = await file.stat();
   const { bytesRead, buffer } = await file.read(Buffer.alloc(HEAD_BYTES), 0, HEAD_BYTES, 0);
-  return buffer.toString('latin1', 0, bytesRead);
+  return { size, text: buffer.toString('latin1', 0, bytesRead) };
 }
 
 /** Without a last line that is cut off. */

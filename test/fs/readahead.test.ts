@@ -43,4 +43,29 @@ describe('Readahead', () => {
     assert.deepEqual(readahead.onMiss(1, 15, 15, 1000), { from: 16, count: 2 });
     assert.equal(readahead.onMiss(2, 15, 15, 1000).count, 0);
   });
+
+  it('looks further ahead where nearly all of it was read, less far where half was not', () => {
+    const widest = (useful: number | undefined): number => {
+      const readahead = new Readahead();
+      let most = 0;
+      for (let span = 0; span < 300; span++) {
+        const { from, count } = readahead.onMiss(1, span, span, 1000, useful);
+        if (count > 0) most = Math.max(most, from + count - span - 1);
+      }
+      return most;
+    };
+    assert.equal(widest(undefined), 8);
+    assert.equal(widest(0.7), 8);
+    assert.equal(widest(0.95), 32);
+    assert.equal(widest(0.2), 2);
+  });
+
+  it('narrows a window that was wide once it is not read', () => {
+    const readahead = new Readahead();
+    for (let span = 0; span < 60; span++) readahead.onMiss(1, span, span, 1000, 1);
+    const asked: number[] = [];
+    for (let span = 60; span < 200; span++) asked.push(readahead.onMiss(1, span, span, 1000, 0).count);
+    // What was asked for is not asked for again; from there on two spans ahead.
+    assert.ok(asked.every((count) => count <= 2));
+  });
 });

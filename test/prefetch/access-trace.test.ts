@@ -7,6 +7,7 @@ import {
   type AccessTrace,
   formatTrace,
   MAX_EVENTS,
+  MAX_TRACE_BYTES,
   mergeRun,
   parseTrace,
   TRACE_UNIT_BYTES,
@@ -108,5 +109,40 @@ describe('access trace', () => {
   it('keeps chunk digests as they are', () => {
     const chunk: Digest = digestOf('a');
     assert.ok(formatTrace(mergeRun(undefined, run([unit('a', 0, 0)]))).includes(chunk.slice(7)));
+  });
+
+  it('counts a run once for a range that it names twice', () => {
+    const first = mergeRun(undefined, run([unit('a', 0, 0), unit('a', 0, 7)]));
+    const second = mergeRun(first, run([unit('a', 0, 0), unit('a', 0, 7)]));
+    assert.deepEqual(ranges(first), ['usr/lib/a@0+1x1']);
+    assert.deepEqual(ranges(second), ['usr/lib/a@0+1x2']);
+  });
+
+  it('writes no more than it reads, and leaves out what came last', () => {
+    const name = 'node_modules/'.repeat(60);
+    const units = Array.from({ length: MAX_EVENTS }, (_, i) => unit(`${i}`, 0, i * 50, { path: `${name}${i}` }));
+    const trace = mergeRun(undefined, run(units));
+    const text = formatTrace(trace);
+    assert.ok(text.length <= MAX_TRACE_BYTES);
+    const read = parseTrace(text);
+    assert.ok(read.events.length > 1000 && read.events.length < MAX_EVENTS);
+    assert.deepEqual(read.events, trace.events.slice(0, read.events.length));
+  });
+
+  it('is merged in bounded time and memory with a trace that was made to take much of both', {
+    timeout: 20_000,
+  }, () => {
+    const line = `read 0 ${'ab'.repeat(32)} 0 ${64 * 1024 * 1024} miss 1 0 big`;
+    const head = `dedup-trace 1\nlayer ${layers[0]}\n`;
+    const hostile = parseTrace(`${head}${`${line}\n`.repeat(MAX_EVENTS)}`);
+    const many = { ...hostile, events: hostile.events.map((event, i) => ({ ...event, chunk: digestOf(`${i}`) })) };
+    for (const before of [hostile, many]) {
+      const merged = mergeRun(before, run([unit('a', 0, 0)]));
+      assert.ok(merged.events.length <= MAX_EVENTS);
+      assert.ok(
+        merged.events.some(({ chunk }) => chunk === digestOf('a')),
+        'the run is in it',
+      );
+    }
   });
 });

@@ -1,6 +1,7 @@
 // The directory of traces: what is written is found again, what is damaged or somebody else's is passed over.
 import assert from 'node:assert/strict';
-import { mkdtempSync, readdirSync, rmSync, writeFileSync } from 'node:fs';
+import { execFileSync } from 'node:child_process';
+import { existsSync, mkdirSync, mkdtempSync, readdirSync, rmSync, utimesSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { after, describe, it } from 'node:test';
@@ -55,5 +56,32 @@ describe('trace store', () => {
     assert.equal(await store.load(traceId(trace('1.0').layers)), undefined);
     await assert.rejects(store.read(path), (error) => errorCode(error) === 'TRACE_INVALID');
     await assert.rejects(store.read(join(root, 'nowhere')), (error) => errorCode(error) === 'STORE_IO');
+  });
+
+  it('waits for nothing that is no file, and finds its trace beside a directory of such a name', {
+    timeout: 10_000,
+  }, async () => {
+    const store = new TraceStore(join(root, 'd'));
+    const path = await store.save(trace('1.0'));
+    const id = traceId(trace('1.0').layers);
+    rmSync(path);
+    execFileSync('mkfifo', [path, join(store.directory, 'pipe.trace')]);
+    assert.equal(await store.load(id), undefined);
+    assert.deepEqual(await store.list(), []);
+    rmSync(path);
+    mkdirSync(join(store.directory, `before-${id.slice(0, 16)}.trace`));
+    await store.save(trace('1.0'));
+    assert.notEqual(await store.load(id), undefined);
+  });
+
+  it('clears away what a killed writer left, and leaves one that writes alone', async () => {
+    const store = new TraceStore(join(root, 'e'));
+    const path = await store.save(trace('1.0'));
+    const [dead, alive] = [`${path}.tmp-1-0`, `${path}.tmp-2-0`];
+    for (const file of [dead, alive]) writeFileSync(file, 'dedup-trace 1');
+    utimesSync(dead, 1, 1);
+    await store.save(trace('1.0'));
+    assert.deepEqual([existsSync(dead), existsSync(alive)], [false, true]);
+    assert.equal((await store.list()).length, 1);
   });
 });
