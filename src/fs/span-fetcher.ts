@@ -173,7 +173,7 @@ export class SpanFetcher {
     for (const promise of promises) promise.catch(() => undefined);
     const [source] = this.#sources(map);
     if (source === undefined) for (const flight of flights) flight.reject(droppedError(map));
-    else if (flights.length > 0) await this.#startBatch(this.#runsOf(map, flights), source);
+    else if (flights.length > 0) await this.#startBatch(flights, source);
     const ended = await Promise.allSettled(promises);
     return spans.length - ended.filter(({ status }) => status === 'rejected').length;
   }
@@ -204,10 +204,19 @@ export class SpanFetcher {
     return runs;
   }
 
-  /** Begins the request of several runs of one layer; resolves when its last byte is here, or it has failed. Never rejects. */
-  async #startBatch(runs: readonly Run[], source: LayerBlobSource): Promise<void> {
+  /**
+   * Begins the request of several spans of one layer, which is to bring them in this order; resolves when its last byte is
+   * here, or it has failed. Never rejects.
+   */
+  async #startBatch(wanted: readonly Flight[], source: LayerBlobSource): Promise<void> {
+    const rank = new Map(wanted.map(({ span }, i) => [span, i]));
+    const map = wanted[0]!.map;
+    const runs = this.#runsOf(
+      map,
+      wanted.toSorted((a, b) => a.span - b.span),
+    );
     for (const run of runs) this.#follow(run);
-    const { map, dropped } = runs[0]!;
+    const { dropped } = runs[0]!;
     const whole = runs.map(({ first, flights }) => map.compressedRange(first, flights.length));
     const ranges = withoutOverlap(whole);
     const bytes = ranges.reduce((sum, { length }) => sum + length, 0);
@@ -216,8 +225,9 @@ export class SpanFetcher {
     const failed = new AbortController();
     const signal = AbortSignal.any([timeout, this.#abort.signal, failed.signal, dropped.signal]);
     const reader = this.#counted(source);
-    const windows = this.#windowsOf(runs, reader, signal);
-    windows.catch(() => undefined); // Seen by each run.
+    map.layer.windows.expect?.([...rank.keys()], reader, signal);
+    const firstRank = runs.map(({ flights }) => Math.min(...flights.map(({ span }) => rank.get(span)!)));
+    const order = [...runs.keys()].sort((a, b) => firstRank[a]! - firstRank[b]!);
     const parts: Buffer[] = [];
     const begun = new Set<number>();
     const begin = (i: number): void => {
@@ -227,7 +237,7 @@ export class SpanFetcher {
       if (shared && before === undefined) return; // Its first bits are still to come.
       begun.add(i);
       const bytes = shared ? Buffer.concat([before!.subarray(-1), data]) : data;
-      void this.#processLater(runs[i]!, source, bytes, windows);
+      void this.#processLater(runs[i]!, source, bytes, reader, signal);
     };
     const take = (i: number, data: Buffer): void => {
       if (failed.signal.aborted) return;
@@ -237,7 +247,9 @@ export class SpanFetcher {
       begin(i + 1);
     };
     try {
-      await orAborted(reader.readRanges(map.blob, ranges, signal, take), signal, givenUp);
+      const inOrder = order.map((i) => ranges[i]!);
+      const reading = reader.readRanges(map.blob, inOrder, signal, (place, data) => take(order[place]!, data));
+      await orAborted(reading, signal, givenUp);
       if (begun.size < runs.length) throw wrongLength(source, begun.size, runs.length);
     } catch (error) {
       failed.abort();
@@ -269,34 +281,17 @@ export class SpanFetcher {
     }
   }
 
-  async #windowsOf(
-    runs: readonly Run[],
-    reader: BlobReader,
-    signal: AbortSignal,
-  ): Promise<ReadonlyMap<number, Uint8Array>> {
-    const { map } = runs[0]!;
-    const { windows } = map.layer;
-    const spans = runs.flatMap(({ flights }) => flights.map(({ span }) => span));
-    if (windows.readMany !== undefined)
-      return await orAborted(windows.readMany(spans, reader, signal), signal, givenUp);
-    const found = new Map<number, Uint8Array>();
-    for (const { first, flights } of runs) {
-      const some = await windows.readWindows(first, flights.length, reader, signal);
-      some.forEach((window, i) => void found.set(first + i, window));
-    }
-    return found;
-  }
-
   /** Decodes a run of a batch once its windows are here. Never rejects. */
   async #processLater(
     run: Run,
     source: LayerBlobSource,
     data: Buffer,
-    windows: Promise<ReadonlyMap<number, Uint8Array>>,
+    reader: BlobReader,
+    signal: AbortSignal,
   ): Promise<void> {
     try {
-      const all = await windows;
-      const own = run.flights.map(({ span }) => all.get(span) ?? new Uint8Array(0));
+      const reading = run.map.layer.windows.readWindows(run.first, run.flights.length, reader, signal);
+      const own = await orAborted(reading, signal, givenUp);
       const priority = Math.max(...run.flights.map((flight) => flight.priority));
       if (priority >= Priority.onDemand - 1) {
         await this.#decodes.add(() => this.#process(run, source, [], data, own), { priority });

@@ -8,11 +8,11 @@ import type { PlannedSpan } from './planner.ts';
 
 /** What the scheduler needs of the loader. */
 export interface BatchFetcher {
-  /** Fetches spans of one layer, ascending, in one request where the registry can; how many came. Never rejects. */
+  /** Fetches spans of one layer, in this order, in one request where the registry can; how many came. Never rejects. */
   fetchBatch(map: LayerMap, spans: readonly number[], priority: number): Promise<number>;
   /** True for a layer that was dropped: nothing is fetched for it any more. */
   isForgotten(layerId: number): boolean;
-  /** Has what decoding spans of a layer, ascending, needs beside their bytes brought here together: a hint. */
+  /** Has what decoding spans of a layer needs beside their bytes brought here together: a hint. */
   expectWindows(map: LayerMap, spans: readonly number[]): void;
   /** True for a span that is being fetched. */
   isUnderWay(map: LayerMap, span: number): boolean;
@@ -250,7 +250,7 @@ export class PrefetchScheduler {
       running.nextMs = Math.max(now, running.nextMs) + (bytes / plan.bytesPerSecond) * 1000;
     this.#requests++;
     if (plan.bytesPerSecond === undefined) this.#expectWindows(running, batch);
-    const spans = batch.map(({ span }) => span).sort((a, b) => a - b);
+    const spans = batch.map(({ span }) => span);
     void fetcher.fetchBatch(batch[0]!.map, spans, priority).then((came) => {
       const ms = Math.round(performance.now() - now);
       log.debug({ spans: spans.length, bytes, ms, queued: queue.length }, 'a part of a plan was fetched');
@@ -271,10 +271,7 @@ export class PrefetchScheduler {
     const following = queue.filter((planned) => planned.map === map).slice(0, EXPECTED_SPANS);
     const spans = [...batch, ...following].map(({ span }) => span).filter((span) => !expected.has(keyOf(span)));
     for (const span of spans) expected.add(keyOf(span));
-    this.#options.fetcher.expectWindows(
-      map,
-      spans.sort((a, b) => a - b),
-    );
+    this.#options.fetcher.expectWindows(map, spans);
   }
 
   /**

@@ -159,7 +159,7 @@ describe('the scheduler of prefetches', () => {
         for (const layer of [one, two, three]) yield { map: layer, span, bytes: MiB };
     };
     assert.equal(await begun(scheduler(), plan(mixed())).ended(), true);
-    assert.deepEqual(fetcher.batches[0]!.spans, [16, 17, 18, 19], 'ascending');
+    assert.deepEqual(fetcher.batches[0]!.spans, [19, 18, 17, 16], 'what is needed first');
     assert.equal(fetcher.batches[1]!.map, two, 'the layer that is needed next');
     assert.equal(new Set(fetcher.asked).size, 60);
     assert.equal(fetcher.asked.length, 60);

@@ -95,28 +95,6 @@ export class RestartReader {
     return windows;
   }
 
-  async readMany(
-    wanted: readonly number[],
-    reader: BlobReader,
-    signal: AbortSignal,
-  ): Promise<ReadonlyMap<number, Uint8Array>> {
-    const { spans, restart } = this.#index;
-    const windows = new Map<number, Uint8Array>();
-    const missing: number[] = [];
-    for (const span of wanted) {
-      if (spans.windowLength[span] === 0) continue;
-      const cached = (await this.#takeExpected(span)) ?? this.#cache.get(restart.digest, span);
-      if (cached === undefined) missing.push(span);
-      else windows.set(span, cached);
-    }
-    if (missing.length === 0) return windows;
-    const take = (i: number, packed: Buffer): void =>
-      void windows.set(missing[i]!, this.#decompress(packed, missing[i]!));
-    const ranges = missing.map((span) => ({ offset: spans.windowOffset[span]!, length: spans.windowLength[span]! }));
-    if (!(await this.#readLocally(ranges, take))) await reader.readRanges(restart, ranges, signal, take);
-    return windows;
-  }
-
   expect(wanted: readonly number[], reader: BlobReader, signal: AbortSignal): void {
     const { spans, restart } = this.#index;
     if (existsSync(this.#localFile)) return;
@@ -142,22 +120,6 @@ export class RestartReader {
     const packed = await this.#packed.get(span);
     this.#packed.delete(span);
     return packed && this.#decompress(packed, span);
-  }
-
-  /** From the local restart file; false when there is none, or not all of it. */
-  async #readLocally(ranges: readonly ByteRange[], take: (i: number, bytes: Buffer) => void): Promise<boolean> {
-    const file = await open(this.#localFile, 'r').catch(() => undefined);
-    if (file === undefined) return false;
-    try {
-      for (const [i, { offset, length }] of ranges.entries()) {
-        const bytes = Buffer.allocUnsafe(length);
-        if ((await file.read(bytes, 0, length, offset)).bytesRead < length) return false;
-        take(i, bytes);
-      }
-      return true;
-    } finally {
-      await file.close();
-    }
   }
 
   /** Drops cached windows of spans [first, first + count) and those read with them: when what they gave failed verification. */
