@@ -2,6 +2,7 @@
 // it; in the order of first need; without what is here. Pure look-ups: the scheduler fetches.
 import { type Digest, digestBytes } from '../digest.ts';
 import type { LayerMap, PieceRef } from '../fs/loadable-layer.ts';
+import type { ByteRange } from '../units.ts';
 import type { AccessTrace, TraceEvent } from './access-trace.ts';
 import type { StartTree } from './start-files.ts';
 
@@ -47,17 +48,42 @@ export function resolveByPath(events: readonly TraceEvent[], tree: StartTree, ma
   for (const { path, fileOffset, length } of events) {
     const file = path === '' ? undefined : fileAt(tree, path);
     if (file === undefined || fileOffset >= file.size) continue;
-    for (const range of file.ranges(fileOffset, Math.min(length, file.size - fileOffset))) {
-      const map = maps.find((one) => one.chunkAt(range.offset) !== undefined);
-      if (map === undefined) continue;
-      const end = range.offset + range.length;
-      for (const chunk of map.chunksIn(range.offset, end)) {
-        const start = map.layer.addresses[chunk]!;
-        pieces.push(...piecesIn(map, chunk, Math.max(0, range.offset - start), end - start));
+    for (const range of file.ranges(fileOffset, Math.min(length, file.size - fileOffset)))
+      pieces.push(...piecesAt(range, maps));
+  }
+  return pieces;
+}
+
+/** The pieces of a range of the store, in the layer that has its beginning. */
+export function* piecesAt(range: ByteRange, maps: readonly LayerMap[]): Generator<PieceRef> {
+  const map = maps.find((one) => one.chunkAt(range.offset) !== undefined);
+  if (map === undefined) return;
+  const end = range.offset + range.length;
+  for (const chunk of map.chunksIn(range.offset, end)) {
+    const start = map.layer.addresses[chunk]!;
+    yield* piecesIn(map, chunk, Math.max(0, range.offset - start), end - start);
+  }
+}
+
+/**
+ * Every piece of layers, each address once, in the order in which their bytes come in the layers. Pieces of zeros are among
+ * them where they have an address: no span holds them, and whoever wants all of an image wants them too.
+ */
+export function* allPieces(maps: readonly LayerMap[]): Generator<PieceRef> {
+  const seen = new Set<number>();
+  for (const map of maps) {
+    const { addresses, index } = map.layer;
+    const { tarOffset, count } = index.chunks;
+    const placed = Uint32Array.from(Array(count).keys()).filter((chunk) => addresses[chunk]! > 0);
+    for (const chunk of placed.sort((a, b) => tarOffset[a]! - tarOffset[b]!)) {
+      for (let piece = 0; piece < map.pieceCount(chunk); piece++) {
+        const ref = map.piece(chunk, piece);
+        if (seen.has(ref.address)) continue;
+        seen.add(ref.address);
+        yield ref;
       }
     }
   }
-  return pieces;
 }
 
 function fileAt(tree: StartTree, path: string): ReturnType<StartTree['file']> {

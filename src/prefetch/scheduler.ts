@@ -8,8 +8,11 @@ import type { PlannedSpan } from './planner.ts';
 
 /** What the scheduler needs of the loader. */
 export interface BatchFetcher {
-  /** Fetches spans of one layer, ascending, in one request where the registry can. Never rejects. */
-  fetchBatch(map: LayerMap, spans: readonly number[], priority: number): Promise<void>;
+  /**
+   * Fetches spans of one layer, ascending, in one request where the registry can. Never rejects; resolves to why a span could
+   * not be had, undefined when all came.
+   */
+  fetchBatch(map: LayerMap, spans: readonly number[], priority: number): Promise<unknown>;
   /** True for a span that is being fetched. */
   isUnderWay(map: LayerMap, span: number): boolean;
   /** True for a span that somebody has read, or waits for. */
@@ -31,8 +34,8 @@ export interface Plan {
   readonly bytesPerSecond?: number;
   readonly priority?: number;
   readonly signal: AbortSignal;
-  /** Told of compressed bytes after each request. */
-  readonly onProgress?: (bytes: number) => void;
+  /** Told of compressed bytes after each request, and of why some of them did not come. */
+  readonly onProgress?: (bytes: number, failure: unknown) => void;
 }
 
 export interface SchedulerOptions {
@@ -57,6 +60,8 @@ const MAX_BATCH_MS = 700;
 const MAX_URGENT_MS = 40;
 /** Of a plan so many times the size of a request are looked through for spans of the same layer. */
 const LOOK_AHEAD = 6;
+/** A request of a plan with a limit carries at most so much time's worth of it, seconds. */
+const LIMITED_SECONDS = 0.5;
 /** How often it is looked whether readers have come closer, milliseconds. */
 const LOOK_MS = 50;
 
@@ -170,6 +175,7 @@ export class PrefetchScheduler {
     const head = queue[0];
     const now = performance.now();
     if (head === undefined || now < running.nextMs || this.#requests >= this.#places(head.map)) return false;
+    if (this.#yields(running, now)) return false;
     const room = this.#room(running);
     if (room <= 0) return false;
     const batch = this.#take(running, 0, Math.min(room, this.#batchBytes(running, head.map)));
@@ -190,14 +196,26 @@ export class PrefetchScheduler {
       running.nextMs = Math.max(now, running.nextMs) + (bytes / plan.bytesPerSecond) * 1000;
     this.#requests++;
     const spans = batch.map(({ span }) => span).sort((a, b) => a - b);
-    void fetcher.fetchBatch(batch[0]!.map, spans, priority).then(() => {
+    void fetcher.fetchBatch(batch[0]!.map, spans, priority).then((failure) => {
       const ms = Math.round(performance.now() - now);
       log.debug({ spans: spans.length, bytes, ms, queued: queue.length }, 'a part of a plan was fetched');
       this.#requests--;
       running.underWay--;
-      plan.onProgress?.(bytes);
+      plan.onProgress?.(bytes, failure);
       this.#pump();
     });
+  }
+
+  /** True while a plan that somebody is closer to needing could begin a request: those in the background take what it leaves. */
+  #yields({ plan }: Running, now: number): boolean {
+    const priority = plan.priority ?? Priority.trace;
+    return this.#running.some(
+      (other) =>
+        (other.plan.priority ?? Priority.trace) > priority &&
+        other.queue.length > 0 &&
+        now >= other.nextMs &&
+        this.#room(other) > 0,
+    );
   }
 
   /** Requests that may be under way at once: enough for the link to be full, no more. */
@@ -208,10 +226,12 @@ export class PrefetchScheduler {
 
   #batchBytes(running: Running, map: LayerMap): number {
     const { fetcher } = this.#options;
-    if (performance.now() - fetcher.lastReadMs < POLITE_MS) return POLITE_BATCH_BYTES;
+    // A limited plan spreads its bytes: a large request would take the whole link for a while, and then nothing for long.
+    const limited = (running.plan.bytesPerSecond ?? Number.POSITIVE_INFINITY) * LIMITED_SECONDS;
+    if (performance.now() - fetcher.lastReadMs < POLITE_MS) return Math.min(POLITE_BATCH_BYTES, limited);
     const { bytesPerMs } = fetcher.link(map);
     const most = bytesPerMs === 0 ? MAX_BATCH_BYTES : Math.max(POLITE_BATCH_BYTES, bytesPerMs * MAX_BATCH_MS);
-    return Math.min(MAX_BATCH_BYTES, most, FIRST_BATCH_BYTES * 2 ** running.batches);
+    return Math.min(MAX_BATCH_BYTES, most, limited, FIRST_BATCH_BYTES * 2 ** running.batches);
   }
 
   /** Bytes by which a plan may go on now. */
