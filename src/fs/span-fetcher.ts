@@ -144,7 +144,8 @@ export class SpanFetcher {
 
   /**
    * Fetches spans of a layer that a plan foresees, in one request where the registry can: each is stored as soon as its bytes
-   * are here. Spans that are under way are left to whoever fetches them. Resolves when all have ended; never rejects.
+   * are here. Spans that are under way are left to whoever fetches them. Resolves when all have ended, to the first failure;
+   * never rejects.
    */
   async fetchBatch(map: LayerMap, spans: readonly number[], priority: number): Promise<unknown> {
     if (this.#abort.signal.aborted || this.#dropped.has(map.layerId)) return droppedError(map);
@@ -161,7 +162,8 @@ export class SpanFetcher {
     const [source] = this.#sources(map);
     if (source === undefined) for (const flight of flights) flight.reject(droppedError(map));
     else if (flights.length > 0) await this.#startBatch(this.#runsOf(map, flights), source);
-    return (await Promise.allSettled(promises)).find(({ status }) => status === 'rejected')?.reason;
+    for (const outcome of await Promise.allSettled(promises)) if (outcome.status === 'rejected') return outcome.reason;
+    return undefined;
   }
 
   #newFlight(map: LayerMap, span: number, key: string, priority: number, queued: boolean): Flight {
