@@ -91,6 +91,8 @@ export class SpanStorer {
     await this.#storeWhole(map, output);
     if (output.bad.size > 0) map.layer.windows.forget?.(first, count);
     this.#keepEdges(map, first, last, output, whole);
+    await this.#storeAcross(map, first, output);
+    if (last + 1 < map.spanCount) await this.#storeAcross(map, last + 1, output);
     return output;
   }
 
@@ -124,6 +126,33 @@ export class SpanStorer {
       for (const part of parts) copyTar(output, part.tarOffset, part.tarOffset + part.length, assembled, part.at);
       const piece = toStore(ref, 0);
       this.#note(map, output, [piece], await this.#store.store(assembled, [piece]), false);
+    }
+  }
+
+  /**
+   * Stores the piece that lies across the start of a span, once both sides of it are kept: runs that were decoded at the same
+   * time have not seen each other's ends.
+   */
+  async #storeAcross(
+    map: LayerMap,
+    span: number,
+    output: { source: string; stored: Set<number>; bad: Set<number> },
+  ): Promise<void> {
+    const tail = span > 0 ? this.#edges.tail(map.layerId, span - 1) : undefined;
+    const head = this.#edges.head(map.layerId, span);
+    if (tail === undefined || head === undefined) return;
+    const border = map.spanStart(span);
+    for (const { ref, tarOffset } of map.ordinaryPieces(border, border + 1)) {
+      if (tarOffset >= border || this.#store.isPresent(ref.address, ref.length)) continue;
+      const piece = Buffer.alloc(ref.length);
+      const before = copyTar(tail, tarOffset, border, piece, 0);
+      const after = copyTar(head, border, tarOffset + ref.length, piece, border - tarOffset);
+      if (!before || !after) continue;
+      const job = toStore(ref, 0);
+      const result = await this.#store.store(piece, [job]);
+      this.#note(map, output, [job], result, false);
+      // One of the sides is wrong, and nobody knows which.
+      if (result[0] !== 1) for (const side of [span - 1, span]) this.#edges.drop(map.layerId, side);
     }
   }
 

@@ -37,7 +37,7 @@ const KEEP_MS = 24 * 3_600_000;
 /** How often images of the configuration are looked at again, milliseconds. */
 const AGAIN_MS = 24 * 3_600_000;
 /** Delay before one that failed is tried again: the first, and the longest, milliseconds. */
-const FIRST_RETRY_MS = 10_000;
+const FIRST_RETRY_MS = 5_000;
 const LAST_RETRY_MS = 30 * 60_000;
 /** Requests in a row that bring nothing: the registry is away, and the rest of the plan is not asked for. */
 const MAX_FAILURES = 3;
@@ -316,12 +316,12 @@ export class WarmUp {
     if (total > 0) show(step('fetch', 0, total));
     let failure = await this.#run(pieces(), total, warming);
     let missing = absent(pieces(), isPresent);
-    if (missing.length > 0) {
-      if (failure !== undefined) await this.#sleep(SECOND_TRY_MS, signal);
+    if (missing.length > 0 && failure !== undefined) {
+      await this.#sleep(SECOND_TRY_MS, signal);
       failure = await this.#run(missing, total, warming);
       missing = absent(missing, isPresent);
     }
-    // Zeros that no span holds, and pieces that reach over more spans than are decoded at once.
+    // Zeros that no span holds, pieces that reach over more spans than are decoded at once, and what was evicted meanwhile.
     if (missing.length > 0 && failure === undefined) {
       failure = await this.#make(missing, warming);
       missing = absent(missing, isPresent);
@@ -370,12 +370,14 @@ export class WarmUp {
   }
 
   /** Brings pieces here one by one, out of whatever spans they need. Returns the first failure. */
-  async #make(pieces: readonly PieceRef[], { rows, signal }: Warming): Promise<unknown> {
+  async #make(pieces: readonly PieceRef[], { rows, signal, bytesPerSecond }: Warming): Promise<unknown> {
+    const pace = new Pace(bytesPerSecond);
     const options = { layers: rows.map(({ id }) => id), priority: Priority.background, signal };
     for (let at = 0; at < pieces.length; at += PIECES_AT_ONCE) {
-      const ranges = pieces.slice(at, at + PIECES_AT_ONCE).map(blocksOf);
+      const some = pieces.slice(at, at + PIECES_AT_ONCE);
       try {
-        await this.#options.loader.ensure(ranges, options);
+        await pace.take(compressedBytes(some, this.#options.isPresent), signal);
+        await this.#options.loader.ensure(some.map(blocksOf), options);
       } catch (error) {
         signal.throwIfAborted();
         return error;
