@@ -9,7 +9,7 @@ import { LinkEstimate } from './link-estimate.ts';
 import { type LayerBlobSource, type LayerMap, nameOf } from './loadable-layer.ts';
 import type { BlobReader } from './registry/blob-reader.ts';
 import { SpanEdges } from './span-edges.ts';
-import { type LedgerStats, SpanLedger, WANTED_PRIORITY } from './span-ledger.ts';
+import { type LedgerStats, Priority, SpanLedger, WANTED_PRIORITY } from './span-ledger.ts';
 import { type LoaderNative, type LoaderStore, type RunOutput, SpanStorer } from './span-storer.ts';
 
 export interface FetchLimits {
@@ -71,6 +71,12 @@ export interface FetchStats extends LedgerStats {
 /** Longest request in which a reader's spans travel with others that are fetched ahead: it waits for all of them. */
 const MAX_MIXED_BYTES = MiB;
 
+/** After a read that no plan foresaw more are expected for this long, milliseconds. */
+const POLITE_MS = 1_000;
+
+/** What is fetched ahead is decoded after this time all the same, milliseconds. */
+const YIELD_MS = 100;
+
 /** How long a source is tried last, after it failed for a layer. */
 const DISTRUST_MS = 30_000;
 
@@ -86,6 +92,11 @@ export class SpanFetcher {
   /** By host: what a reader waits for, and what is fetched ahead. Neither takes a place of the other. */
   readonly #queues = new Map<string, { readonly wanted: PQueue; readonly ahead: PQueue }>();
   readonly #decodes: PQueue;
+  /** Decodes of what a plan foresees: a reader does not queue behind them. */
+  readonly #aheadDecodes: PQueue;
+  /** Spans that readers wait for, and who waits until there are none. */
+  #wanted = 0;
+  #unwanted = Promise.withResolvers<void>();
   /** By host. */
   readonly #links = new Map<string, LinkEstimate>();
   readonly #distrusted = new Map<string, number>();
@@ -103,6 +114,7 @@ export class SpanFetcher {
     this.#limits = limits;
     this.#log = log;
     this.#decodes = new PQueue({ concurrency: limits.decodes });
+    this.#aheadDecodes = new PQueue({ concurrency: limits.decodes });
     this.edges = new SpanEdges(limits.edgeBytes);
     this.#storer = new SpanStorer(store, native, this.edges, log);
   }
@@ -135,8 +147,8 @@ export class SpanFetcher {
       if (known.queued && priority > known.priority) this.#promote(known, priority);
       return known.promise;
     }
-    if (priority >= WANTED_PRIORITY) this.#lastReadMs = performance.now();
     const flight = this.#newFlight(map, span, key, priority, true);
+    if (priority >= WANTED_PRIORITY) this.#countWanted(flight);
     // Started together with everything else that is wanted in this turn of the loop, so that neighbours are joined.
     if (this.#starting.push(flight) === 1) setImmediate(() => this.#startAll());
     return flight.promise;
@@ -263,10 +275,49 @@ export class SpanFetcher {
       const all = await windows;
       const own = run.flights.map(({ span }) => all.get(span) ?? new Uint8Array(0));
       const priority = Math.max(...run.flights.map((flight) => flight.priority));
-      await this.#decodes.add(() => this.#process(run, source, [], data, own), { priority });
+      if (priority >= Priority.onDemand - 1) {
+        await this.#decodes.add(() => this.#process(run, source, [], data, own), { priority });
+        return;
+      }
+      await this.#aheadDecodes.add(async () => {
+        await this.#untilUnwanted();
+        await this.#process(run, source, [], data, own);
+      });
     } catch (error) {
       this.#nextSource(run, source, [], error);
     }
+  }
+
+  /** Resolves once no reader waits for a span that no plan foresaw, or after a moment all the same. */
+  async #untilUnwanted(): Promise<void> {
+    // Both cores are the readers' then.
+    this.#aheadDecodes.concurrency = this.isPolite ? 1 : this.#limits.decodes;
+    if (this.#wanted === 0) return;
+    const timer = Promise.withResolvers<void>();
+    const timeout = setTimeout(timer.resolve, YIELD_MS);
+    await Promise.race([this.#unwanted.promise, timer.promise]);
+    clearTimeout(timeout);
+  }
+
+  /** True while readers want what no plan foresaw: the link and the processors are theirs. */
+  get isPolite(): boolean {
+    return performance.now() - this.#lastReadMs < POLITE_MS;
+  }
+
+  /** True while a reader waits for what no plan foresaw. */
+  get isWanted(): boolean {
+    return this.#wanted > 0;
+  }
+
+  #countWanted(flight: Flight): void {
+    this.#lastReadMs = performance.now();
+    this.#wanted++;
+    const settled = (): void => {
+      if (--this.#wanted > 0) return;
+      this.#unwanted.resolve();
+      this.#unwanted = Promise.withResolvers<void>();
+    };
+    flight.promise.then(settled, settled);
   }
 
   /** Moves a span that waits further ahead. */
@@ -496,11 +547,6 @@ export class SpanFetcher {
   /** True for a span that is being fetched, or waits for that. */
   isUnderWay(map: LayerMap, span: number): boolean {
     return this.#flights.has(`${map.layerId}:${span}`);
-  }
-
-  /** When a reader last wanted a span that was not under way, by performance.now(). */
-  get lastReadMs(): number {
-    return this.#lastReadMs;
   }
 
   /** What the way to the first source of a layer carries; zeros as long as that is not known. */

@@ -19,8 +19,10 @@ export interface BatchFetcher {
   wasRead(map: LayerMap, span: number): boolean;
   /** What the way to a layer's registry carries; zeros as long as that is not known. */
   link(map: LayerMap): { readonly roundTripBytes: number; readonly bytesPerMs: number };
-  /** When a reader last wanted a span that was not under way and that no plan had, by performance.now(). */
-  readonly lastReadMs: number;
+  /** True while readers want what no plan foresaw, or did a moment ago. */
+  readonly isPolite: boolean;
+  /** True while a reader waits for such. */
+  readonly isWanted: boolean;
   /** To be told of a span that a reader wants and that is not under way. */
   onWanted: ((map: LayerMap, span: number) => void) | undefined;
 }
@@ -53,17 +55,20 @@ const MAX_BATCH_BYTES = 10 * MiB;
 const FIRST_BATCH_BYTES = 4 * MiB;
 /** While somebody reads what no plan foresaw: the link is not to be taken for long. */
 const POLITE_BATCH_BYTES = MiB;
-const POLITE_MS = 1_000;
 /** A request is not to last longer than this on a slow link, milliseconds. */
 const MAX_BATCH_MS = 700;
 /** The same for a request whose first bytes a reader waits for. */
 const MAX_URGENT_MS = 40;
-/** Of a plan so many times the size of a request are looked through for spans of the same layer. */
-const LOOK_AHEAD = 6;
 /** A request of a plan with a limit carries at most so much time's worth of it, seconds. */
 const LIMITED_SECONDS = 0.5;
+/**
+ * A request may take what a plan has this much later from the same layer: few large requests, for a little less order. On a fast
+ * link that costs nobody anything.
+ */
+const LOOK_AHEAD_MS = 300;
+const LOOK_AHEAD_BYTES = 2 * MiB;
 /** How often it is looked whether readers have come closer, milliseconds. */
-const LOOK_MS = 50;
+const LOOK_MS = 20;
 
 interface Running {
   readonly plan: Plan;
@@ -221,14 +226,15 @@ export class PrefetchScheduler {
   /** Requests that may be under way at once: enough for the link to be full, no more. */
   #places(map: LayerMap): number {
     const { workers, fetcher } = this.#options;
-    return Math.min(workers, 2 + Math.ceil(fetcher.link(map).roundTripBytes / MAX_BATCH_BYTES));
+    if (fetcher.isPolite) return fetcher.isWanted ? 0 : 1;
+    return Math.min(workers, 1 + Math.max(1, Math.ceil(fetcher.link(map).roundTripBytes / (2 * MiB))));
   }
 
   #batchBytes(running: Running, map: LayerMap): number {
     const { fetcher } = this.#options;
     // A limited plan spreads its bytes: a large request would take the whole link for a while, and then nothing for long.
     const limited = (running.plan.bytesPerSecond ?? Number.POSITIVE_INFINITY) * LIMITED_SECONDS;
-    if (performance.now() - fetcher.lastReadMs < POLITE_MS) return Math.min(POLITE_BATCH_BYTES, limited);
+    if (fetcher.isPolite) return Math.min(POLITE_BATCH_BYTES, limited);
     const { bytesPerMs } = fetcher.link(map);
     const most = bytesPerMs === 0 ? MAX_BATCH_BYTES : Math.max(POLITE_BATCH_BYTES, bytesPerMs * MAX_BATCH_MS);
     return Math.min(MAX_BATCH_BYTES, most, limited, FIRST_BATCH_BYTES * 2 ** running.batches);
@@ -250,8 +256,9 @@ export class PrefetchScheduler {
     const { fetcher } = this.#options;
     const { map } = queue[from]!;
     const batch: PlannedSpan[] = [];
+    const most = bytes + Math.max(LOOK_AHEAD_BYTES, fetcher.link(map).bytesPerMs * LOOK_AHEAD_MS);
     let [taken, looked] = [0, 0];
-    for (let at = from; at < queue.length && looked < bytes * LOOK_AHEAD; ) {
+    for (let at = from; at < queue.length && looked < most; ) {
       const span = queue[at]!;
       looked += span.bytes;
       if (span.map !== map) {

@@ -27,7 +27,8 @@ function made(fetch: () => Promise<unknown> = async () => undefined) {
     isUnderWay: () => false,
     wasRead: () => false,
     link: () => ({ roundTripBytes: 0, bytesPerMs: 0 }),
-    lastReadMs: Number.NEGATIVE_INFINITY,
+    isPolite: false,
+    isWanted: false,
     onWanted: undefined,
   };
   const scheduler = new PrefetchScheduler({ fetcher, workers: 2, queueSize: 1000, log: pino({ level: 'silent' }) });
