@@ -40,6 +40,11 @@ export interface WindowReader {
     reader: BlobReader,
     signal: AbortSignal,
   ): Promise<ReadonlyMap<number, Uint8Array>>;
+  /**
+   * Has the windows of these spans, ascending, brought here in one request where the registry can: readMany and readWindows
+   * find them. A hint: whatever fails is read by them.
+   */
+  expect?(spans: readonly number[], reader: BlobReader, signal: AbortSignal): void;
   /** Drops kept windows of these spans: what they gave failed verification. */
   forget?(first: number, count: number): void;
 }

@@ -144,7 +144,7 @@ export class SpanFetcher {
     const known = this.#flights.get(key);
     this.ledger.asked(map, span, priority, known !== undefined);
     if (known !== undefined) {
-      if (known.queued && priority > known.priority) this.#promote(known, priority);
+      if (priority > known.priority) this.#promote(known, priority);
       return known.promise;
     }
     const flight = this.#newFlight(map, span, key, priority, true);
@@ -156,11 +156,11 @@ export class SpanFetcher {
 
   /**
    * Fetches spans of a layer that a plan foresees, in one request where the registry can: each is stored as soon as its bytes
-   * are here. Spans that are under way are left to whoever fetches them. Resolves when all have ended, to the first failure;
-   * never rejects.
+   * are here. Spans that are under way are left to whoever fetches them. Resolves when all have ended, to the number of spans
+   * that came or were under way; never rejects.
    */
-  async fetchBatch(map: LayerMap, spans: readonly number[], priority: number): Promise<unknown> {
-    if (this.#abort.signal.aborted || this.#dropped.has(map.layerId)) return droppedError(map);
+  async fetchBatch(map: LayerMap, spans: readonly number[], priority: number): Promise<number> {
+    if (this.#abort.signal.aborted || this.#dropped.has(map.layerId)) return 0;
     const flights: Flight[] = [];
     for (const span of spans) {
       const key = `${map.layerId}:${span}`;
@@ -174,8 +174,8 @@ export class SpanFetcher {
     const [source] = this.#sources(map);
     if (source === undefined) for (const flight of flights) flight.reject(droppedError(map));
     else if (flights.length > 0) await this.#startBatch(this.#runsOf(map, flights), source);
-    for (const outcome of await Promise.allSettled(promises)) if (outcome.status === 'rejected') return outcome.reason;
-    return undefined;
+    const ended = await Promise.allSettled(promises);
+    return spans.length - ended.filter(({ status }) => status === 'rejected').length;
   }
 
   #newFlight(map: LayerMap, span: number, key: string, priority: number, queued: boolean): Flight {
@@ -231,18 +231,41 @@ export class SpanFetcher {
     };
     const take = (i: number, data: Buffer): void => {
       if (failed.signal.aborted) return;
+      if (data.length !== ranges[i]?.length) throw wrongLength(source, data.length, ranges[i]?.length ?? 0);
       parts[i] = data;
       begin(i);
       begin(i + 1);
     };
     try {
       await orAborted(reader.readRanges(map.blob, ranges, signal, take), signal, givenUp);
+      if (begun.size < runs.length) throw wrongLength(source, begun.size, runs.length);
     } catch (error) {
       failed.abort();
       const late = new DedupError('DEADLINE', `${source.host} gave no answer in time`, { cause: error });
       const failure = timeout.aborted ? late : error;
-      // Readers may have joined them: each goes its own way from here on.
-      for (const [i, run] of runs.entries()) if (!begun.has(i)) this.#nextSource(run, source, [], failure);
+      for (const [i, run] of runs.entries()) if (!begun.has(i)) this.#afterBatch(run, source, failure);
+    }
+  }
+
+  /**
+   * Goes on with a run of a batch that failed. Readers may have joined it, who would have asked by themselves, with attempts
+   * of their own: where no other source is left, what they wait for is asked of the same one again, and nothing else.
+   */
+  #afterBatch(run: Run, source: LayerBlobSource, error: unknown): void {
+    const others = this.#sources(run.map).some((other) => nameOf(other) !== nameOf(source));
+    const gone = this.#abort.signal.aborted || run.dropped.signal.aborted;
+    if (others || gone) {
+      this.#nextSource(run, source, [], error);
+      return;
+    }
+    const [wanted, rest] = [[], []] as [Flight[], Flight[]];
+    for (const flight of run.flights) (flight.priority >= WANTED_PRIORITY ? wanted : rest).push(flight);
+    if (rest.length > 0) this.#nextSource({ ...run, flights: rest }, source, [], error);
+    for (const { first, flights } of this.#runsOf(run.map, wanted)) {
+      const again = { ...run, first, flights };
+      void this.#queueOf(source.host, WANTED_PRIORITY).add(() => this.#attempt(again, source, []), {
+        priority: WANTED_PRIORITY,
+      });
     }
   }
 
@@ -284,8 +307,15 @@ export class SpanFetcher {
         await this.#process(run, source, [], data, own);
       });
     } catch (error) {
-      this.#nextSource(run, source, [], error);
+      this.#afterBatch(run, source, error);
     }
+  }
+
+  /** Has the windows of spans that will be asked for brought here together. */
+  expectWindows(map: LayerMap, spans: readonly number[]): void {
+    const [source] = this.#sources(map);
+    if (source === undefined || this.#abort.signal.aborted || this.#dropped.has(map.layerId)) return;
+    map.layer.windows.expect?.(spans, this.#counted(source), this.#abort.signal);
   }
 
   /** Resolves once no reader waits for a span that no plan foresaw, or after a moment all the same. */
@@ -323,12 +353,13 @@ export class SpanFetcher {
   /** Moves a span that waits further ahead. */
   promote(map: LayerMap, span: number, priority: number): void {
     const flight = this.#flights.get(`${map.layerId}:${span}`);
-    if (flight?.queued === true && priority > flight.priority) this.#promote(flight, priority);
+    if (flight !== undefined && priority > flight.priority) this.#promote(flight, priority);
   }
 
   #promote(flight: Flight, priority: number): void {
     flight.priority = priority;
-    if (this.#starting.includes(flight)) return;
+    // On its way: it is decoded sooner, and asked for once more when it does not come.
+    if (!flight.queued || this.#starting.includes(flight)) return;
     const [source] = this.#sources(flight.map);
     if (source === undefined) return;
     // Queued a second time, further ahead: whichever task comes first takes the flight, the other finds it taken.
@@ -633,6 +664,10 @@ export class SpanFetcher {
     for (const flight of [...this.#flights.values()]) flight.reject(new DedupError('CLOSED', 'the loader is closed'));
     this.edges.clear();
   }
+}
+
+function wrongLength(source: LayerBlobSource, got: number, wanted: number): DedupError {
+  return new DedupError('REGISTRY_PROTOCOL', `${source.host} answered with ${got} instead of ${wanted}`);
 }
 
 /** Spans begin within the last byte of the one before: that byte is asked for once. */

@@ -37,6 +37,8 @@ interface Sample {
 const SAMPLES = 64;
 const ENOUGH_SAMPLES = 12;
 const SAMPLE_AGE_MS = 1_000;
+/** And for so long: a bad start is not to be the last word on those that follow. */
+const SAMPLE_KEPT_MS = 60_000;
 
 export interface LedgerStats {
   /** Distinct spans that a reader waited for, and their compressed bytes. */
@@ -44,7 +46,10 @@ export interface LedgerStats {
   readonly spanBytes: number;
   /** Compressed bytes of the distinct spans that were only fetched ahead; readers may have found them here since. */
   readonly aheadBytes: number;
-  /** Of all that was fetched ahead: read while it was here, waited for while on its way, not read in its recording. */
+  /**
+   * Of all that was fetched ahead: read while it was here; waited for while on its way; not read in its recording, or not
+   * here (any more) when somebody came. No byte is in two of them; what is in none may still be read.
+   */
   readonly prefetchBytes: number;
   readonly usefulBytes: number;
   readonly lateBytes: number;
@@ -54,6 +59,8 @@ export interface LedgerStats {
 export class SpanLedger {
   /** By layer; kept while its layer is known, so that nothing is counted twice. */
   readonly #spans = new Map<number, { readonly map: LayerMap; readonly state: Uint8Array }>();
+  /** Layers whose reads are seen, and by how many recordings. */
+  readonly #watched = new Map<number, number>();
   readonly #samples = new Map<Origin, Sample[]>();
   #count = 0;
   #spanBytes = 0;
@@ -97,7 +104,9 @@ export class SpanLedger {
       state[span] = before | LATE;
       this.#aheadBytes -= bytes;
       this.#waitedFor(bytes);
-      if (underWay && (before & READ) === 0) this.#lateBytes += bytes;
+      if ((before & (READ | SETTLED)) !== 0) return;
+      if (underWay) this.#lateBytes += bytes;
+      else this.#wastedBytes += bytes;
     }
   }
 
@@ -107,6 +116,8 @@ export class SpanLedger {
   }
 
   #sample(origin: Origin, sample: Sample): void {
+    // Where nobody tells of reads, none would look useful.
+    if (!this.#watched.has(sample.layerId)) return;
     const samples = this.#samples.get(origin) ?? [];
     samples.push(sample);
     if (samples.length > SAMPLES) samples.shift();
@@ -121,7 +132,17 @@ export class SpanLedger {
 
   /** True for a span that somebody has read, or waited for. */
   wasRead(layerId: number, span: number): boolean {
-    return ((this.#spans.get(layerId)?.state[span] ?? 0) & (READ | LATE)) !== 0;
+    const state = this.#spans.get(layerId)?.state[span] ?? 0;
+    return (state & (READ | LATE)) !== 0 || (state & ORIGIN_MASK) === 1;
+  }
+
+  /** Begins or ends judging what is fetched ahead in these layers by whether it is read: their reads are told here meanwhile. */
+  watch(layerIds: readonly number[], on: boolean): void {
+    for (const layerId of layerIds) {
+      const watchers = (this.#watched.get(layerId) ?? 0) + (on ? 1 : -1);
+      if (watchers > 0) this.#watched.set(layerId, watchers);
+      else this.#watched.delete(layerId);
+    }
   }
 
   /** Tells that somebody read bytes of a span. */
@@ -151,15 +172,18 @@ export class SpanLedger {
   usefulness(origin: Origin, nowMs: number): number | undefined {
     let [old, used] = [0, 0];
     for (const { layerId, span, atMs } of this.#samples.get(origin) ?? []) {
-      if (nowMs - atMs < SAMPLE_AGE_MS) continue;
+      const ageMs = nowMs - atMs;
+      const layer = this.#spans.get(layerId);
+      if (ageMs < SAMPLE_AGE_MS || ageMs > SAMPLE_KEPT_MS || layer === undefined) continue;
       old++;
-      if (((this.#spans.get(layerId)?.state[span] ?? 0) & (READ | LATE)) !== 0) used++;
+      if ((layer.state[span]! & (READ | LATE)) !== 0) used++;
     }
     return old < ENOUGH_SAMPLES ? undefined : used / old;
   }
 
   forget(layerId: number): void {
     this.#spans.delete(layerId);
+    this.#watched.delete(layerId);
   }
 }
 

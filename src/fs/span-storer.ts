@@ -91,9 +91,34 @@ export class SpanStorer {
     await this.#storeWhole(map, output);
     if (output.bad.size > 0) map.layer.windows.forget?.(first, count);
     this.#keepEdges(map, first, last, output, whole);
-    await this.#storeAcross(map, first, output);
-    if (last + 1 < map.spanCount) await this.#storeAcross(map, last + 1, output);
+    for (const border of [first, last + 1]) await this.#completeAcross(map, border, output);
     return output;
+  }
+
+  /**
+   * Stores an absent piece across the beginning of a span when both its parts are kept: two runs that were decoded beside
+   * each other have each brought one.
+   */
+  async #completeAcross(
+    map: LayerMap,
+    span: number,
+    output: { source: string; stored: Set<number>; bad: Set<number> },
+  ): Promise<void> {
+    if (span === 0 || span >= map.spanCount) return;
+    const [tail, head] = [this.#edges.tail(map.layerId, span - 1), this.#edges.head(map.layerId, span)];
+    if (tail === undefined || head === undefined) return;
+    const border = map.spanStart(span);
+    for (const { ref, tarOffset } of map.ordinaryPieces(border - 1, border)) {
+      const end = tarOffset + ref.length;
+      if (tarOffset >= border || end <= border || output.bad.has(ref.address)) continue;
+      if (this.#store.isPresent(ref.address, ref.length)) continue;
+      const assembled = Buffer.alloc(ref.length);
+      const whole =
+        copyTar(tail, tarOffset, border, assembled, 0) && copyTar(head, border, end, assembled, border - tarOffset);
+      if (!whole) continue;
+      const piece = toStore(ref, 0);
+      this.#note(map, output, [piece], await this.#store.store(assembled, [piece]), false);
+    }
   }
 
   /** Where decoding may stop: behind the last byte of an absent piece. */
@@ -126,33 +151,6 @@ export class SpanStorer {
       for (const part of parts) copyTar(output, part.tarOffset, part.tarOffset + part.length, assembled, part.at);
       const piece = toStore(ref, 0);
       this.#note(map, output, [piece], await this.#store.store(assembled, [piece]), false);
-    }
-  }
-
-  /**
-   * Stores the piece that lies across the start of a span, once both sides of it are kept: runs that were decoded at the same
-   * time have not seen each other's ends.
-   */
-  async #storeAcross(
-    map: LayerMap,
-    span: number,
-    output: { source: string; stored: Set<number>; bad: Set<number> },
-  ): Promise<void> {
-    const tail = span > 0 ? this.#edges.tail(map.layerId, span - 1) : undefined;
-    const head = this.#edges.head(map.layerId, span);
-    if (tail === undefined || head === undefined) return;
-    const border = map.spanStart(span);
-    for (const { ref, tarOffset } of map.ordinaryPieces(border, border + 1)) {
-      if (tarOffset >= border || this.#store.isPresent(ref.address, ref.length)) continue;
-      const piece = Buffer.alloc(ref.length);
-      const before = copyTar(tail, tarOffset, border, piece, 0);
-      const after = copyTar(head, border, tarOffset + ref.length, piece, border - tarOffset);
-      if (!before || !after) continue;
-      const job = toStore(ref, 0);
-      const result = await this.#store.store(piece, [job]);
-      this.#note(map, output, [job], result, false);
-      // One of the sides is wrong, and nobody knows which.
-      if (result[0] !== 1) for (const side of [span - 1, span]) this.#edges.drop(map.layerId, side);
     }
   }
 

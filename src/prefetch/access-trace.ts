@@ -55,6 +55,8 @@ export interface AccessTrace extends TraceIdentity {
 /** Ranges are kept in parts of this size, so that runs can be compared, bytes. */
 export const TRACE_UNIT_BYTES = 64 * KiB;
 export const MAX_EVENTS = 20_000;
+/** Parts of TRACE_UNIT_BYTES of one trace, or one run, that are looked at: more are no start. */
+export const MAX_UNITS = 200_000;
 /** Longest text form, bytes. */
 export const MAX_TRACE_BYTES = 4 * MiB;
 /** From so many runs on, all counts are halved: what an image does now outweighs what it did. */
@@ -112,6 +114,8 @@ export function mergeRun(before: AccessTrace | undefined, run: TraceRun): Access
     units.set(keyOf(unit), halve ? { ...unit, count: Math.ceil(unit.count / 2) } : unit);
   const fresh = new Set<string>();
   for (const unit of run.units) {
+    // A chunk that two layers have, or one layer twice, was read once.
+    if (fresh.has(keyOf(unit))) continue;
     fresh.add(keyOf(unit));
     const known = units.get(keyOf(unit));
     const count = (known?.count ?? 0) + 1;
@@ -137,8 +141,9 @@ export function mergeRun(before: AccessTrace | undefined, run: TraceRun): Access
 }
 
 function* unitsOf(events: readonly TraceEvent[]): Generator<Counted> {
+  let left = MAX_UNITS;
   for (const event of events) {
-    for (let at = 0; at < event.length; ) {
+    for (let at = 0; at < event.length && left > 0; left--) {
       const offset = event.offset + at;
       const length = Math.min(event.length - at, TRACE_UNIT_BYTES - (offset % TRACE_UNIT_BYTES));
       yield { ...event, offset, length, fileOffset: event.fileOffset + at };
@@ -180,9 +185,14 @@ export function formatTrace(trace: AccessTrace): string {
   lines.push(`runs ${trace.runs}`, `updated ${new Date(trace.updatedMs).toISOString()}`);
   lines.push(`sees ${trace.seesHits ? 'all' : 'misses'}`);
   lines.push('# read MS CHUNK OFFSET LENGTH OUTCOME RUNS FILE-OFFSET PATH');
+  let bytes = lines.reduce((sum, line) => sum + line.length + 1, 0);
   for (const { atMs, chunk, offset, length, outcome, count, fileOffset, path } of trace.events) {
     const where = path === '' ? '' : ` ${escapeText(path)}`;
-    lines.push(`read ${atMs} ${digestHex(chunk)} ${offset} ${length} ${outcome} ${count} ${fileOffset}${where}`);
+    const line = `read ${atMs} ${digestHex(chunk)} ${offset} ${length} ${outcome} ${count} ${fileOffset}${where}`;
+    bytes += line.length + 1;
+    // What comes last is worth least.
+    if (bytes > MAX_TRACE_BYTES) break;
+    lines.push(line);
   }
   return `${lines.join('\n')}\n`;
 }

@@ -1,6 +1,6 @@
 // From a trace to the spans that a start will need: where its chunks lie in the layers of an image, or of a later version of
 // it; in the order of first need; without what is here. Pure look-ups: the scheduler fetches.
-import { type Digest, digestBytes } from '../digest.ts';
+import { type Digest, digestBytes, digestFromBytes } from '../digest.ts';
 import type { LayerMap, PieceRef } from '../fs/loadable-layer.ts';
 import type { ByteRange } from '../units.ts';
 import type { AccessTrace, TraceEvent } from './access-trace.ts';
@@ -21,6 +21,8 @@ export interface Resolved {
   readonly unknown: readonly TraceEvent[];
 }
 
+/** Pieces of one trace at most, repeated ones included: about 50 GiB, or a trace that was made to cost memory. */
+const MAX_PIECES = 200_000;
 /** A range that less than a third of the runs have read is left to its reader. */
 const MIN_SHARE = 1 / 3;
 
@@ -37,7 +39,10 @@ export function resolveTrace(trace: AccessTrace, maps: readonly LayerMap[]): Res
   for (const event of likely(trace)) {
     const place = places.get(event.chunk);
     if (place === undefined) unknown.push(event);
-    else pieces.push(...piecesIn(place.map, place.chunk, event.offset, event.offset + event.length));
+    else
+      for (const piece of piecesIn(place.map, place.chunk, event.offset, event.offset + event.length))
+        pieces.push(piece);
+    if (pieces.length > MAX_PIECES) break;
   }
   return { pieces, unknown };
 }
@@ -45,11 +50,11 @@ export function resolveTrace(trace: AccessTrace, maps: readonly LayerMap[]): Res
 /** Finds by their names the files of events whose chunks have changed: a later version of them is read in the same places. */
 export function resolveByPath(events: readonly TraceEvent[], tree: StartTree, maps: readonly LayerMap[]): PieceRef[] {
   const pieces: PieceRef[] = [];
-  for (const { path, fileOffset, length } of events) {
-    const file = path === '' ? undefined : fileAt(tree, path);
-    if (file === undefined || fileOffset >= file.size) continue;
-    for (const range of file.ranges(fileOffset, Math.min(length, file.size - fileOffset)))
-      pieces.push(...piecesAt(range, maps));
+  for (const event of events) {
+    for (const range of rangesOf(event, tree)) {
+      for (const piece of piecesAt(range, maps)) pieces.push(piece);
+      if (pieces.length > MAX_PIECES) return pieces;
+    }
   }
   return pieces;
 }
@@ -86,11 +91,15 @@ export function* allPieces(maps: readonly LayerMap[]): Generator<PieceRef> {
   }
 }
 
-function fileAt(tree: StartTree, path: string): ReturnType<StartTree['file']> {
+/** Where the file of an event lies in the store, as far as the event reaches; nowhere when there is no such file. */
+function rangesOf({ path, fileOffset, length }: TraceEvent, tree: StartTree): ByteRange[] {
+  if (path === '') return [];
   try {
-    return tree.file(path);
+    const file = tree.file(path);
+    if (file === undefined || fileOffset >= file.size) return [];
+    return file.ranges(fileOffset, Math.min(length, file.size - fileOffset));
   } catch {
-    return undefined; // Damaged metadata: whoever mounts the image is told.
+    return []; // Damaged metadata: whoever mounts the image is told.
   }
 }
 
@@ -99,21 +108,15 @@ function findChunks(
   wanted: ReadonlySet<Digest>,
   maps: readonly LayerMap[],
 ): Map<Digest, { readonly map: LayerMap; readonly chunk: number }> {
-  const byStart = new Map<number, { readonly digest: Digest; readonly bytes: Buffer }[]>();
-  for (const digest of wanted) {
-    const bytes = digestBytes(digest);
-    const start = bytes.readUInt32LE(0);
-    byStart.set(start, [...(byStart.get(start) ?? []), { digest, bytes }]);
-  }
+  const starts = new Set([...wanted].map((digest) => digestBytes(digest).readUInt32LE(0)));
   const found = new Map<Digest, { map: LayerMap; chunk: number }>();
   for (const map of maps) {
     const { digest: table, count } = map.layer.index.chunks;
     const view = new DataView(table.buffer, table.byteOffset, table.byteLength);
     for (let chunk = 0; chunk < count; chunk++) {
-      for (const { digest, bytes } of byStart.get(view.getUint32(chunk * 32, true)) ?? []) {
-        if (bytes.equals(table.subarray(chunk * 32, chunk * 32 + 32)) && !found.has(digest))
-          found.set(digest, { map, chunk });
-      }
+      if (!starts.has(view.getUint32(chunk * 32, true))) continue;
+      const digest = digestFromBytes(table.subarray(chunk * 32, chunk * 32 + 32));
+      if (wanted.has(digest) && !found.has(digest)) found.set(digest, { map, chunk });
     }
   }
   return found;

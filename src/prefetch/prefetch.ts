@@ -164,7 +164,7 @@ export class Prefetch {
         { layers: image.layerIds, from: older.tag, changed: unknown.length },
         'the trace of another version is replayed',
       );
-      void this.#run(older, maps, FOREIGN_AHEAD_BYTES, AbortSignal.any([image.signal, replaced.signal]));
+      this.#passOver(this.#run(older, maps, FOREIGN_AHEAD_BYTES, AbortSignal.any([image.signal, replaced.signal])));
     }
     const found = await remote;
     exact(found !== undefined);
@@ -217,8 +217,13 @@ export class Prefetch {
     if (exact || changed === undefined || changed.events.length === 0) return exact;
     const tree = await readTree(metadata);
     if (tree === undefined) return false;
-    void this.#fetch(resolveByPath(changed.events, tree, changed.maps), FOREIGN_AHEAD_BYTES, signal);
+    this.#passOver(this.#fetch(resolveByPath(changed.events, tree, changed.maps), FOREIGN_AHEAD_BYTES, signal));
     return false;
+  }
+
+  /** Has something that is only a hint go on by itself: when it fails, a start reads later what it would have brought. */
+  #passOver(work: Promise<void>): void {
+    work.catch((error: unknown) => this.#options.log.debug({ err: error }, 'a trace could not be replayed'));
   }
 
   /** Begins to record an image that was just mounted. Never rejects. */

@@ -5,8 +5,9 @@ import type { LayerMap } from '../fs/loadable-layer.ts';
 import type { SpanLedger } from '../fs/span-ledger.ts';
 import type { SeenRead, Transport } from '../fs/transport/transport.ts';
 import type { Logger } from '../log.ts';
-import { MiB } from '../units.ts';
+import { BLOCK_BYTES, MiB, roundUp } from '../units.ts';
 import {
+  MAX_UNITS,
   mergeRun,
   type Outcome,
   TRACE_UNIT_BYTES,
@@ -24,8 +25,6 @@ const IDLE_MS = 5_000;
 const FIRST_READ_MS = 600_000;
 /** How often reads are taken from the transport. */
 const TICK_MS = 100;
-/** Ranges of a run that are kept; more are no start. */
-const MAX_UNITS = 200_000;
 /** Pieces of 64 KiB of the largest chunk. */
 const UNITS_PER_CHUNK = (64 * MiB) / TRACE_UNIT_BYTES;
 
@@ -38,7 +37,7 @@ export interface RecordedImage {
 
 export interface RecorderOptions {
   readonly transport: Pick<Transport, 'watchReads' | 'takeReads' | 'capabilities'>;
-  readonly ledger: Pick<SpanLedger, 'read' | 'origin' | 'settle'>;
+  readonly ledger: Pick<SpanLedger, 'read' | 'origin' | 'settle' | 'watch'>;
   readonly traces: TraceStore;
   /** Files that chunks of a layer belong to: first chunk, path and offset; '' when not known. */
   readonly filesOf: (map: LayerMap, chunks: ReadonlySet<number>) => Promise<ReadonlyMap<number, ChunkFile>>;
@@ -49,6 +48,12 @@ export interface RecorderOptions {
 export interface ChunkFile {
   readonly path: string;
   readonly offset: number;
+}
+
+/** Addresses of the store. */
+interface Part {
+  readonly start: number;
+  readonly end: number;
 }
 
 interface SeenUnit {
@@ -88,12 +93,25 @@ export class Recorder {
   /** Begins to note the reads of an image that was just mounted: nothing of it is in the page cache yet. */
   begin(image: RecordedImage): void {
     if (this.#recordings.has(image.imageId)) return;
+    // What was read in an earlier life of this number is nothing of this one.
+    this.#takeReads();
     const now = performance.now();
     const units = image.maps.map(() => new Map<number, SeenUnit>());
     const rest = { begunMs: now, firstMs: undefined, firstSeenMs: now, lastSeenMs: now, count: 0, recent: 0 };
     this.#recordings.set(image.imageId, { ...image, ...rest, units });
     this.#options.transport.watchReads(image.imageId, true);
+    this.#watchLedger(image, true);
     this.#timer ??= setInterval(() => this.#tick(), TICK_MS).unref();
+  }
+
+  #watchLedger({ maps }: RecordedImage, on: boolean): void {
+    const { ledger, transport } = this.#options;
+    // Where hits are not seen, all that was fetched ahead would look as if nobody had read it.
+    if (transport.capabilities.seesHits)
+      ledger.watch(
+        maps.map(({ layerId }) => layerId),
+        on,
+      );
   }
 
   /** Ends the recording of an image; resolves once what was recorded of it is kept, or could not be. Never rejects. */
@@ -129,40 +147,57 @@ export class Recorder {
         recording.firstSeenMs = now;
       }
       recording.lastSeenMs = now;
-      this.#note(recording, read, read.atMs - recording.firstMs);
+      this.#note(recording, read, Math.max(0, read.atMs - recording.firstMs));
     }
   }
 
-  /** Enters a read under every chunk it touches. */
+  /** Enters a read under every chunk it touches: each address once, although layers share chunks. */
   #note(recording: Recording, { offset, length, missed }: SeenRead, atMs: number): void {
-    const { maps } = recording;
-    const end = offset + length;
-    let left = length;
-    for (let i = 0; i < maps.length && left > 0; i++) {
-      const number = (recording.recent + i) % maps.length;
+    const { maps, recent } = recording;
+    let todo: Part[] = [{ start: offset, end: offset + length }];
+    for (let i = 0; i < maps.length && todo.length > 0; i++) {
+      const number = (recent + i) % maps.length;
       const map = maps[number]!;
-      const { addresses, index } = map.layer;
-      for (const chunk of map.chunksIn(offset, end)) {
-        const address = addresses[chunk]!;
-        const from = Math.max(0, offset - address);
-        const to = Math.min(index.chunks.length[chunk]!, end - address);
-        left -= to - from;
-        const outcome = this.#outcome(map, chunk, from, to, missed);
-        for (let unit = Math.floor(from / TRACE_UNIT_BYTES); unit * TRACE_UNIT_BYTES < to; unit++) {
-          const key = chunk * UNITS_PER_CHUNK + unit;
-          if (recording.units[number]!.has(key)) continue;
-          recording.units[number]!.set(key, { atMs, outcome });
-          recording.count++;
-          const bytes = Math.min(TRACE_UNIT_BYTES, index.chunks.length[chunk]! - unit * TRACE_UNIT_BYTES);
-          this.askedBytes += bytes;
-          if (!missed) this.presentBytes += bytes;
+      const rest: Part[] = [];
+      for (const part of todo) {
+        let at = part.start;
+        for (const chunk of map.chunksIn(part.start, part.end)) {
+          const address = map.layer.addresses[chunk]!;
+          const end = address + roundUp(map.layer.index.chunks.length[chunk]!, BLOCK_BYTES);
+          if (end <= at) continue; // A file of the same content.
+          if (address > at) rest.push({ start: at, end: address });
+          this.#noteChunk(recording, number, chunk, Math.max(0, at - address), part.end - address, { atMs, missed });
+          recording.recent = number;
+          at = end;
         }
+        if (at < part.end) rest.push({ start: at, end: part.end });
       }
-      // Blocks are padded, and layers share chunks: what is left of a page is nobody's.
-      if (left < length) {
-        recording.recent = number;
-        if (left < 4096) break;
-      }
+      todo = rest;
+    }
+  }
+
+  /** Enters bytes [from, to) of a chunk, as far as it has them. */
+  #noteChunk(
+    recording: Recording,
+    number: number,
+    chunk: number,
+    from: number,
+    to: number,
+    { atMs, missed }: { readonly atMs: number; readonly missed: boolean },
+  ): void {
+    const map = recording.maps[number]!;
+    const units = recording.units[number]!;
+    const length = map.layer.index.chunks.length[chunk]!;
+    const end = Math.min(length, to);
+    const outcome = this.#outcome(map, chunk, from, end, missed);
+    for (let unit = Math.floor(from / TRACE_UNIT_BYTES); unit * TRACE_UNIT_BYTES < end; unit++) {
+      const key = chunk * UNITS_PER_CHUNK + unit;
+      if (units.has(key) || recording.count >= MAX_UNITS) continue;
+      units.set(key, { atMs, outcome });
+      recording.count++;
+      const bytes = Math.min(TRACE_UNIT_BYTES, length - unit * TRACE_UNIT_BYTES);
+      this.askedBytes += bytes;
+      if (!missed) this.presentBytes += bytes;
     }
   }
 
@@ -184,12 +219,14 @@ export class Recorder {
   #finish(recording: Recording): void {
     this.#recordings.delete(recording.imageId);
     this.#options.transport.watchReads(recording.imageId, false);
+    this.#watchLedger(recording, false);
     if (this.#recordings.size === 0) {
       clearInterval(this.#timer);
       this.#timer = undefined;
     }
     if (recording.count === 0) return;
-    this.#options.ledger.settle(recording.maps.map(({ layerId }) => layerId));
+    if (this.#options.transport.capabilities.seesHits)
+      this.#options.ledger.settle(recording.maps.map(({ layerId }) => layerId));
     const saving = this.#save(recording).catch((error: unknown) => {
       // The next start is no worse off than this one was.
       this.#options.log.warn({ err: error, image: recording.imageId }, 'a trace could not be kept');

@@ -1,5 +1,5 @@
 // Fetches the spans of plans ahead of their readers: how many at once, how much per request, and how far ahead. Several
-// plans share the places fairly. Called by replay.ts and warm-up; requests themselves are the SpanFetcher's.
+// plans share the places fairly. Called by prefetch.ts and warm-up; requests themselves are the SpanFetcher's.
 import type { LayerMap } from '../fs/loadable-layer.ts';
 import { Priority } from '../fs/span-ledger.ts';
 import type { Logger } from '../log.ts';
@@ -8,11 +8,12 @@ import type { PlannedSpan } from './planner.ts';
 
 /** What the scheduler needs of the loader. */
 export interface BatchFetcher {
-  /**
-   * Fetches spans of one layer, ascending, in one request where the registry can. Never rejects; resolves to why a span could
-   * not be had, undefined when all came.
-   */
-  fetchBatch(map: LayerMap, spans: readonly number[], priority: number): Promise<unknown>;
+  /** Fetches spans of one layer, ascending, in one request where the registry can; how many came. Never rejects. */
+  fetchBatch(map: LayerMap, spans: readonly number[], priority: number): Promise<number>;
+  /** True for a layer that was dropped: nothing is fetched for it any more. */
+  isForgotten(layerId: number): boolean;
+  /** Has what decoding spans of a layer, ascending, needs beside their bytes brought here together: a hint. */
+  expectWindows(map: LayerMap, spans: readonly number[]): void;
   /** True for a span that is being fetched. */
   isUnderWay(map: LayerMap, span: number): boolean;
   /** True for a span that somebody has read, or waits for. */
@@ -36,8 +37,8 @@ export interface Plan {
   readonly bytesPerSecond?: number;
   readonly priority?: number;
   readonly signal: AbortSignal;
-  /** Told of compressed bytes after each request, and of why some of them did not come. */
-  readonly onProgress?: (bytes: number, failure: unknown) => void;
+  /** Told of compressed bytes after each request, and whether all of them came. */
+  readonly onProgress?: (bytes: number, complete: boolean) => void;
 }
 
 export interface SchedulerOptions {
@@ -50,15 +51,15 @@ export interface SchedulerOptions {
 }
 
 /** Longest request, compressed bytes. */
-const MAX_BATCH_BYTES = 10 * MiB;
+const MAX_BATCH_BYTES = 16 * MiB;
 /** The first request of a plan: what is needed first is not to wait for much else. */
 const FIRST_BATCH_BYTES = 4 * MiB;
 /** While somebody reads what no plan foresaw: the link is not to be taken for long. */
 const POLITE_BATCH_BYTES = MiB;
 /** A request is not to last longer than this on a slow link, milliseconds. */
-const MAX_BATCH_MS = 700;
+const MAX_BATCH_MS = 1_000;
 /** The same for a request whose first bytes a reader waits for. */
-const MAX_URGENT_MS = 40;
+const MAX_URGENT_MS = 150;
 /** A request of a plan with a limit carries at most so much time's worth of it, seconds. */
 const LIMITED_SECONDS = 0.5;
 /**
@@ -67,8 +68,16 @@ const LIMITED_SECONDS = 0.5;
  */
 const LOOK_AHEAD_MS = 300;
 const LOOK_AHEAD_BYTES = 2 * MiB;
+/** The same as long as nobody knows the link, in requests. */
+const UNKNOWN_LOOK_AHEAD = 5;
+/** Windows of so many spans are brought together: about 2.5 MB. */
+const EXPECTED_SPANS = 256;
 /** How often it is looked whether readers have come closer, milliseconds. */
 const LOOK_MS = 20;
+/** A plan whose reader has not come closer for so long is given up: nobody starts, or the trace is wrong. Milliseconds. */
+const GIVE_UP_MS = 120_000;
+/** So many requests after each other of which nothing came end a plan: readers ask again for what they need. */
+const MAX_FAILURES = 3;
 
 interface Running {
   readonly plan: Plan;
@@ -79,8 +88,14 @@ interface Running {
   batches: number;
   underWay: number;
   ended: boolean;
+  /** Requests without any bytes since the last one with some. */
+  failures: number;
+  /** When its latest request began, or its reader had come closer; by performance.now(). */
+  movedMs: number;
   /** When the rate allows the next request, by performance.now(). */
   nextMs: number;
+  /** Spans whose windows were asked for, as layer and span. */
+  readonly expected: Set<string>;
   readonly done: PromiseWithResolvers<void>;
 }
 
@@ -89,6 +104,7 @@ export class PrefetchScheduler {
   readonly #running: Running[] = [];
   #requests = 0;
   #timer: NodeJS.Timeout | undefined;
+  #closed = false;
 
   constructor(options: SchedulerOptions) {
     this.#options = options;
@@ -110,39 +126,61 @@ export class PrefetchScheduler {
       batches: 0,
       underWay: 0,
       ended: false,
+      failures: 0,
+      movedMs: performance.now(),
       nextMs: 0,
+      expected: new Set(),
       done: Promise.withResolvers<void>(),
     };
     this.#running.push(running);
-    plan.signal.addEventListener('abort', () => this.#pump(), { once: true });
+    const aborted = (): void => this.#pump();
+    plan.signal.addEventListener('abort', aborted, { once: true });
     this.#pump();
-    return running.done.promise;
+    return running.done.promise.finally(() => plan.signal.removeEventListener('abort', aborted));
   }
 
+  /** Takes spans of a plan: half of what others leave, so that a plan that comes later, or one beside a plan that waits, has room. */
   #fill(running: Running): void {
-    let room = this.#options.queueSize - this.queuedSpans;
-    while (!running.ended && room > 0) {
-      const next = running.plan.spans.next();
-      if (next.done === true) running.ended = true;
-      else {
-        running.queue.push(next.value);
-        room--;
+    const { queue, plan } = running;
+    const free = this.#options.queueSize - this.queuedSpans;
+    const most = Math.ceil((free + queue.length) / 2);
+    try {
+      for (let room = Math.min(free, most - queue.length); !running.ended && room > 0; ) {
+        const next = plan.spans.next();
+        if (next.done === true) running.ended = true;
+        else if (this.#isWanted(next.value)) {
+          queue.push(next.value);
+          room--;
+        }
       }
+    } catch (error) {
+      // A plan is a hint; what it still had to say is read later.
+      this.#options.log.debug({ err: error }, 'a plan ends early');
+      running.ended = true;
     }
+  }
+
+  /** False for what is being fetched already, or cannot be any more. */
+  #isWanted({ map, span }: PlannedSpan): boolean {
+    const { fetcher } = this.#options;
+    return !fetcher.isForgotten(map.layerId) && !fetcher.isUnderWay(map, span);
   }
 
   #pump(): void {
     clearTimeout(this.#timer);
     this.#timer = undefined;
+    const { queueSize } = this.#options;
     let progress = true;
     while (progress) {
       progress = false;
       for (const running of [...this.#running]) {
-        if (running.plan.signal.aborted) {
+        if (this.#closed || running.plan.signal.aborted || this.#isHopeless(running)) {
           running.queue.length = 0;
           running.ended = true;
-        } else if (running.queue.length < this.#options.queueSize / 2) this.#fill(running);
+        } else this.#fill(running);
         if (this.#startOne(running)) progress = true;
+        // What it had was being fetched by others, or its layer has gone: there may be more.
+        else if (!running.ended && running.queue.length === 0 && this.queuedSpans < queueSize) progress = true;
         if (running.ended && running.queue.length === 0 && running.underWay === 0) this.#finish(running);
       }
       // Each plan in turn.
@@ -152,6 +190,14 @@ export class PrefetchScheduler {
     // Readers come closer without telling.
     if (this.#running.some(({ queue }) => queue.length > 0))
       this.#timer = setTimeout(() => this.#pump(), LOOK_MS).unref();
+  }
+
+  /** True for a plan whose reader does not come, or whose bytes do not. */
+  #isHopeless({ plan, queue, failures, underWay, movedMs }: Running): boolean {
+    const late = underWay === 0 && performance.now() - movedMs > GIVE_UP_MS;
+    if (failures < MAX_FAILURES && !late) return false;
+    if (queue.length > 0) this.#options.log.debug({ failures, unread: plan.maxUnreadBytes }, 'a plan is given up');
+    return true;
   }
 
   #finish(running: Running): void {
@@ -165,8 +211,10 @@ export class PrefetchScheduler {
     for (const running of this.#running) {
       const at = running.queue.findIndex((planned) => planned.span === span && planned.map.layerId === map.layerId);
       if (at < 0) continue;
+      const room = this.#room(running);
+      if (room <= 0) return; // The reader fetches it.
       const { bytesPerMs } = this.#options.fetcher.link(map);
-      const bytes = Math.min(MAX_BATCH_BYTES, Math.max(POLITE_BATCH_BYTES, bytesPerMs * MAX_URGENT_MS));
+      const bytes = Math.min(room, MAX_BATCH_BYTES, Math.max(POLITE_BATCH_BYTES, bytesPerMs * MAX_URGENT_MS));
       this.#start(running, this.#take(running, at, bytes), Priority.onDemand - 1);
       return;
     }
@@ -174,13 +222,15 @@ export class PrefetchScheduler {
 
   /** Begins the next request of a plan, if there is a place and it is not too far ahead. */
   #startOne(running: Running): boolean {
-    const { fetcher } = this.#options;
     const { queue, plan } = running;
-    while (queue.length > 0 && fetcher.isUnderWay(queue[0]!.map, queue[0]!.span)) queue.shift();
+    while (queue.length > 0 && !this.#isWanted(queue[0]!)) queue.shift();
     const head = queue[0];
     const now = performance.now();
-    if (head === undefined || now < running.nextMs || this.#requests >= this.#places(head.map)) return false;
-    if (this.#yields(running, now)) return false;
+    if (head === undefined) return false;
+    if (now < running.nextMs || this.#requests >= this.#places(head.map) || this.#yields(running, now)) {
+      running.movedMs = now; // It is not its reader that it waits for.
+      return false;
+    }
     const room = this.#room(running);
     if (room <= 0) return false;
     const batch = this.#take(running, 0, Math.min(room, this.#batchBytes(running, head.map)));
@@ -195,20 +245,58 @@ export class PrefetchScheduler {
     const bytes = batch.reduce((sum, span) => sum + span.bytes, 0);
     running.batches++;
     running.underWay++;
+    running.movedMs = now;
     running.unread.push(...batch);
     running.unreadBytes += bytes;
     if (plan.bytesPerSecond !== undefined)
       running.nextMs = Math.max(now, running.nextMs) + (bytes / plan.bytesPerSecond) * 1000;
     this.#requests++;
+    if (plan.bytesPerSecond === undefined) this.#expectWindows(running, batch);
     const spans = batch.map(({ span }) => span).sort((a, b) => a - b);
-    void fetcher.fetchBatch(batch[0]!.map, spans, priority).then((failure) => {
+    void fetcher.fetchBatch(batch[0]!.map, spans, priority).then((came) => {
       const ms = Math.round(performance.now() - now);
       log.debug({ spans: spans.length, bytes, ms, queued: queue.length }, 'a part of a plan was fetched');
       this.#requests--;
       running.underWay--;
-      plan.onProgress?.(bytes, failure);
+      running.failures = came > 0 ? 0 : running.failures + 1;
+      if (came === 0) this.#forgetUnread(running, new Set(batch));
+      plan.onProgress?.(bytes, came === spans.length);
       this.#pump();
     });
+  }
+
+  /** Asks for the windows of a request together with those of the next ones of the same layer. */
+  #expectWindows({ queue, expected }: Running, batch: readonly PlannedSpan[]): void {
+    const { map } = batch[0]!;
+    const keyOf = (span: number): string => `${map.layerId}:${span}`;
+    if (batch.every(({ span }) => expected.has(keyOf(span)))) return;
+    const following = queue.filter((planned) => planned.map === map).slice(0, EXPECTED_SPANS);
+    const spans = [...batch, ...following].map(({ span }) => span).filter((span) => !expected.has(keyOf(span)));
+    for (const span of spans) expected.add(keyOf(span));
+    this.#options.fetcher.expectWindows(
+      map,
+      spans.sort((a, b) => a - b),
+    );
+  }
+
+  /**
+   * Requests that may be under way at once. Two: while one transfers the next is asked for, and its decoding ends; more would share
+   * the link, and what is needed first would come later.
+   */
+  #places(map: LayerMap): number {
+    const { workers, fetcher } = this.#options;
+    if (fetcher.isPolite) return fetcher.isWanted ? 0 : 1;
+    return Math.min(workers, 1 + Math.max(1, Math.ceil(fetcher.link(map).roundTripBytes / MAX_BATCH_BYTES)));
+  }
+
+  #batchBytes(running: Running, map: LayerMap): number {
+    const { fetcher } = this.#options;
+    // A limited plan spreads its bytes: a large request would take the whole link for a while, and then nothing for long.
+    const limited = (running.plan.bytesPerSecond ?? Number.POSITIVE_INFINITY) * LIMITED_SECONDS;
+    if (fetcher.isPolite) return Math.min(POLITE_BATCH_BYTES, limited);
+    const { bytesPerMs } = fetcher.link(map);
+    const most = bytesPerMs === 0 ? MAX_BATCH_BYTES : Math.max(POLITE_BATCH_BYTES, bytesPerMs * MAX_BATCH_MS);
+    return Math.min(MAX_BATCH_BYTES, most, limited, FIRST_BATCH_BYTES * 2 ** running.batches);
   }
 
   /** True while a plan that somebody is closer to needing could begin a request: those in the background take what it leaves. */
@@ -223,32 +311,24 @@ export class PrefetchScheduler {
     );
   }
 
-  /** Requests that may be under way at once: enough for the link to be full, no more. */
-  #places(map: LayerMap): number {
-    const { workers, fetcher } = this.#options;
-    if (fetcher.isPolite) return fetcher.isWanted ? 0 : 1;
-    return Math.min(workers, 1 + Math.max(1, Math.ceil(fetcher.link(map).roundTripBytes / (2 * MiB))));
-  }
-
-  #batchBytes(running: Running, map: LayerMap): number {
-    const { fetcher } = this.#options;
-    // A limited plan spreads its bytes: a large request would take the whole link for a while, and then nothing for long.
-    const limited = (running.plan.bytesPerSecond ?? Number.POSITIVE_INFINITY) * LIMITED_SECONDS;
-    if (fetcher.isPolite) return Math.min(POLITE_BATCH_BYTES, limited);
-    const { bytesPerMs } = fetcher.link(map);
-    const most = bytesPerMs === 0 ? MAX_BATCH_BYTES : Math.max(POLITE_BATCH_BYTES, bytesPerMs * MAX_BATCH_MS);
-    return Math.min(MAX_BATCH_BYTES, most, limited, FIRST_BATCH_BYTES * 2 ** running.batches);
-  }
-
   /** Bytes by which a plan may go on now. */
   #room(running: Running): number {
     const { maxUnreadBytes } = running.plan;
     if (running.unreadBytes >= maxUnreadBytes) {
       const { fetcher } = this.#options;
-      running.unread = running.unread.filter(({ map, span }) => !fetcher.wasRead(map, span));
-      running.unreadBytes = running.unread.reduce((sum, { bytes }) => sum + bytes, 0);
+      const read = running.unread.filter(({ map, span }) => fetcher.wasRead(map, span));
+      if (read.length > 0) {
+        running.movedMs = performance.now();
+        this.#forgetUnread(running, new Set(read));
+      }
     }
     return maxUnreadBytes - running.unreadBytes;
+  }
+
+  /** Tells that these are no longer what is waiting to be read. */
+  #forgetUnread(running: Running, gone: ReadonlySet<PlannedSpan>): void {
+    running.unread = running.unread.filter((span) => !gone.has(span));
+    running.unreadBytes = running.unread.reduce((sum, { bytes }) => sum + bytes, 0);
   }
 
   /** Takes the span at a place of the queue and what soon follows it of the same layer, at least one, at most `bytes`. */
@@ -256,7 +336,10 @@ export class PrefetchScheduler {
     const { fetcher } = this.#options;
     const { map } = queue[from]!;
     const batch: PlannedSpan[] = [];
-    const most = bytes + Math.max(LOOK_AHEAD_BYTES, fetcher.link(map).bytesPerMs * LOOK_AHEAD_MS);
+    const { bytesPerMs } = fetcher.link(map);
+    const later =
+      bytesPerMs === 0 ? bytes * UNKNOWN_LOOK_AHEAD : Math.max(LOOK_AHEAD_BYTES, bytesPerMs * LOOK_AHEAD_MS);
+    const most = bytes + later;
     let [taken, looked] = [0, 0];
     for (let at = from; at < queue.length && looked < most; ) {
       const span = queue[at]!;
@@ -267,14 +350,16 @@ export class PrefetchScheduler {
       }
       if (taken > 0 && taken + span.bytes > bytes) break;
       queue.splice(at, 1);
-      if (fetcher.isUnderWay(map, span.span)) continue;
+      if (!this.#isWanted(span)) continue;
       batch.push(span);
       taken += span.bytes;
     }
     return batch;
   }
 
+  /** Ends every plan: those with a request under way when that has ended. Idempotent. */
   close(): void {
-    clearTimeout(this.#timer);
+    this.#closed = true;
+    this.#pump();
   }
 }

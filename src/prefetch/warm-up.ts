@@ -39,8 +39,6 @@ const AGAIN_MS = 24 * 3_600_000;
 /** Delay before one that failed is tried again: the first, and the longest, milliseconds. */
 const FIRST_RETRY_MS = 5_000;
 const LAST_RETRY_MS = 30 * 60_000;
-/** Requests in a row that bring nothing: the registry is away, and the rest of the plan is not asked for. */
-const MAX_FAILURES = 3;
 /** Before what failed is asked for once more, milliseconds. */
 const SECOND_TRY_MS = 1_000;
 /** Pieces that no plan can bring are made here, so many at once. */
@@ -314,18 +312,17 @@ export class WarmUp {
     const { name, show, signal } = warming;
     const total = compressedBytes(pieces(), isPresent);
     if (total > 0) show(step('fetch', 0, total));
-    let failure = await this.#run(pieces(), total, warming);
+    let allCame = await this.#run(pieces(), total, warming);
     let missing = absent(pieces(), isPresent);
-    if (missing.length > 0 && failure !== undefined) {
+    if (missing.length > 0 && !allCame) {
       await this.#sleep(SECOND_TRY_MS, signal);
-      failure = await this.#run(missing, total, warming);
+      allCame = await this.#run(missing, total, warming);
       missing = absent(missing, isPresent);
     }
-    // Zeros that no span holds, pieces that reach over more spans than are decoded at once, and what was evicted meanwhile.
-    if (missing.length > 0 && failure === undefined) {
-      failure = await this.#make(missing, warming);
-      missing = absent(missing, isPresent);
-    }
+    // Zeros that no span holds, pieces that reach over more spans than are decoded at once, and what was evicted meanwhile; or
+    // the first of many that do not come: it says why.
+    const failure = await this.#make(allCame ? missing : missing.slice(0, 1), warming);
+    missing = absent(missing, isPresent);
     if (missing.length === 0) return total;
     const bytes = missing.reduce((sum, { length }) => sum + length, 0);
     const why = failure instanceof Error ? `: ${failure.message}` : '';
@@ -342,31 +339,24 @@ export class WarmUp {
     );
   }
 
-  /** Has the scheduler fetch what is absent of pieces. Returns why it was given up, or the last failure. */
-  async #run(pieces: Iterable<PieceRef>, total: number, warming: Warming): Promise<unknown> {
+  /** Has the scheduler fetch what is absent of pieces, until nothing comes any more. Returns whether all came that was asked for. */
+  async #run(pieces: Iterable<PieceRef>, total: number, warming: Warming): Promise<boolean> {
     const { signal, bytesPerSecond, show } = warming;
-    const giveUp = new AbortController();
-    let [done, inARow] = [0, 0];
-    let failure: unknown;
+    let done = 0;
+    let allCame = true;
     await this.#options.prefetch.scheduler.run({
       spans: spansNeeded(pieces, this.#options.isPresent),
       maxUnreadBytes: Number.POSITIVE_INFINITY,
       ...(bytesPerSecond === undefined ? {} : { bytesPerSecond }),
       priority: Priority.background,
-      signal: AbortSignal.any([signal, giveUp.signal]),
-      onProgress: (bytes, failed) => {
-        if (failed !== undefined) {
-          failure = failed;
-          if (++inARow >= MAX_FAILURES) giveUp.abort();
-          return;
-        }
-        inARow = 0;
-        done += bytes;
-        show(step('fetch', Math.min(done, total), total));
+      signal,
+      onProgress: (bytes, complete) => {
+        if (!complete) allCame = false;
+        else show(step('fetch', Math.min((done += bytes), total), total));
       },
     });
     signal.throwIfAborted();
-    return failure;
+    return allCame;
   }
 
   /** Brings pieces here one by one, out of whatever spans they need. Returns the first failure. */
