@@ -37,8 +37,8 @@ export interface Plan {
   readonly bytesPerSecond?: number;
   readonly priority?: number;
   readonly signal: AbortSignal;
-  /** Told of compressed bytes after each request. */
-  readonly onProgress?: (bytes: number) => void;
+  /** Told of compressed bytes after each request, and whether all of them came. */
+  readonly onProgress?: (bytes: number, complete: boolean) => void;
 }
 
 export interface SchedulerOptions {
@@ -60,6 +60,8 @@ const POLITE_BATCH_BYTES = MiB;
 const MAX_BATCH_MS = 1_000;
 /** The same for a request whose first bytes a reader waits for. */
 const MAX_URGENT_MS = 150;
+/** A request of a plan with a limit carries at most so much time's worth of it, seconds. */
+const LIMITED_SECONDS = 0.5;
 /**
  * A request may take what a plan has this much later from the same layer: few large requests, for a little less order. On a fast
  * link that costs nobody anything.
@@ -225,7 +227,7 @@ export class PrefetchScheduler {
     const head = queue[0];
     const now = performance.now();
     if (head === undefined) return false;
-    if (now < running.nextMs || this.#requests >= this.#places(head.map)) {
+    if (now < running.nextMs || this.#requests >= this.#places(head.map) || this.#yields(running, now)) {
       running.movedMs = now; // It is not its reader that it waits for.
       return false;
     }
@@ -258,7 +260,7 @@ export class PrefetchScheduler {
       running.underWay--;
       running.failures = came > 0 ? 0 : running.failures + 1;
       if (came === 0) this.#forgetUnread(running, new Set(batch));
-      plan.onProgress?.(bytes);
+      plan.onProgress?.(bytes, came === spans.length);
       this.#pump();
     });
   }
@@ -286,10 +288,24 @@ export class PrefetchScheduler {
 
   #batchBytes(running: Running, map: LayerMap): number {
     const { fetcher } = this.#options;
-    if (fetcher.isPolite) return POLITE_BATCH_BYTES;
+    // A limited plan spreads its bytes: a large request would take the whole link for a while, and then nothing for long.
+    const limited = (running.plan.bytesPerSecond ?? Number.POSITIVE_INFINITY) * LIMITED_SECONDS;
+    if (fetcher.isPolite) return Math.min(POLITE_BATCH_BYTES, limited);
     const { bytesPerMs } = fetcher.link(map);
     const most = bytesPerMs === 0 ? MAX_BATCH_BYTES : Math.max(POLITE_BATCH_BYTES, bytesPerMs * MAX_BATCH_MS);
-    return Math.min(MAX_BATCH_BYTES, most, FIRST_BATCH_BYTES * 2 ** running.batches);
+    return Math.min(MAX_BATCH_BYTES, most, limited, FIRST_BATCH_BYTES * 2 ** running.batches);
+  }
+
+  /** True while a plan that somebody is closer to needing could begin a request: those in the background take what it leaves. */
+  #yields({ plan }: Running, now: number): boolean {
+    const priority = plan.priority ?? Priority.trace;
+    return this.#running.some(
+      (other) =>
+        (other.plan.priority ?? Priority.trace) > priority &&
+        other.queue.length > 0 &&
+        now >= other.nextMs &&
+        this.#room(other) > 0,
+    );
   }
 
   /** Bytes by which a plan may go on now. */
