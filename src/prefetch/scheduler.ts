@@ -53,7 +53,7 @@ export interface SchedulerOptions {
 /** Longest request, compressed bytes. */
 const MAX_BATCH_BYTES = 16 * MiB;
 /** The first request of a plan: what is needed first is not to wait for much else. */
-const FIRST_BATCH_BYTES = 4 * MiB;
+const FIRST_BATCH_BYTES = 2 * MiB;
 /** While somebody reads what no plan foresaw: the link is not to be taken for long. */
 const POLITE_BATCH_BYTES = MiB;
 /** A request is not to last longer than this on a slow link, milliseconds. */
@@ -277,13 +277,15 @@ export class PrefetchScheduler {
   }
 
   /**
-   * Requests that may be under way at once. Two: while one transfers the next is asked for, and its decoding ends; more would share
-   * the link, and what is needed first would come later.
+   * Requests that may be under way at once. Two: while one transfers the next is asked for, and its decoding ends. More where a
+   * round trip carries much, or nobody knows: connections that begin slowly fill the link together.
    */
   #places(map: LayerMap): number {
     const { workers, fetcher } = this.#options;
     if (fetcher.isPolite) return fetcher.isWanted ? 0 : 1;
-    return Math.min(workers, 1 + Math.max(1, Math.ceil(fetcher.link(map).roundTripBytes / MAX_BATCH_BYTES)));
+    const { roundTripBytes, bytesPerMs } = fetcher.link(map);
+    if (bytesPerMs === 0) return workers;
+    return Math.min(workers, 1 + Math.max(1, Math.ceil(roundTripBytes / MiB)));
   }
 
   #batchBytes(running: Running, map: LayerMap): number {
