@@ -245,6 +245,74 @@ describe('the restart reader', () => {
     assert.equal(source.ranges.length, 1);
   });
 
+  /** The same with several ranges a request, told in an order of its own. */
+  function manyReader(blob = built.restartBlob): BlobReader & { requests: ByteRange[][] } {
+    const requests: ByteRange[][] = [];
+    return {
+      requests,
+      readRange: () => assert.fail('windows of a batch are read together'),
+      readRanges: async (_blob, ranges, _signal, onPart) => {
+        requests.push([...ranges]);
+        for (const [i, { offset, length }] of [...ranges.entries()].reverse())
+          onPart(i, Buffer.from(blob.subarray(offset, offset + length)));
+      },
+      readAll: () => assert.fail('windows are read by range'),
+    };
+  }
+
+  test('reads windows of many spans in one request, each whole, and none of what is here or needs none', async () => {
+    const all = Array.from({ length: built.index.spans.count }, (_, span) => span);
+    const windows = new RestartReader(built.index, join(top, 'nowhere'), new WindowCache(16 * MiB));
+    const expected = await new RestartReader(built.index, join(top, 'nowhere'), new WindowCache(MiB)).readWindows(
+      0,
+      all.length,
+      reader(),
+      signal(),
+    );
+    await windows.readWindows(withWindow[0]!, 1, reader(), signal());
+    const source = manyReader();
+    const many = await windows.readMany(all, source, signal());
+    assert.deepEqual(
+      [...many.keys()].sort((a, b) => a - b),
+      withWindow,
+    );
+    for (const [span, window] of many) assert.deepEqual(Buffer.from(window), Buffer.from(expected[span]!));
+    assert.equal(source.requests.length, 1);
+    const kept = withWindow.filter((span) => span < 4);
+    assert.equal(source.requests[0]!.length, withWindow.length - kept.length);
+    assert.equal((await windows.readMany([0], source, signal())).size, withWindow.includes(0) ? 1 : 0);
+    assert.equal((await windows.readMany([], source, signal())).size, 0);
+    assert.equal(source.requests.length, 1);
+  });
+
+  test('reads windows of many spans from the local file, and from the registry when that is cut off', async () => {
+    const file = join(top, 'many.restart');
+    await writeFile(file, built.restartBlob);
+    const source = manyReader();
+    const whole = await new RestartReader(built.index, file, new WindowCache(MiB)).readMany(
+      withWindow,
+      source,
+      signal(),
+    );
+    assert.equal(source.requests.length, 0);
+    await writeFile(file, built.restartBlob.subarray(0, built.restartBlob.length - 10));
+    const rest = await new RestartReader(built.index, file, new WindowCache(MiB)).readMany(
+      withWindow,
+      source,
+      signal(),
+    );
+    assert.equal(source.requests.length, 1);
+    assert.deepEqual(new Map([...rest].sort(([a], [b]) => a - b)), new Map([...whole].sort(([a], [b]) => a - b)));
+  });
+
+  test('refuses windows of many spans that do not decompress, and passes on why they could not be had', async () => {
+    const windows = new RestartReader(built.index, join(top, 'nowhere'), new WindowCache(MiB));
+    const bad = manyReader(Buffer.alloc(built.restartBlob.length, 7));
+    await fails(windows.readMany(withWindow, bad, signal()), 'INDEX_INVALID');
+    const gone = { ...bad, readRanges: () => Promise.reject(new DedupError('REGISTRY_HTTP', 'gone')) };
+    await fails(windows.readMany(withWindow, gone, signal()), 'REGISTRY_HTTP');
+  });
+
   test('refuses windows that do not decompress', async () => {
     const bad = Buffer.alloc(built.restartBlob.length, 7);
     const windows = new RestartReader(built.index, join(top, 'nowhere'), new WindowCache(MiB));
