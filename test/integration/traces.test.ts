@@ -191,15 +191,16 @@ describe('access traces', () => {
       events: Array.from({ length: MAX_EVENTS }, (_, i) => ({
         atMs: i,
         chunk: i % 2 === 0 ? digestOf(`nobody's ${i}`) : known.events[i % known.events.length]!.chunk,
-        offset: i % 3 === 0 ? 64 * 2 ** 20 : 0,
-        length: 64 * 2 ** 20,
+        offset: i % 3 === 0 ? 32 * 2 ** 20 : 0,
+        length: 32 * 2 ** 20,
         outcome: 'miss' as const,
         count: 1,
         path: ['../../../etc/shadow', 'data/f1', '', '/proc/self/mem'][i % 4]!,
-        fileOffset: i % 5 === 0 ? Number.MAX_SAFE_INTEGER : 0,
+        fileOffset: i % 5 === 0 ? Number.MAX_SAFE_INTEGER - 2 ** 30 : 0,
       })),
     };
     writeFileSync(join(directory(), `hostile-${short}.trace`), formatTrace(hostile));
+    assert.equal(traceOf(victim.image)?.runs, 1, 'one that is believed');
     const pid = await node.product.daemonPid();
     await node.rpull(victim.lazy);
     const { stdout } = await node.runScript(victim.lazy, script('data'));
