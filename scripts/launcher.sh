@@ -26,6 +26,6 @@ case ${1:-} in
   *) verb=${1:-} ;;
 esac
 # Those are over in a moment, and start a fifth faster without.
-case $verb in rpull | mount | umount | images | config | doctor) flags= ;; esac
+case $verb in rpull | warm | mount | umount | images | config | doctor) flags= ;; esac
 # shellcheck disable=SC2086
 exec "$node" $flags --disable-warning=ExperimentalWarning "$home/dist/$name.js" "$@"

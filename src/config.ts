@@ -44,6 +44,19 @@ const prefetch = z.strictObject({
   trace_dir: absolute.optional().describe('where traces of starts are kept; always below the root unless given'),
 });
 
+const warmUp = z.strictObject({
+  images: z
+    .array(z.string().min(1))
+    .default([])
+    .describe('images that are brought here ahead at start and once a day, and kept as long as they are named'),
+  rate_bytes_per_second: z
+    .int()
+    .min(0)
+    .default(0)
+    .describe('limit of a warm-up that is given none of its own, compressed bytes per second; 0: none'),
+  all: z.boolean().default(false).describe('bring the images named whole; false: what their starts read'),
+});
+
 const ksm = z.strictObject({
   enabled: z.boolean().default(true).describe('let the kernel merge equal memory pages'),
   scan_interval: z.int().min(1).max(60_000).default(100).describe('sleep between scans, milliseconds'),
@@ -152,6 +165,7 @@ const schema = z.strictObject({
     .default(8 * MiB)
     .describe('memory for decompressed spans, bytes'),
   prefetch: prefetch.default(prefetch.parse({})),
+  warm_up: warmUp.default(warmUp.parse({})),
   ksm: ksm.default(ksm.parse({})),
   dedupd: dedupd.default(dedupd.parse({})),
   exporterConfig: exporterConfig.default(exporterConfig.parse({})),

@@ -82,6 +82,10 @@ export class RootPaths {
   imageMetadata(id: number): string {
     return join(this.images, `${id}.erofs`);
   }
+  /** Which images were brought here ahead, and until when they are kept. */
+  get warmList(): string {
+    return join(this.root, 'warm.json');
+  }
   get traces(): string {
     return join(this.root, 'traces');
   }

@@ -1,5 +1,5 @@
-// Protocol buffers, as much as the messages of a pull need: varints and length-delimited fields (protobuf.dev, "Encoding").
-// For pull-client.ts, which cannot wait for a library; everybody else loads proto/ with one.
+// Protocol buffers, as much as the messages of these calls need: varints and length-delimited fields (protobuf.dev, "Encoding").
+// For control-call.ts, which cannot wait for a library; everybody else loads proto/ with one.
 import { DedupError } from '../errors.ts';
 
 const VARINT = 0;

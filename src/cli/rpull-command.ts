@@ -1,12 +1,13 @@
 // `rpull`: has dedupd pull an image into containerd without the layers that can be loaded lazily. This file is the verb:
 // options, signals and words for people. A pull takes a moment, so this loads nothing that it can do without.
 import type { Command } from 'commander';
-import { DedupError, errorCode } from '../errors.ts';
-import { DEFAULT_CONFIG_FILE, RunPaths } from '../paths.ts';
+import { DedupError } from '../errors.ts';
+import { RunPaths } from '../paths.ts';
 import { formatBytes } from '../units.ts';
 import { type PullEvent, type PullRequest, pullImage } from './pull-client.ts';
 import { LineProgress, type Progress } from './pull-progress.ts';
 import { runDirectory } from './run-directory.ts';
+import { explainUnreached } from './unreached.ts';
 
 interface RpullFlags {
   readonly user?: string;
@@ -78,23 +79,11 @@ async function rpull(request: PullRequest, configFile: string | undefined): Prom
     process.stdout.write(`${summary}\n`);
   } catch (error) {
     progress.end();
-    throw error instanceof DedupError && error.details.reached === false ? await unreached(error, configFile) : error;
+    throw await explainUnreached(error, configFile, "pull with containerd's own client");
   } finally {
     process.off('SIGINT', onSignal);
     process.off('SIGTERM', onSignal);
   }
-}
-
-/** Nobody answers: says why that is as it should be, where the configuration knows. */
-async function unreached(error: DedupError, configFile: string | undefined): Promise<DedupError> {
-  const { lazyDisabledReason, loadConfig } = await import('../config.ts');
-  const reason = lazyDisabledReason(loadConfig(configFile ?? DEFAULT_CONFIG_FILE, configFile !== undefined));
-  const hint = 'start the service (systemctl start dedup-snapshotter), or look into the log of dedupd';
-  if (reason === undefined) return new DedupError(errorCode(error), error.message, { cause: error, hint });
-  return new DedupError('FAILED_PRECONDITION', `no dedupd runs, for lazy loading is off: ${reason}`, {
-    cause: error,
-    hint: `change ${configFile ?? DEFAULT_CONFIG_FILE}, or pull with containerd's own client`,
-  });
 }
 
 /** Milliseconds; 0 for the usual time. Errors: INVALID_ARGUMENT. */

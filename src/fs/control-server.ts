@@ -134,6 +134,55 @@ export interface BelowMessage {
   readonly layers: readonly LayerKeyMessage[];
 }
 
+/** proto/dedupd.proto, WarmRequest. */
+export interface WarmRequestMessage {
+  readonly reference: string;
+  readonly platform: string;
+  readonly credentials: string;
+  readonly all: boolean;
+  readonly bytes_per_second: number;
+  readonly keep_ms: number;
+}
+
+export interface WarmLeftOutMessage {
+  readonly digest: string;
+  readonly reason: string;
+}
+
+/** proto/dedupd.proto, WarmProgress. */
+export interface WarmProgressMessage {
+  readonly reference: string;
+  readonly step: 'resolve' | 'index' | 'build' | 'fetch' | 'done';
+  readonly bytes_done: number;
+  readonly bytes_total: number;
+  readonly part: string;
+  readonly manifest: string;
+  readonly layers: number;
+  readonly left_out: readonly WarmLeftOutMessage[];
+  readonly until_ms: number;
+}
+
+/** proto/dedupd.proto, WarmImage. */
+export interface WarmImageMessage {
+  readonly reference: string;
+  readonly platform: string;
+  readonly layers: number;
+  readonly until_ms: number;
+  readonly configured: boolean;
+}
+
+/** Brings images here ahead; implemented by prefetch/warm-up.ts. */
+export interface Warmer {
+  warm(
+    request: WarmRequestMessage,
+    show: (message: WarmProgressMessage) => void,
+    signal: AbortSignal,
+  ): Promise<WarmProgressMessage>;
+  listed(): readonly WarmImageMessage[];
+  /** How many there were. Errors: NOT_FOUND, FAILED_PRECONDITION, INVALID_REFERENCE. */
+  forget(references: readonly string[]): number;
+}
+
 /** What the service calls; implemented by data-plane.ts. */
 export interface ControlledPlane {
   readonly root: string;
@@ -166,6 +215,7 @@ export interface ControlledPlane {
   ): Promise<string>;
   unmountReference(directory: string): Promise<void>;
   giveCredentials(host: string, credentials: string): void;
+  readonly warmUp: Warmer;
 }
 
 /** proto/dedupd.proto, PullImageRequest. */
@@ -391,6 +441,13 @@ export async function startControlServer(options: ControlServerOptions): Promise
       await plane.prebuildImage(request.layers);
       return {};
     }),
+    Warm: streaming('Warm', log, stopping.signal, (request: WarmRequestMessage, show, signal) =>
+      plane.warmUp.warm(request, show, signal),
+    ),
+    ListWarm: unary('ListWarm', log, async () => ({ images: plane.warmUp.listed() })),
+    ForgetWarm: unary('ForgetWarm', log, async (request: { references: string[] }) => ({
+      forgotten: plane.warmUp.forget(request.references),
+    })),
     MountReference: streaming('MountReference', log, NEVER, async (request: MountReferenceMessage, show, signal) => ({
       step: 'mounted',
       path: await plane.mountReference(request, show, signal),

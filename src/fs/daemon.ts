@@ -28,6 +28,16 @@ function countBuffersWithTheHeap(): void {
     setFlagsFromString('--external-memory-accounted-in-global-limit');
 }
 
+/** Verbs are no part of the daemon: dedupd.ts hands them to others. */
+const HELP = `
+Without a verb it runs in the foreground. Verbs ask the dedupd that runs:
+  warm   bring images, or what their starts read, to this node ahead; "dedupd warm --help" says how
+
+Examples:
+  dedupd --config /etc/dedup-snapshotter/config.json
+  dedupd warm registry.example.com/app:2-lazy
+`;
+
 /** What dedupd does as containerd's client, of which the data path knows nothing. */
 export interface ContainerdSide {
   /** Makes what answers PullImage. */
@@ -42,7 +52,7 @@ export async function runDaemon(argv: readonly string[], containerd: ContainerdS
     .description('Data daemon of dedup-snapshotter: fetches, verifies and stores what containers read.')
     .version(VERSION)
     .option('--config <file>', 'configuration file (default: /etc/dedup-snapshotter/config.json)')
-    .addHelpText('after', '\nExample:\n  dedupd --config /etc/dedup-snapshotter/config.json\n');
+    .addHelpText('after', HELP);
   countBuffersWithTheHeap();
   program.parse(argv as string[]);
   const configFile = program.opts<{ config?: string }>().config;

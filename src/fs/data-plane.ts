@@ -6,11 +6,14 @@ import { type Digest, isDigest } from '../digest.ts';
 import { DedupError } from '../errors.ts';
 import type { Logger } from '../log.ts';
 import type { NumbersNow } from '../metrics.ts';
+import { orAborted } from '../or-aborted.ts';
 import type { RootPaths, RunPaths } from '../paths.ts';
 import { fetchImageStart } from '../prefetch/image-start.ts';
 import { identityOf, Prefetch, type StartingImage } from '../prefetch/prefetch.ts';
 import { findTrace } from '../prefetch/trace-artifact.ts';
 import { TraceStore } from '../prefetch/trace-store.ts';
+import { WarmList } from '../prefetch/warm-list.ts';
+import { isConfigured, WarmUp } from '../prefetch/warm-up.ts';
 import { registryOptions } from '../registry-settings.ts';
 import { MiB } from '../units.ts';
 import type { LayerSourceName } from './chunks/index-protocol.ts';
@@ -82,6 +85,7 @@ export interface DataPlaneOptions {
 
 export class DataPlane implements ControlledPlane, AsyncDisposable {
   readonly root: string;
+  readonly warmUp: WarmUp;
   readonly #options: DataPlaneOptions;
   readonly #choice: TransportChoice;
   readonly #registry: RegistryPool;
@@ -221,6 +225,7 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
       intake: this.#intake,
       ahead: this.#ahead,
       mounts: this.#mounts,
+      warmed: () => this.warmUp.kept(),
     });
     this.#ordinary = new OrdinaryLayers({
       store,
@@ -254,6 +259,29 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
       mountable: (row) => this.#intake.mountable(row),
       mounts: this.#mounts,
       file: options.run.standaloneMounts,
+      log: options.log,
+    });
+    const settings = options.config.warm_up;
+    this.warmUp = new WarmUp({
+      repository: (reference, given) => this.repository(reference, given),
+      remember: (host, given) => this.giveCredentials(host, given),
+      scopeOf: (source) => this.#intake.scopeOf(source),
+      known: (wanted, signal) =>
+        // Others may wait for the same layer: it comes whatever becomes of this call.
+        orAborted(this.#intake.layer(wanted, this.#stop.signal), signal, () => signal.reason),
+      find: (key) => parts.book.find(key),
+      mountable: (row) => this.#intake.mountable(row),
+      prebuild: (layers) => this.#mounts.prebuild(layers),
+      prefetch: this.#prefetch,
+      loader: parts.loader,
+      isPresent: (address, length) => store.isPresent(address, length),
+      list: new WarmList({
+        file: options.paths.warmList,
+        isConfigured: (reference) => isConfigured(settings, reference),
+        log: options.log,
+      }),
+      settings,
+      stop: this.#stop.signal,
       log: options.log,
     });
   }
@@ -335,6 +363,7 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
       await plane.#references.resume(await plane.#mounts.resume());
       await detachOrphans(store.id, log);
       await store.direct.look();
+      void plane.warmUp.keepConfigured(); // Never rejects.
       return plane;
     } catch (error) {
       for (const resource of opened.reverse()) await resource[Symbol.asyncDispose]();

@@ -32,14 +32,10 @@ export interface WindowReader {
    */
   readWindows(first: number, count: number, reader: BlobReader, signal: AbortSignal): Promise<readonly Uint8Array[]>;
   /**
-   * Windows of these spans, ascending, by span and none where a span needs none; those that are not local through `reader`
-   * in one request where the registry can. They are not kept. Absent: readWindows is called for them. Errors: the same.
+   * Has the windows of these spans brought here in one request where the registry can, in this order: readWindows finds
+   * them, or waits. A hint: what fails is read by it.
    */
-  readMany?(
-    spans: readonly number[],
-    reader: BlobReader,
-    signal: AbortSignal,
-  ): Promise<ReadonlyMap<number, Uint8Array>>;
+  expect?(spans: readonly number[], reader: BlobReader, signal: AbortSignal): void;
   /** Drops kept windows of these spans: what they gave failed verification. */
   forget?(first: number, count: number): void;
 }

@@ -8,22 +8,13 @@ import type { Logger } from '../log.ts';
 import type { LayerRecord, LayerSourceName } from './chunks/index-protocol.ts';
 import type { MountProgressMessage } from './control-server.ts';
 import { writeFileAtomically } from './image/atomic-file.ts';
-import { INDEX_ANNOTATION } from './index/layer-index.ts';
 import { classifyLayer } from './index/media-types.ts';
 import type { WantedLayer } from './layer-intake.ts';
 import type { MountableLayer, MountedImage, MountTable } from './mount-table.ts';
 import { MS_BIND, MS_RDONLY, MS_REMOUNT, native } from './native.ts';
 import type { BlobId, Repository } from './registry/blob-reader.ts';
-import {
-  chooseManifest,
-  hostPlatform,
-  imageLayers,
-  MAX_JSON_BYTES,
-  parseManifest,
-  parsePlatform,
-} from './registry/image-manifest.ts';
-import { INDEX_TYPES } from './registry/manifest-json.ts';
-import { formatReference, type ImageReference, parseReference, tagOrDigest } from './registry/reference.ts';
+import { formatReference, type ImageReference, parseReference } from './registry/reference.ts';
+import { type ResolvedLayer, resolveImage } from './resolve-image.ts';
 import { unmountErofs } from './transport/erofs-mount.ts';
 
 export interface ReferenceMountsOptions {
@@ -95,7 +86,7 @@ export class ReferenceMounts {
     const reference = parseReference(request.reference);
     const repository = this.#options.repository(reference, request.credentials);
     progress({ step: `resolving ${formatReference(reference)}`, bytes_done: 0, bytes_total: 0 });
-    const layers = await this.#resolve(reference, repository, request.platform, signal);
+    const { layers } = await resolveImage(reference, repository, request.platform, this.#options.scopeOf, signal);
     const mountable: MountableLayer[] = [];
     for (const [position, layer] of layers.entries()) {
       const row = await this.#layer(layer, `layer ${position + 1} of ${layers.length}`, repository, progress, signal);
@@ -152,44 +143,8 @@ export class ReferenceMounts {
     }
   }
 
-  async #resolve(
-    reference: ImageReference,
-    repository: Repository,
-    platformText: string,
-    signal: AbortSignal,
-  ): Promise<{ wanted: WantedLayer; blob: BlobId; mediaType: string }[]> {
-    const what = formatReference(reference);
-    const platform = platformText === '' ? hostPlatform() : parsePlatform(platformText);
-    let manifest = await repository.getManifest(tagOrDigest(reference), signal);
-    if (INDEX_TYPES.has(manifest.mediaType)) {
-      const chosen = chooseManifest(manifest.bytes, platform, what);
-      manifest = await repository.getManifest(chosen.descriptor.digest, signal);
-    }
-    const parsed = parseManifest(manifest.bytes, what);
-    if (parsed.config.size > MAX_JSON_BYTES) {
-      throw new DedupError('REGISTRY_PROTOCOL', `${what}: a configuration of ${parsed.config.size} bytes is too large`);
-    }
-    const configParts: Buffer[] = [];
-    for await (const part of repository.readAll(parsed.config, signal)) configParts.push(part);
-    const source: LayerSourceName = { host: reference.host, repository: reference.path };
-    return imageLayers(Buffer.concat(configParts), parsed.layers, platform, what).map((layer) => ({
-      wanted: {
-        key: {
-          digest: layer.digest,
-          index: layer.annotations[INDEX_ANNOTATION] ?? '',
-          scope: this.#options.scopeOf(source),
-        },
-        sources: [source],
-        manifest: manifest.digest,
-        reference: what,
-      },
-      blob: { digest: layer.digest, size: layer.size },
-      mediaType: layer.mediaType,
-    }));
-  }
-
   async #layer(
-    { wanted, blob, mediaType }: { wanted: WantedLayer; blob: BlobId; mediaType: string },
+    { wanted, blob, mediaType }: ResolvedLayer,
     name: string,
     repository: Repository,
     progress: (message: MountProgressMessage) => void,

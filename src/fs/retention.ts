@@ -26,6 +26,8 @@ export interface RetentionOptions {
   readonly intake: LayerIntake;
   readonly ahead: ImagesAhead;
   readonly mounts: MountTable;
+  /** Layers that were brought here ahead of everybody who might name them. */
+  readonly warmed: () => ReadonlySet<number>;
 }
 
 export class Retention {
@@ -77,8 +79,9 @@ export class Retention {
   ): Promise<number> {
     const { store, book, intake, ahead, mounts } = this.#options;
     const keep = this.#idsOf(layers);
+    const warmed = this.#options.warmed();
     // The caller may give up waiting and let others prepare: what they are told meanwhile is not on its list.
-    const kept = (id: number): boolean => keep.has(id) || intake.isPromised(id) || !before.has(id);
+    const kept = (id: number): boolean => keep.has(id) || warmed.has(id) || intake.isPromised(id) || !before.has(id);
     await release(kept);
     const named = new Set(keep);
     for (const image of mounts.list()) for (const layer of image.layers) keep.add(layer.layerId);

@@ -9,7 +9,7 @@ import { LinkEstimate } from './link-estimate.ts';
 import { type LayerBlobSource, type LayerMap, nameOf } from './loadable-layer.ts';
 import type { BlobReader } from './registry/blob-reader.ts';
 import { SpanEdges } from './span-edges.ts';
-import { type LedgerStats, SpanLedger, WANTED_PRIORITY } from './span-ledger.ts';
+import { type LedgerStats, Priority, SpanLedger, WANTED_PRIORITY } from './span-ledger.ts';
 import { type LoaderNative, type LoaderStore, type RunOutput, SpanStorer } from './span-storer.ts';
 
 export interface FetchLimits {
@@ -71,6 +71,12 @@ export interface FetchStats extends LedgerStats {
 /** Longest request in which a reader's spans travel with others that are fetched ahead: it waits for all of them. */
 const MAX_MIXED_BYTES = MiB;
 
+/** After a read that no plan foresaw more are expected for this long, milliseconds. */
+const POLITE_MS = 1_000;
+
+/** What is fetched ahead is decoded after this time all the same, milliseconds. */
+const YIELD_MS = 100;
+
 /** How long a source is tried last, after it failed for a layer. */
 const DISTRUST_MS = 30_000;
 
@@ -86,6 +92,11 @@ export class SpanFetcher {
   /** By host: what a reader waits for, and what is fetched ahead. Neither takes a place of the other. */
   readonly #queues = new Map<string, { readonly wanted: PQueue; readonly ahead: PQueue }>();
   readonly #decodes: PQueue;
+  /** Decodes of what a plan foresees: a reader does not queue behind them. */
+  readonly #aheadDecodes: PQueue;
+  /** Spans that readers wait for, and who waits until there are none. */
+  #wanted = 0;
+  #unwanted = Promise.withResolvers<void>();
   /** By host. */
   readonly #links = new Map<string, LinkEstimate>();
   readonly #distrusted = new Map<string, number>();
@@ -103,6 +114,7 @@ export class SpanFetcher {
     this.#limits = limits;
     this.#log = log;
     this.#decodes = new PQueue({ concurrency: limits.decodes });
+    this.#aheadDecodes = new PQueue({ concurrency: limits.decodes });
     this.edges = new SpanEdges(limits.edgeBytes);
     this.#storer = new SpanStorer(store, native, this.edges, log);
   }
@@ -135,8 +147,8 @@ export class SpanFetcher {
       if (priority > known.priority) this.#promote(known, priority);
       return known.promise;
     }
-    if (priority >= WANTED_PRIORITY) this.#lastReadMs = performance.now();
     const flight = this.#newFlight(map, span, key, priority, true);
+    if (priority >= WANTED_PRIORITY) this.#countWanted(flight);
     // Started together with everything else that is wanted in this turn of the loop, so that neighbours are joined.
     if (this.#starting.push(flight) === 1) setImmediate(() => this.#startAll());
     return flight.promise;
@@ -161,7 +173,7 @@ export class SpanFetcher {
     for (const promise of promises) promise.catch(() => undefined);
     const [source] = this.#sources(map);
     if (source === undefined) for (const flight of flights) flight.reject(droppedError(map));
-    else if (flights.length > 0) await this.#startBatch(this.#runsOf(map, flights), source);
+    else if (flights.length > 0) await this.#startBatch(flights, source);
     const ended = await Promise.allSettled(promises);
     return spans.length - ended.filter(({ status }) => status === 'rejected').length;
   }
@@ -192,10 +204,19 @@ export class SpanFetcher {
     return runs;
   }
 
-  /** Begins the request of several runs of one layer; resolves when its last byte is here, or it has failed. Never rejects. */
-  async #startBatch(runs: readonly Run[], source: LayerBlobSource): Promise<void> {
+  /**
+   * Begins the request of several spans of one layer, which is to bring them in this order; resolves when its last byte is
+   * here, or it has failed. Never rejects.
+   */
+  async #startBatch(wanted: readonly Flight[], source: LayerBlobSource): Promise<void> {
+    const rank = new Map(wanted.map(({ span }, i) => [span, i]));
+    const map = wanted[0]!.map;
+    const runs = this.#runsOf(
+      map,
+      wanted.toSorted((a, b) => a.span - b.span),
+    );
     for (const run of runs) this.#follow(run);
-    const { map, dropped } = runs[0]!;
+    const { dropped } = runs[0]!;
     const whole = runs.map(({ first, flights }) => map.compressedRange(first, flights.length));
     const ranges = withoutOverlap(whole);
     const bytes = ranges.reduce((sum, { length }) => sum + length, 0);
@@ -204,8 +225,9 @@ export class SpanFetcher {
     const failed = new AbortController();
     const signal = AbortSignal.any([timeout, this.#abort.signal, failed.signal, dropped.signal]);
     const reader = this.#counted(source);
-    const windows = this.#windowsOf(runs, reader, signal);
-    windows.catch(() => undefined); // Seen by each run.
+    map.layer.windows.expect?.([...rank.keys()], reader, signal);
+    const firstRank = runs.map(({ flights }) => Math.min(...flights.map(({ span }) => rank.get(span)!)));
+    const order = [...runs.keys()].sort((a, b) => firstRank[a]! - firstRank[b]!);
     const parts: Buffer[] = [];
     const begun = new Set<number>();
     const begin = (i: number): void => {
@@ -215,7 +237,7 @@ export class SpanFetcher {
       if (shared && before === undefined) return; // Its first bits are still to come.
       begun.add(i);
       const bytes = shared ? Buffer.concat([before!.subarray(-1), data]) : data;
-      void this.#processLater(runs[i]!, source, bytes, windows);
+      void this.#processLater(runs[i]!, source, bytes, reader, signal);
     };
     const take = (i: number, data: Buffer): void => {
       if (failed.signal.aborted) return;
@@ -225,7 +247,9 @@ export class SpanFetcher {
       begin(i + 1);
     };
     try {
-      await orAborted(reader.readRanges(map.blob, ranges, signal, take), signal, givenUp);
+      const inOrder = order.map((i) => ranges[i]!);
+      const reading = reader.readRanges(map.blob, inOrder, signal, (place, data) => take(order[place]!, data));
+      await orAborted(reading, signal, givenUp);
       if (begun.size < runs.length) throw wrongLength(source, begun.size, runs.length);
     } catch (error) {
       failed.abort();
@@ -257,39 +281,68 @@ export class SpanFetcher {
     }
   }
 
-  async #windowsOf(
-    runs: readonly Run[],
-    reader: BlobReader,
-    signal: AbortSignal,
-  ): Promise<ReadonlyMap<number, Uint8Array>> {
-    const { map } = runs[0]!;
-    const { windows } = map.layer;
-    const spans = runs.flatMap(({ flights }) => flights.map(({ span }) => span));
-    if (windows.readMany !== undefined)
-      return await orAborted(windows.readMany(spans, reader, signal), signal, givenUp);
-    const found = new Map<number, Uint8Array>();
-    for (const { first, flights } of runs) {
-      const some = await windows.readWindows(first, flights.length, reader, signal);
-      some.forEach((window, i) => void found.set(first + i, window));
-    }
-    return found;
-  }
-
   /** Decodes a run of a batch once its windows are here. Never rejects. */
   async #processLater(
     run: Run,
     source: LayerBlobSource,
     data: Buffer,
-    windows: Promise<ReadonlyMap<number, Uint8Array>>,
+    reader: BlobReader,
+    signal: AbortSignal,
   ): Promise<void> {
     try {
-      const all = await windows;
-      const own = run.flights.map(({ span }) => all.get(span) ?? new Uint8Array(0));
+      const reading = run.map.layer.windows.readWindows(run.first, run.flights.length, reader, signal);
+      const own = await orAborted(reading, signal, givenUp);
       const priority = Math.max(...run.flights.map((flight) => flight.priority));
-      await this.#decodes.add(() => this.#process(run, source, [], data, own), { priority });
+      if (priority >= Priority.onDemand - 1) {
+        await this.#decodes.add(() => this.#process(run, source, [], data, own), { priority });
+        return;
+      }
+      await this.#aheadDecodes.add(async () => {
+        await this.#untilUnwanted();
+        await this.#process(run, source, [], data, own);
+      });
     } catch (error) {
       this.#afterBatch(run, source, error);
     }
+  }
+
+  /** Has the windows of spans that will be asked for brought here together. */
+  expectWindows(map: LayerMap, spans: readonly number[]): void {
+    const [source] = this.#sources(map);
+    if (source === undefined || this.#abort.signal.aborted || this.#dropped.has(map.layerId)) return;
+    map.layer.windows.expect?.(spans, this.#counted(source), this.#abort.signal);
+  }
+
+  /** Resolves once no reader waits for a span that no plan foresaw, or after a moment all the same. */
+  async #untilUnwanted(): Promise<void> {
+    // Both cores are the readers' then.
+    this.#aheadDecodes.concurrency = this.isPolite ? 1 : this.#limits.decodes;
+    if (this.#wanted === 0) return;
+    const timer = Promise.withResolvers<void>();
+    const timeout = setTimeout(timer.resolve, YIELD_MS);
+    await Promise.race([this.#unwanted.promise, timer.promise]);
+    clearTimeout(timeout);
+  }
+
+  /** True while readers want what no plan foresaw: the link and the processors are theirs. */
+  get isPolite(): boolean {
+    return performance.now() - this.#lastReadMs < POLITE_MS;
+  }
+
+  /** True while a reader waits for what no plan foresaw. */
+  get isWanted(): boolean {
+    return this.#wanted > 0;
+  }
+
+  #countWanted(flight: Flight): void {
+    this.#lastReadMs = performance.now();
+    this.#wanted++;
+    const settled = (): void => {
+      if (--this.#wanted > 0) return;
+      this.#unwanted.resolve();
+      this.#unwanted = Promise.withResolvers<void>();
+    };
+    flight.promise.then(settled, settled);
   }
 
   /** Moves a span that waits further ahead. */
@@ -520,11 +573,6 @@ export class SpanFetcher {
   /** True for a span that is being fetched, or waits for that. */
   isUnderWay(map: LayerMap, span: number): boolean {
     return this.#flights.has(`${map.layerId}:${span}`);
-  }
-
-  /** When a reader last wanted a span that was not under way, by performance.now(). */
-  get lastReadMs(): number {
-    return this.#lastReadMs;
   }
 
   /** What the way to the first source of a layer carries; zeros as long as that is not known. */

@@ -11,10 +11,10 @@ import { KiB, MiB } from '../units.ts';
 import { fetchStartFiles, type StartCommand } from './start-files.ts';
 
 /** Metadata larger than this is not read into memory for a hint: about 400,000 entries. */
-export const MAX_METADATA_BYTES = 64 * MiB;
+const MAX_METADATA_BYTES = 64 * MiB;
 
 /** A configuration larger than this is none that people write. */
-const MAX_CONFIG_BYTES = 128 * KiB;
+export const MAX_CONFIG_BYTES = 128 * KiB;
 /** Metadata of so many images is held in memory at once. */
 const starts = new PQueue({ concurrency: 2 });
 
@@ -37,6 +37,12 @@ export function startCommandOf(config: Buffer): StartCommand {
   };
 }
 
+/** The tree in built metadata; undefined where that is too large to be read for a hint. Errors: those of node:fs, IMAGE_INVALID. */
+export async function readTree(metadata: string): Promise<ErofsReader | undefined> {
+  if ((await stat(metadata)).size > MAX_METADATA_BYTES) return undefined;
+  return new ErofsReader(await readFile(metadata));
+}
+
 export interface ImageStart {
   /** The built metadata of the image: files as chunks of an extra device. */
   readonly metadata: string;
@@ -56,8 +62,9 @@ export async function fetchImageStart(start: ImageStart): Promise<void> {
 async function fetchOne(start: ImageStart): Promise<void> {
   const { loader, log, signal } = start;
   const startedMs = performance.now();
-  if (start.config.length > MAX_CONFIG_BYTES || (await stat(start.metadata)).size > MAX_METADATA_BYTES) return;
-  const tree = new ErofsReader(await readFile(start.metadata));
+  if (start.config.length > MAX_CONFIG_BYTES) return;
+  const tree = await readTree(start.metadata);
+  if (tree === undefined) return;
   const options = { layers: start.layerIds, priority: Priority.start, signal };
   const { files, bytes } = await fetchStartFiles(tree, startCommandOf(start.config), {
     ensure: (ranges) => loader.ensure(ranges, options),

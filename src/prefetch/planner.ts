@@ -52,17 +52,43 @@ export function resolveByPath(events: readonly TraceEvent[], tree: StartTree, ma
   const pieces: PieceRef[] = [];
   for (const event of events) {
     for (const range of rangesOf(event, tree)) {
-      const map = maps.find((one) => one.chunkAt(range.offset) !== undefined);
-      if (map === undefined) continue;
-      const end = range.offset + range.length;
-      for (const chunk of map.chunksIn(range.offset, end)) {
-        const start = map.layer.addresses[chunk]!;
-        for (const piece of piecesIn(map, chunk, Math.max(0, range.offset - start), end - start)) pieces.push(piece);
-      }
+      for (const piece of piecesAt(range, maps)) pieces.push(piece);
       if (pieces.length > MAX_PIECES) return pieces;
     }
   }
   return pieces;
+}
+
+/** The pieces of a range of the store, in the layer that has its beginning. */
+export function* piecesAt(range: ByteRange, maps: readonly LayerMap[]): Generator<PieceRef> {
+  const map = maps.find((one) => one.chunkAt(range.offset) !== undefined);
+  if (map === undefined) return;
+  const end = range.offset + range.length;
+  for (const chunk of map.chunksIn(range.offset, end)) {
+    const start = map.layer.addresses[chunk]!;
+    yield* piecesIn(map, chunk, Math.max(0, range.offset - start), end - start);
+  }
+}
+
+/**
+ * Every piece of layers, each address once, in the order in which their bytes come in the layers. Pieces of zeros are among
+ * them where they have an address: no span holds them, and whoever wants all of an image wants them too.
+ */
+export function* allPieces(maps: readonly LayerMap[]): Generator<PieceRef> {
+  const seen = new Set<number>();
+  for (const map of maps) {
+    const { addresses, index } = map.layer;
+    const { tarOffset, count } = index.chunks;
+    const placed = Uint32Array.from(Array(count).keys()).filter((chunk) => addresses[chunk]! > 0);
+    for (const chunk of placed.sort((a, b) => tarOffset[a]! - tarOffset[b]!)) {
+      for (let piece = 0; piece < map.pieceCount(chunk); piece++) {
+        const ref = map.piece(chunk, piece);
+        if (seen.has(ref.address)) continue;
+        seen.add(ref.address);
+        yield ref;
+      }
+    }
+  }
 }
 
 /** Where the file of an event lies in the store, as far as the event reaches; nowhere when there is no such file. */

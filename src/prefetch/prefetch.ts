@@ -1,8 +1,6 @@
 // Traces at work: has the trace of an image replayed while it is pulled or mounted, and its start recorded. Puts together trace
 // store, planner, scheduler and recorder; called by data-plane.ts. A trace is a hint: whatever fails here is read later.
-import { readFile, stat } from 'node:fs/promises';
 import { type Digest, isDigest } from '../digest.ts';
-import { ErofsReader } from '../fs/image/erofs/reader.ts';
 import { EntryType, type LayerIndex } from '../fs/index/layer-index.ts';
 import type { LazyLoader } from '../fs/lazy-loader.ts';
 import type { LayerMap, PieceRef } from '../fs/loadable-layer.ts';
@@ -10,7 +8,7 @@ import type { Transport } from '../fs/transport/transport.ts';
 import type { Logger } from '../log.ts';
 import { MiB } from '../units.ts';
 import { type AccessTrace, type TraceEvent, type TraceIdentity, traceId } from './access-trace.ts';
-import { MAX_METADATA_BYTES } from './image-start.ts';
+import { readTree } from './image-start.ts';
 import { resolveByPath, resolveTrace, spansNeeded } from './planner.ts';
 import { type ChunkFile, Recorder } from './recorder.ts';
 import { PrefetchScheduler } from './scheduler.ts';
@@ -46,6 +44,14 @@ export interface PrefetchOptions {
   readonly workers: number;
   readonly queueSize: number;
   readonly log: Logger;
+}
+
+/** What a trace tells of an image's next start. */
+export interface Foreseen {
+  /** Whose trace it is: recorded on this node, found beside the image, or that of another version of it. */
+  readonly from: 'node' | 'registry' | 'version';
+  /** In the order of first need. */
+  readonly pieces: readonly PieceRef[];
 }
 
 interface Replay {
@@ -89,6 +95,30 @@ export class Prefetch {
 
   get scheduler(): PrefetchScheduler {
     return this.#scheduler;
+  }
+
+  /**
+   * What the next start of an image will read, without fetching any of it; undefined when no trace tells. `metadata` is the
+   * file of its built file system: with it, files that another version's trace names are found by their names, too.
+   * Errors: those of the layers; STORE_IO.
+   */
+  async plan(image: StartingImage, metadata?: string): Promise<Foreseen | undefined> {
+    const { loader, traces, log } = this.#options;
+    const { identity, layerIds, registry } = image;
+    const maps = await loader.maps(layerIds);
+    const own = await traces.load(traceId(identity.layers));
+    if (own !== undefined) return { from: 'node', pieces: resolveTrace(own, maps).pieces };
+    const found = await registry?.(identity.layers).catch((error: unknown) => {
+      log.debug({ err: error, layers: layerIds }, 'no trace could be had of the registry');
+      return undefined;
+    });
+    if (found !== undefined) return { from: 'registry', pieces: resolveTrace(found, maps).pieces };
+    const older = await this.#predecessor(identity, maps);
+    if (older === undefined) return undefined;
+    const { pieces, unknown } = resolveTrace(older, maps);
+    const tree = unknown.length === 0 || metadata === undefined ? undefined : await readTree(metadata);
+    const changed = tree === undefined ? [] : resolveByPath(unknown, tree, maps);
+    return { from: 'version', pieces: [...pieces, ...changed] };
   }
 
   /** Begins to fetch what the start of an image will read, by its trace or that of an earlier version. */
@@ -185,8 +215,8 @@ export class Prefetch {
     const exact = await replay.exact;
     const { changed } = replay;
     if (exact || changed === undefined || changed.events.length === 0) return exact;
-    if ((await stat(metadata)).size > MAX_METADATA_BYTES) return false;
-    const tree = new ErofsReader(await readFile(metadata));
+    const tree = await readTree(metadata);
+    if (tree === undefined) return false;
     this.#passOver(this.#fetch(resolveByPath(changed.events, tree, changed.maps), FOREIGN_AHEAD_BYTES, signal));
     return false;
   }

@@ -8,18 +8,22 @@ import type { PlannedSpan } from './planner.ts';
 
 /** What the scheduler needs of the loader. */
 export interface BatchFetcher {
-  /** Fetches spans of one layer, ascending, in one request where the registry can; how many came. Never rejects. */
+  /** Fetches spans of one layer, in this order, in one request where the registry can; how many came. Never rejects. */
   fetchBatch(map: LayerMap, spans: readonly number[], priority: number): Promise<number>;
   /** True for a layer that was dropped: nothing is fetched for it any more. */
   isForgotten(layerId: number): boolean;
+  /** Has what decoding spans of a layer needs beside their bytes brought here together: a hint. */
+  expectWindows(map: LayerMap, spans: readonly number[]): void;
   /** True for a span that is being fetched. */
   isUnderWay(map: LayerMap, span: number): boolean;
   /** True for a span that somebody has read, or waits for. */
   wasRead(map: LayerMap, span: number): boolean;
   /** What the way to a layer's registry carries; zeros as long as that is not known. */
   link(map: LayerMap): { readonly roundTripBytes: number; readonly bytesPerMs: number };
-  /** When a reader last wanted a span that was not under way and that no plan had, by performance.now(). */
-  readonly lastReadMs: number;
+  /** True while readers want what no plan foresaw, or did a moment ago. */
+  readonly isPolite: boolean;
+  /** True while a reader waits for such. */
+  readonly isWanted: boolean;
   /** To be told of a span that a reader wants and that is not under way. */
   onWanted: ((map: LayerMap, span: number) => void) | undefined;
 }
@@ -33,8 +37,8 @@ export interface Plan {
   readonly bytesPerSecond?: number;
   readonly priority?: number;
   readonly signal: AbortSignal;
-  /** Told of compressed bytes after each request. */
-  readonly onProgress?: (bytes: number) => void;
+  /** Told of compressed bytes after each request, and whether all of them came. */
+  readonly onProgress?: (bytes: number, complete: boolean) => void;
 }
 
 export interface SchedulerOptions {
@@ -47,20 +51,29 @@ export interface SchedulerOptions {
 }
 
 /** Longest request, compressed bytes. */
-const MAX_BATCH_BYTES = 10 * MiB;
+const MAX_BATCH_BYTES = 16 * MiB;
 /** The first request of a plan: what is needed first is not to wait for much else. */
 const FIRST_BATCH_BYTES = 4 * MiB;
 /** While somebody reads what no plan foresaw: the link is not to be taken for long. */
 const POLITE_BATCH_BYTES = MiB;
-const POLITE_MS = 1_000;
 /** A request is not to last longer than this on a slow link, milliseconds. */
-const MAX_BATCH_MS = 700;
+const MAX_BATCH_MS = 1_000;
 /** The same for a request whose first bytes a reader waits for. */
-const MAX_URGENT_MS = 40;
-/** Of a plan so many times the size of a request are looked through for spans of the same layer. */
-const LOOK_AHEAD = 6;
+const MAX_URGENT_MS = 150;
+/** A request of a plan with a limit carries at most so much time's worth of it, seconds. */
+const LIMITED_SECONDS = 0.5;
+/**
+ * A request may take what a plan has this much later from the same layer: few large requests, for a little less order. On a fast
+ * link that costs nobody anything.
+ */
+const LOOK_AHEAD_MS = 300;
+const LOOK_AHEAD_BYTES = 2 * MiB;
+/** The same as long as nobody knows the link, in requests. */
+const UNKNOWN_LOOK_AHEAD = 5;
+/** Windows of so many spans are brought together: about 2.5 MB. */
+const EXPECTED_SPANS = 256;
 /** How often it is looked whether readers have come closer, milliseconds. */
-const LOOK_MS = 50;
+const LOOK_MS = 20;
 /** A plan whose reader has not come closer for so long is given up: nobody starts, or the trace is wrong. Milliseconds. */
 const GIVE_UP_MS = 120_000;
 /** So many requests after each other of which nothing came end a plan: readers ask again for what they need. */
@@ -81,6 +94,8 @@ interface Running {
   movedMs: number;
   /** When the rate allows the next request, by performance.now(). */
   nextMs: number;
+  /** Spans whose windows were asked for, as layer and span. */
+  readonly expected: Set<string>;
   readonly done: PromiseWithResolvers<void>;
 }
 
@@ -114,6 +129,7 @@ export class PrefetchScheduler {
       failures: 0,
       movedMs: performance.now(),
       nextMs: 0,
+      expected: new Set(),
       done: Promise.withResolvers<void>(),
     };
     this.#running.push(running);
@@ -211,7 +227,7 @@ export class PrefetchScheduler {
     const head = queue[0];
     const now = performance.now();
     if (head === undefined) return false;
-    if (now < running.nextMs || this.#requests >= this.#places(head.map)) {
+    if (now < running.nextMs || this.#requests >= this.#places(head.map) || this.#yields(running, now)) {
       running.movedMs = now; // It is not its reader that it waits for.
       return false;
     }
@@ -235,7 +251,8 @@ export class PrefetchScheduler {
     if (plan.bytesPerSecond !== undefined)
       running.nextMs = Math.max(now, running.nextMs) + (bytes / plan.bytesPerSecond) * 1000;
     this.#requests++;
-    const spans = batch.map(({ span }) => span).sort((a, b) => a - b);
+    if (plan.bytesPerSecond === undefined) this.#expectWindows(running, batch);
+    const spans = batch.map(({ span }) => span);
     void fetcher.fetchBatch(batch[0]!.map, spans, priority).then((came) => {
       const ms = Math.round(performance.now() - now);
       log.debug({ spans: spans.length, bytes, ms, queued: queue.length }, 'a part of a plan was fetched');
@@ -243,23 +260,52 @@ export class PrefetchScheduler {
       running.underWay--;
       running.failures = came > 0 ? 0 : running.failures + 1;
       if (came === 0) this.#forgetUnread(running, new Set(batch));
-      plan.onProgress?.(bytes);
+      plan.onProgress?.(bytes, came === spans.length);
       this.#pump();
     });
   }
 
-  /** Requests that may be under way at once: enough for the link to be full, no more. */
+  /** Asks for the windows of a request together with those of the next ones of the same layer. */
+  #expectWindows({ queue, expected }: Running, batch: readonly PlannedSpan[]): void {
+    const { map } = batch[0]!;
+    const keyOf = (span: number): string => `${map.layerId}:${span}`;
+    if (batch.every(({ span }) => expected.has(keyOf(span)))) return;
+    const following = queue.filter((planned) => planned.map === map).slice(0, EXPECTED_SPANS);
+    const spans = [...batch, ...following].map(({ span }) => span).filter((span) => !expected.has(keyOf(span)));
+    for (const span of spans) expected.add(keyOf(span));
+    this.#options.fetcher.expectWindows(map, spans);
+  }
+
+  /**
+   * Requests that may be under way at once. Two: while one transfers the next is asked for, and its decoding ends; more would share
+   * the link, and what is needed first would come later.
+   */
   #places(map: LayerMap): number {
     const { workers, fetcher } = this.#options;
-    return Math.min(workers, 2 + Math.ceil(fetcher.link(map).roundTripBytes / MAX_BATCH_BYTES));
+    if (fetcher.isPolite) return fetcher.isWanted ? 0 : 1;
+    return Math.min(workers, 1 + Math.max(1, Math.ceil(fetcher.link(map).roundTripBytes / MAX_BATCH_BYTES)));
   }
 
   #batchBytes(running: Running, map: LayerMap): number {
     const { fetcher } = this.#options;
-    if (performance.now() - fetcher.lastReadMs < POLITE_MS) return POLITE_BATCH_BYTES;
+    // A limited plan spreads its bytes: a large request would take the whole link for a while, and then nothing for long.
+    const limited = (running.plan.bytesPerSecond ?? Number.POSITIVE_INFINITY) * LIMITED_SECONDS;
+    if (fetcher.isPolite) return Math.min(POLITE_BATCH_BYTES, limited);
     const { bytesPerMs } = fetcher.link(map);
     const most = bytesPerMs === 0 ? MAX_BATCH_BYTES : Math.max(POLITE_BATCH_BYTES, bytesPerMs * MAX_BATCH_MS);
-    return Math.min(MAX_BATCH_BYTES, most, FIRST_BATCH_BYTES * 2 ** running.batches);
+    return Math.min(MAX_BATCH_BYTES, most, limited, FIRST_BATCH_BYTES * 2 ** running.batches);
+  }
+
+  /** True while a plan that somebody is closer to needing could begin a request: those in the background take what it leaves. */
+  #yields({ plan }: Running, now: number): boolean {
+    const priority = plan.priority ?? Priority.trace;
+    return this.#running.some(
+      (other) =>
+        (other.plan.priority ?? Priority.trace) > priority &&
+        other.queue.length > 0 &&
+        now >= other.nextMs &&
+        this.#room(other) > 0,
+    );
   }
 
   /** Bytes by which a plan may go on now. */
@@ -284,10 +330,15 @@ export class PrefetchScheduler {
 
   /** Takes the span at a place of the queue and what soon follows it of the same layer, at least one, at most `bytes`. */
   #take({ queue }: Running, from: number, bytes: number): PlannedSpan[] {
+    const { fetcher } = this.#options;
     const { map } = queue[from]!;
     const batch: PlannedSpan[] = [];
+    const { bytesPerMs } = fetcher.link(map);
+    const later =
+      bytesPerMs === 0 ? bytes * UNKNOWN_LOOK_AHEAD : Math.max(LOOK_AHEAD_BYTES, bytesPerMs * LOOK_AHEAD_MS);
+    const most = bytes + later;
     let [taken, looked] = [0, 0];
-    for (let at = from; at < queue.length && looked < bytes * LOOK_AHEAD; ) {
+    for (let at = from; at < queue.length && looked < most; ) {
       const span = queue[at]!;
       looked += span.bytes;
       if (span.map !== map) {

@@ -79,7 +79,24 @@ describe('the command line', () => {
       assert.equal(help.code, 0);
       assert.match(help.stdout, new RegExp(`Examples?:\\n(.*\\n)*?.*dedup-snapshotter .*${verb}`), verb);
     }
-    assert.match(outcome(process.execPath, [DAEMON_SOURCE, '--help']).stdout, /Example:\n {2}dedupd --config/);
+    assert.match(outcome(process.execPath, [DAEMON_SOURCE, '--help']).stdout, /Examples:\n {2}dedupd --config/);
+  });
+
+  test('verbs of dedupd have a help, refuse what they do not know, and say when no dedupd runs or lazy loading is off', () => {
+    const daemon = (...args: string[]) => outcome(process.execPath, [DAEMON_SOURCE, ...args]);
+    assert.match(daemon('warm', '--help').stdout, /Examples:\n {2}dedupd warm /);
+    assert.match(daemon('worm').stderr, /unknown command 'worm'/);
+    const file = configFile(ownPaths());
+    assert.match(daemon('--config', file, 'warm').stderr, /no image is named \[INVALID_ARGUMENT\]/);
+    assert.match(daemon('--config', file, 'warm', '--rate', 'fast', 'app').stderr, /"fast" is not a rate.*\n.*20MB\/s/);
+    const absent = daemon('--config', file, 'warm', '--list');
+    assert.equal(absent.code, 1);
+    assert.match(absent.stderr, /dedupd does not answer on .* \[UNAVAILABLE\]\n.*start the service/);
+    const off = configFile({ ...ownPaths(), enable_lazy: false });
+    assert.match(
+      daemon('--config', off, 'warm', 'app').stderr,
+      /lazy loading is off: .*\[FAILED_PRECONDITION\]\n.*change /,
+    );
   });
 
   test('an unknown verb and a missing argument are refused with a word on where to look', () => {

@@ -1,6 +1,7 @@
 // Windows of one layer's restart points: from the local restart file where there is one, else by range from a registry,
 // kept in an LRU cache that layers share. Used by the LazyLoader (its WindowReader). A wrong window cannot do harm:
 // pieces are verified; `forget` drops one that turned out wrong.
+import { existsSync } from 'node:fs';
 import { type FileHandle, open } from 'node:fs/promises';
 import { zstdDecompressSync } from 'node:zlib';
 import { LRUCache } from 'lru-cache';
@@ -40,6 +41,8 @@ export class RestartReader {
   readonly #index: Pick<LayerIndex, 'restart' | 'spans'>;
   readonly #cache: WindowCache;
   readonly #localFile: string;
+  /** Windows on their way or here, as they are packed, until they are read; undefined: could not be had. */
+  readonly #packed = new Map<number, Promise<Buffer | undefined>>();
 
   /** `localFile` is where the restart blob is if it is on this node; it need not exist. */
   constructor(index: Pick<LayerIndex, 'restart' | 'spans'>, localFile: string, cache: WindowCache) {
@@ -63,7 +66,9 @@ export class RestartReader {
     const missing: number[] = [];
     for (let i = 0; i < count; i++) {
       if (spans.windowLength[first + i] === 0) continue;
-      const cached = this.#cache.get(restart.digest, first + i);
+      const expected = await this.#takeExpected(first + i);
+      if (expected !== undefined) this.#cache.set(restart.digest, first + i, expected);
+      const cached = expected ?? this.#cache.get(restart.digest, first + i);
       if (cached === undefined) missing.push(first + i);
       else windows[i] = cached;
     }
@@ -90,49 +95,41 @@ export class RestartReader {
     return windows;
   }
 
-  async readMany(
-    wanted: readonly number[],
-    reader: BlobReader,
-    signal: AbortSignal,
-  ): Promise<ReadonlyMap<number, Uint8Array>> {
+  expect(wanted: readonly number[], reader: BlobReader, signal: AbortSignal): void {
     const { spans, restart } = this.#index;
-    const windows = new Map<number, Uint8Array>();
-    const missing: number[] = [];
-    for (const span of wanted) {
-      if (spans.windowLength[span] === 0) continue;
-      const cached = this.#cache.get(restart.digest, span);
-      if (cached === undefined) missing.push(span);
-      else windows.set(span, cached);
-    }
-    if (missing.length === 0) return windows;
-    const take = (i: number, packed: Buffer): void =>
-      void windows.set(missing[i]!, this.#decompress(packed, missing[i]!));
+    if (existsSync(this.#localFile)) return;
+    const missing = wanted.filter(
+      (span) =>
+        spans.windowLength[span]! > 0 && !this.#packed.has(span) && this.#cache.get(restart.digest, span) === undefined,
+    );
+    if (missing.length === 0) return;
+    const here = missing.map((span) => {
+      const packed = Promise.withResolvers<Buffer | undefined>();
+      this.#packed.set(span, packed.promise);
+      return packed;
+    });
     const ranges = missing.map((span) => ({ offset: spans.windowOffset[span]!, length: spans.windowLength[span]! }));
-    if (!(await this.#readLocally(ranges, take))) await reader.readRanges(restart, ranges, signal, take);
-    return windows;
+    const ended = (): void => {
+      for (const packed of here) packed.resolve(undefined);
+    };
+    reader.readRanges(restart, ranges, signal, (i, bytes) => here[i]!.resolve(bytes)).then(ended, ended);
   }
 
-  /** From the local restart file; false when there is none, or not all of it. */
-  async #readLocally(ranges: readonly ByteRange[], take: (i: number, bytes: Buffer) => void): Promise<boolean> {
-    const file = await open(this.#localFile, 'r').catch(() => undefined);
-    if (file === undefined) return false;
-    try {
-      for (const [i, { offset, length }] of ranges.entries()) {
-        const bytes = Buffer.allocUnsafe(length);
-        if ((await file.read(bytes, 0, length, offset)).bytesRead < length) return false;
-        take(i, bytes);
-      }
-      return true;
-    } finally {
-      await file.close();
-    }
+  /** A window that was expected, once it is here; undefined when it was not, or could not be had. */
+  async #takeExpected(span: number): Promise<Uint8Array | undefined> {
+    const packed = await this.#packed.get(span);
+    this.#packed.delete(span);
+    return packed && this.#decompress(packed, span);
   }
 
   /** Drops cached windows of spans [first, first + count) and those read with them: when what they gave failed verification. */
   forget(first: number, count: number): void {
     const from = Math.floor(first / WINDOW_GROUP) * WINDOW_GROUP;
     const until = Math.ceil((first + count) / WINDOW_GROUP) * WINDOW_GROUP;
-    for (let span = from; span < until; span++) this.#cache.delete(this.#index.restart.digest, span);
+    for (let span = from; span < until; span++) {
+      this.#cache.delete(this.#index.restart.digest, span);
+      this.#packed.delete(span);
+    }
   }
 
   /**

@@ -22,9 +22,9 @@ export interface BlobReader {
    */
   readRange(blob: BlobId, range: ByteRange, signal: AbortSignal): Promise<Buffer>;
   /**
-   * Exactly the bytes of each of `ranges` (ascending, not overlapping, within the blob), in one request where the registry
-   * can. `onPart(i, bytes)` is called once for each, as soon as its bytes are here, in ascending order as a rule. The bytes
-   * are not verified. Errors as readRange; parts told before stay told.
+   * Exactly the bytes of each of `ranges` (not overlapping, within the blob), in one request where the registry can, and in
+   * the order given as a rule. `onPart(i, bytes)` is called once for each, as soon as its bytes are here. The bytes are not
+   * verified. Errors as readRange; parts told before stay told.
    */
   readRanges(blob: BlobId, ranges: readonly ByteRange[], signal: AbortSignal, onPart: OnPart): Promise<void>;
   /**

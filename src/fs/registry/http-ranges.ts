@@ -40,7 +40,7 @@ export class RangesResponse {
   constructor(response: HttpResponse, blob: BlobId, asked: readonly ByteRange[], parts: WantedParts, doing: string) {
     this.#response = response;
     this.#blob = blob;
-    this.#open = asked;
+    this.#open = asked.toSorted((a, b) => a.offset - b.offset);
     this.#parts = parts;
     this.#doing = doing;
   }

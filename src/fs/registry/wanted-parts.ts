@@ -12,19 +12,24 @@ const AT_ONCE = 4;
 export type Sink = (bytes: Buffer) => void;
 
 export class WantedParts {
+  /** In the order in which they are to come. */
   readonly #ranges: readonly ByteRange[];
+  /** Their numbers, ascending by offset. */
+  readonly #ascending: readonly number[];
   readonly #onPart: OnPart;
   readonly #told: Uint8Array;
   #left: number;
 
-  /** Tells empty ranges at once. Errors: INVALID_ARGUMENT for ranges outside of the blob, out of order or overlapping. */
+  /** Tells empty ranges at once. Errors: INVALID_ARGUMENT for ranges outside of the blob or overlapping. */
   constructor(blob: BlobId, ranges: readonly ByteRange[], onPart: OnPart) {
     this.#ranges = ranges;
+    this.#ascending = [...ranges.keys()].sort((a, b) => ranges[a]!.offset - ranges[b]!.offset);
     this.#onPart = onPart;
     this.#told = new Uint8Array(ranges.length);
     this.#left = ranges.length;
     let end = 0;
-    for (const range of ranges) {
+    for (const index of this.#ascending) {
+      const range = ranges[index]!;
       checkRange(blob, range);
       if (range.offset < end) {
         throw new DedupError(
@@ -42,7 +47,7 @@ export class WantedParts {
     return this.#left === 0;
   }
 
-  /** What has not been told, with ranges that touch joined into one; ascending. */
+  /** What has not been told, in the order in which it is to come; ranges that follow each other there and touch as one. */
   missing(): ByteRange[] {
     const joined: { offset: number; length: number }[] = [];
     for (const [index, { offset, length }] of this.#ranges.entries()) {
@@ -60,14 +65,15 @@ export class WantedParts {
    */
   sink(offset: number): Sink {
     let position = offset;
-    let index = this.#ranges.findIndex((range) => range.offset >= offset);
+    let next = this.#ascending.findIndex((number) => this.#ranges[number]!.offset >= offset);
     let part: Buffer | undefined;
     return (bytes) => {
       let at = 0;
-      while (at < bytes.length && index >= 0 && index < this.#ranges.length) {
+      while (at < bytes.length && next >= 0 && next < this.#ascending.length) {
+        const index = this.#ascending[next]!;
         const range = this.#ranges[index]!;
         if (this.#told[index] === 1) {
-          index++;
+          next++;
           continue;
         }
         const skipped = Math.min(Math.max(range.offset - position, 0), bytes.length - at);
@@ -81,7 +87,7 @@ export class WantedParts {
         if (position < range.offset + range.length) break;
         this.#tell(index, part);
         part = undefined;
-        index++;
+        next++;
       }
     };
   }
