@@ -260,57 +260,63 @@ describe('the restart reader', () => {
     };
   }
 
-  test('reads windows of many spans in one request, each whole, and none of what is here or needs none', async () => {
-    const all = Array.from({ length: built.index.spans.count }, (_, span) => span);
-    const windows = new RestartReader(built.index, join(top, 'nowhere'), new WindowCache(16 * MiB));
-    const expected = await new RestartReader(built.index, join(top, 'nowhere'), new WindowCache(MiB)).readWindows(
-      0,
-      all.length,
-      reader(),
-      signal(),
-    );
-    await windows.readWindows(withWindow[0]!, 1, reader(), signal());
+  const all = Array.from({ length: built.index.spans.count }, (_, span) => span);
+  const none = () => new RestartReader(built.index, join(top, 'nowhere'), new WindowCache(16 * MiB));
+  const right = none().readWindows(0, all.length, reader(), signal());
+
+  test('has windows that are expected in one request, and gives each when it is read; none that is here or not needed', async () => {
+    const windows = none();
+    const [first = 0] = withWindow;
+    await windows.readWindows(first, 1, reader(), signal());
     const source = manyReader();
-    const many = await windows.readMany(all, source, signal());
-    assert.deepEqual(
-      [...many.keys()].sort((a, b) => a - b),
-      withWindow,
-    );
-    for (const [span, window] of many) assert.deepEqual(Buffer.from(window), Buffer.from(expected[span]!));
+    windows.expect(all, source, signal());
+    windows.expect(all, source, signal());
+    windows.expect([], source, signal());
     assert.equal(source.requests.length, 1);
     const kept = withWindow.filter((span) => span < 4);
     assert.equal(source.requests[0]!.length, withWindow.length - kept.length);
-    assert.equal((await windows.readMany([0], source, signal())).size, withWindow.includes(0) ? 1 : 0);
-    assert.equal((await windows.readMany([], source, signal())).size, 0);
+    for (const span of all)
+      assert.deepEqual(await windows.readWindows(span, 1, source, signal()), [(await right)[span]]);
+    assert.deepEqual(await windows.readWindows(0, all.length, source, signal()), await right, 'they are kept');
     assert.equal(source.requests.length, 1);
   });
 
-  test('reads windows of many spans from the local file, and from the registry when that is cut off', async () => {
+  test('asks nobody for expected windows when there is a local file', async () => {
     const file = join(top, 'many.restart');
     await writeFile(file, built.restartBlob);
     const source = manyReader();
-    const whole = await new RestartReader(built.index, file, new WindowCache(MiB)).readMany(
-      withWindow,
-      source,
-      signal(),
-    );
+    const windows = new RestartReader(built.index, file, new WindowCache(MiB));
+    windows.expect(withWindow, source, signal());
     assert.equal(source.requests.length, 0);
-    await writeFile(file, built.restartBlob.subarray(0, built.restartBlob.length - 10));
-    const rest = await new RestartReader(built.index, file, new WindowCache(MiB)).readMany(
-      withWindow,
-      source,
-      signal(),
-    );
-    assert.equal(source.requests.length, 1);
-    assert.deepEqual(new Map([...rest].sort(([a], [b]) => a - b)), new Map([...whole].sort(([a], [b]) => a - b)));
+    assert.deepEqual(await windows.readWindows(0, all.length, source, signal()), await right);
   });
 
-  test('refuses windows of many spans that do not decompress, and passes on why they could not be had', async () => {
-    const windows = new RestartReader(built.index, join(top, 'nowhere'), new WindowCache(MiB));
-    const bad = manyReader(Buffer.alloc(built.restartBlob.length, 7));
-    await fails(windows.readMany(withWindow, bad, signal()), 'INDEX_INVALID');
-    const gone = { ...bad, readRanges: () => Promise.reject(new DedupError('REGISTRY_HTTP', 'gone')) };
-    await fails(windows.readMany(withWindow, gone, signal()), 'REGISTRY_HTTP');
+  for (const [what, expecting] of [
+    ['do not come', { ...manyReader(), readRanges: () => Promise.reject(new DedupError('REGISTRY_HTTP', 'gone')) }],
+    ['come in part', { ...manyReader(), readRanges: async () => {} }],
+    ['are damaged', manyReader(Buffer.alloc(built.restartBlob.length, 7))],
+  ] as const) {
+    test(`reads windows by itself when expected ones ${what}`, async () => {
+      const windows = none();
+      windows.expect(all, expecting, signal());
+      const source = reader();
+      assert.deepEqual(await windows.readWindows(0, all.length, source, signal()), await right);
+      assert.ok(source.ranges.length > 0);
+    });
+  }
+
+  test('reads windows by itself when expected ones take too long, and does not wait for them again', async (t) => {
+    t.mock.timers.enable({ apis: ['setTimeout'] });
+    const windows = none();
+    windows.expect(all, { ...manyReader(), readRanges: () => new Promise(() => {}) }, signal());
+    const source = reader();
+    const reading = windows.readWindows(0, all.length, source, new AbortController().signal);
+    await Promise.resolve();
+    assert.equal(source.ranges.length, 0);
+    t.mock.timers.tick(6_000);
+    assert.deepEqual(await reading, await right);
+    windows.forget(0, all.length);
+    assert.deepEqual(await windows.readWindows(0, all.length, source, new AbortController().signal), await right);
   });
 
   test('refuses windows that do not decompress', async () => {
