@@ -11,6 +11,9 @@ const MAX_GUESSES = 8;
 /** Where a round trip's time carries fewer spans than this, a wrong guess costs a reader more than a right one saves. */
 const MIN_GUESSES = 3;
 
+/** After so long other images without a trace, which share the layers, are guessed for again; milliseconds. */
+const FORESEEN_MS = 120_000;
+
 /** Of the guesses of five recorded starts 40 % were read (docs/decisions/0015-guesses-around-misses.md). */
 const USUAL_USEFULNESS = 0.4;
 
@@ -33,17 +36,17 @@ export class FetchAhead {
   /** Layers that were read, by their number: those that guesses can be in. */
   readonly #maps = new Map<number, LayerMap>();
 
-  /** Layers whose readers a trace knows. */
-  readonly #foreseen = new Set<number>();
+  /** Layers whose readers a trace knows, and until when: by performance.now(). */
+  readonly #foreseen = new Map<number, number>();
 
   constructor(options: FetchAheadOptions) {
     this.#options = options;
   }
 
-  /** Says whether a trace tells what will be read of layers: nothing is guessed then. */
+  /** Says whether a trace tells what will be read of layers: nothing is guessed then, until a start by it is over. */
   foresee(layerIds: readonly number[], known: boolean): void {
     for (const layerId of layerIds) {
-      if (known) this.#foreseen.add(layerId);
+      if (known) this.#foreseen.set(layerId, performance.now() + FORESEEN_MS);
       else this.#foreseen.delete(layerId);
     }
   }
@@ -52,7 +55,8 @@ export class FetchAhead {
   onMiss(map: LayerMap, spans: ReadonlySet<number>): void {
     if (spans.size === 0) return; // A piece of zeros within a sparse chunk needs nothing of the layer.
     this.#followReader(map, spans);
-    if (this.#options.guess && !this.#foreseen.has(map.layerId)) this.#guess(map, spans);
+    const foreseen = performance.now() < (this.#foreseen.get(map.layerId) ?? 0);
+    if (this.#options.guess && !foreseen) this.#guess(map, spans);
   }
 
   /** What the link would carry while the reader waits: the reader's own bytes go first. */

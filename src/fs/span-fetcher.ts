@@ -298,7 +298,8 @@ export class SpanFetcher {
         return;
       }
       await this.#aheadDecodes.add(async () => {
-        await this.#untilUnwanted();
+        // Unless a reader has joined it meanwhile.
+        if (run.flights.every((flight) => flight.priority < WANTED_PRIORITY)) await this.#untilUnwanted();
         await this.#process(run, source, [], data, own);
       });
     } catch (error) {

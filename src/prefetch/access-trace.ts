@@ -284,5 +284,7 @@ function parseEvent(words: readonly string[]): TraceEvent | undefined {
   if (!isDigest(chunk) || name.length > 3 * MAX_PATH_BYTES || words.length > 8) return undefined;
   if (atMs === undefined || offset === undefined || length === undefined) return undefined;
   if (outcome === undefined || count === undefined || fileOffset === undefined) return undefined;
+  // Their ends count, too: parts of them are written again when a run is merged.
+  if (offset + length > MAX_CHUNK_BYTES || !Number.isSafeInteger(fileOffset + length)) return undefined;
   return { atMs, chunk, offset, length, outcome, count, path: unescapeText(name), fileOffset };
 }

@@ -25,7 +25,12 @@ describe('guesses', () => {
   });
 
   /** Spans that are fetched beside misses in `spans`, on a link that carries `room` spans in a round trip. */
-  function guessed(spans: readonly number[], room: number, options: Partial<FetchAheadOptions> = {}): number[] {
+  function guessed(
+    spans: readonly number[],
+    room: number,
+    options: Partial<FetchAheadOptions> = {},
+    prepare: (ahead: FetchAhead) => void = () => {},
+  ): number[] {
     const fetched: number[] = [];
     const ahead = new FetchAhead({
       fetch: async (_map, span) => void fetched.push(span),
@@ -39,6 +44,7 @@ describe('guesses', () => {
     const addresses = Float64Array.from({ length: layer.index.chunks.count }, (_, i) => (i + 1) * 1024 * KiB);
     const windows = { readWindows: async () => [] };
     const map = new LayerMap(1, { index: layer.index, addresses, windows, sources: () => [] });
+    prepare(ahead);
     for (const span of spans) ahead.onMiss(map, new Set([span]));
     return fetched;
   }
@@ -63,6 +69,34 @@ describe('guesses', () => {
   it('are none when there are to be none, nor of what is here', () => {
     assert.deepEqual(guessed(START, 5, { guess: false }), []);
     assert.deepEqual(guessed(START, 5, { isPresent: () => true }), []);
+  });
+
+  it('are fewer where fewer than usual were read, none where hardly any was, and never more than the link carries', () => {
+    const at = (useful: number | undefined): number =>
+      guessed(START.slice(0, 4), 6, { usefulness: () => useful }).length;
+    assert.deepEqual([undefined, 1, 0.4, 0.2, 0.1, 0].map(at), [6, 6, 6, 3, 0, 0]);
+  });
+
+  it('are none while a trace tells what is read, and come back when its start is over or it is not replayed', (t) => {
+    let now = 1000;
+    t.mock.method(performance, 'now', () => now);
+    const after = (ms: number) => (ahead: FetchAhead) => {
+      ahead.foresee([1, 2], true);
+      now += ms;
+    };
+    assert.deepEqual(guessed(START, 5, {}, after(0)), []);
+    assert.deepEqual(guessed(START, 5, {}, after(60_000)), []);
+    assert.ok(guessed(START, 5, {}, after(121_000)).length > 0);
+    const taken = (ahead: FetchAhead): void => {
+      ahead.foresee([1], true);
+      ahead.foresee([1], false);
+    };
+    assert.ok(guessed(START, 5, {}, taken).length > 0);
+    const dropped = (ahead: FetchAhead): void => {
+      ahead.foresee([1], true);
+      ahead.forget(1);
+    };
+    assert.ok(guessed(START, 5, {}, dropped).length > 0);
   });
 
   it('change no byte of what is read', async () => {

@@ -45,6 +45,19 @@ describe('LinkEstimate', () => {
     assert.equal(small.roundTripBytes(100), 0);
   });
 
+  it('tells the rate of the link by itself, as little as the round trip before enough is known', () => {
+    const link = { roundTripMs: 20, bytesPerMs: 12_500 };
+    const made = new LinkEstimate();
+    assert.equal(made.bytesPerMs(0), 0);
+    for (let i = 0; i < 30; i++) {
+      const bytes = i % 3 === 0 ? 4 * KiB : MiB;
+      made.add(tookMs(link, bytes), bytes, i);
+    }
+    const found = made.bytesPerMs(30);
+    assert.ok(found > 0.9 * link.bytesPerMs && found < 1.1 * link.bytesPerMs, `${found}`);
+    assert.equal(made.bytesPerMs(60_000), 0);
+  });
+
   it('forgets a link that was: another one may have taken its place', () => {
     const link = new LinkEstimate();
     for (const [i, bytes] of [KiB, ...new Array<number>(20).fill(400 * KiB)].entries())

@@ -544,6 +544,80 @@ describe('FUSE session', () => {
     rmSync(dir, { recursive: true });
   });
 
+  /** What takeReads() says, by names. */
+  const taken = (fixture: Fixture) => {
+    const { reads, lost } = fixture.session.takeReads();
+    const seen = Array.from({ length: reads.length / 4 }, (_, i) => {
+      const [file, offset, length, atMs] = reads.subarray(i * 4, i * 4 + 4);
+      return { file: file!, offset: offset!, length: Math.abs(length!), missed: length! < 0, atMs: atMs! };
+    });
+    return { seen, lost };
+  };
+
+  it('notes reads of watched files, hits and misses, in their order, and of no others', limit, async () => {
+    const fixture = await start({ onMiss: answerAll });
+    const other = await fixture.attach(8);
+    fixture.present(16 * MIB, MIB);
+    const wanted: { offset: number; length: number; missed: boolean }[] = [
+      { offset: 16 * MIB, length: BLOCK, missed: false },
+      { offset: 20 * MIB, length: 8 * BLOCK, missed: true },
+      { offset: 16 * MIB + 8 * BLOCK, length: 16 * BLOCK, missed: false },
+      { offset: 17 * MIB - BLOCK, length: 2 * BLOCK, missed: true },
+    ];
+    await reader.read({ path: fixture.device.path, offset: 24 * MIB, length: BLOCK });
+    assert.deepEqual(taken(fixture), { seen: [], lost: 0 }, 'nobody had asked');
+    fixture.session.watchReads(7, true);
+    const before = performance.now();
+    for (const { offset, length } of wanted) {
+      await reader.read({ path: fixture.device.path, offset, length });
+      await reader.read({ path: other.path, offset, length });
+    }
+    const took = performance.now() - before;
+    const { seen, lost } = taken(fixture);
+    assert.equal(lost, 0);
+    assert.deepEqual(
+      seen.map(({ offset, length, missed }) => ({ offset, length, missed })),
+      wanted,
+    );
+    assert.ok(seen.every(({ file }) => file === 7));
+    const times = seen.map(({ atMs }) => atMs);
+    assert.deepEqual(
+      times,
+      times.toSorted((a, b) => a - b),
+    );
+    assert.ok(times.at(-1)! - times[0]! <= took);
+    assert.deepEqual(taken(fixture).seen, [], 'each is told once');
+    fixture.session.watchReads(7, false);
+    fixture.session.watchReads(8, true);
+    await reader.read({ path: fixture.device.path, offset: 16 * MIB, length: BLOCK });
+    await reader.read({ path: other.path, offset: 16 * MIB, length: BLOCK });
+    assert.deepEqual(
+      taken(fixture).seen.map(({ file }) => file),
+      [8],
+    );
+    await finish(fixture);
+  });
+
+  it('counts the reads that nobody took in time, and keeps the first ones', { timeout: 60_000 }, async () => {
+    const fixture = await start();
+    fixture.present(HEAD, 16 * MIB);
+    fixture.session.watchReads(7, true);
+    const [capacity, lanes, each] = [65_536, 4, 16_500];
+    const reads = Array.from({ length: each }, (_, i) => ({
+      path: fixture.device.path,
+      offset: HEAD + (i % 1000) * BLOCK,
+      length: BLOCK,
+    }));
+    await Promise.all(Array.from({ length: lanes }, () => reader.sequence(reads)));
+    const { seen, lost } = taken(fixture);
+    assert.equal(seen.length, capacity);
+    assert.equal(lost, lanes * each - capacity);
+    assert.equal(seen[0]!.offset, HEAD);
+    await reader.read(reads[0]!);
+    assert.equal(taken(fixture).seen.length, 1, 'and goes on');
+    await finish(fixture);
+  });
+
   it('leaves no descriptor and no loop device behind', limit, async () => {
     const before = descriptors();
     for (let i = 0; i < 5; i++) {

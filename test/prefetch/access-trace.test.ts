@@ -145,4 +145,20 @@ describe('access trace', () => {
       );
     }
   });
+
+  it('refuses events that end where none can, and so reads whatever it has merged', () => {
+    const head = `dedup-trace 1\nlayer ${layers[0]}\n`;
+    const event = (offset: number, length: number, fileOffset: number): string =>
+      `${head}read 0 ${'ab'.repeat(32)} ${offset} ${length} miss 1 ${fileOffset} big\n`;
+    const most = 64 * 1024 * 1024;
+    for (const text of [event(most, 1, 0), event(1, most, 0), event(0, 2, Number.MAX_SAFE_INTEGER - 1)])
+      assert.throws(
+        () => parseTrace(text),
+        (error) => errorCode(error) === 'TRACE_INVALID',
+      );
+    for (const text of [event(most - 1, 1, 0), event(0, most, 0), event(3, most - 3, Number.MAX_SAFE_INTEGER - most)]) {
+      const merged = mergeRun(parseTrace(text), run([unit('a', 0, 0)]));
+      assert.deepEqual(parseTrace(formatTrace(merged)), merged);
+    }
+  });
 });

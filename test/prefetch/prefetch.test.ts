@@ -188,9 +188,9 @@ describe('prefetch', () => {
     const events = Array.from({ length: 20_000 }, (_, i) => ({
       chunk: chunkOf(stored, (i * 7919) % 768),
       offset: (i % 9) * 16 * KiB,
-      length: 64 * MiB,
+      length: 63 * MiB,
       path: `../../../f${i}`,
-      fileOffset: Number.MAX_SAFE_INTEGER,
+      fileOffset: Number.MAX_SAFE_INTEGER - 64 * MiB,
     }));
     const foreign = { layers: [stored.layer.index.restart.digest], tag: 'evil' };
     await save([stored], events, foreign);

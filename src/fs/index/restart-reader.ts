@@ -14,6 +14,8 @@ import { indexError } from './wire.ts';
 const WINDOW_BYTES = 32 * KiB;
 /** Spans whose windows are read together: about 60 KiB. */
 const WINDOW_GROUP = 4;
+/** How long a window is waited for that was asked for together with others: then it is asked for by itself. Milliseconds. */
+const EXPECTED_MS = 5_000;
 const EMPTY = new Uint8Array(0);
 
 /** Decompressed windows of all layers, bounded by bytes. Its keys name the restart blob, so layers can share one. */
@@ -64,11 +66,11 @@ export class RestartReader {
     const { spans, restart } = this.#index;
     const windows: Uint8Array[] = new Array<Uint8Array>(count).fill(EMPTY);
     const missing: number[] = [];
-    for (let i = 0; i < count; i++) {
+    const expected = await Promise.all(windows.map((_, i) => this.#takeExpected(first + i)));
+    for (const [i, window] of expected.entries()) {
       if (spans.windowLength[first + i] === 0) continue;
-      const expected = await this.#takeExpected(first + i);
-      if (expected !== undefined) this.#cache.set(restart.digest, first + i, expected);
-      const cached = expected ?? this.#cache.get(restart.digest, first + i);
+      if (window !== undefined) this.#cache.set(restart.digest, first + i, window);
+      const cached = window ?? this.#cache.get(restart.digest, first + i);
       if (cached === undefined) missing.push(first + i);
       else windows[i] = cached;
     }
@@ -115,11 +117,21 @@ export class RestartReader {
     reader.readRanges(restart, ranges, signal, (i, bytes) => here[i]!.resolve(bytes)).then(ended, ended);
   }
 
-  /** A window that was expected, once it is here; undefined when it was not, or could not be had. */
+  /** A window that was expected, once it is here; undefined when it was not, could not be had in time, or is damaged. */
   async #takeExpected(span: number): Promise<Uint8Array | undefined> {
-    const packed = await this.#packed.get(span);
-    this.#packed.delete(span);
-    return packed && this.#decompress(packed, span);
+    const coming = this.#packed.get(span);
+    if (coming === undefined) return undefined;
+    const late = Promise.withResolvers<undefined>();
+    const timer = setTimeout(() => late.resolve(undefined), EXPECTED_MS);
+    const packed = await Promise.race([coming, late.promise]);
+    clearTimeout(timer);
+    if (this.#packed.get(span) === coming) this.#packed.delete(span);
+    if (packed === undefined) return undefined;
+    try {
+      return this.#decompress(packed, span);
+    } catch {
+      return undefined; // Asked for by itself; what comes then is judged.
+    }
   }
 
   /** Drops cached windows of spans [first, first + count) and those read with them: when what they gave failed verification. */

@@ -245,6 +245,80 @@ describe('the restart reader', () => {
     assert.equal(source.ranges.length, 1);
   });
 
+  /** The same with several ranges a request, told in an order of its own. */
+  function manyReader(blob = built.restartBlob): BlobReader & { requests: ByteRange[][] } {
+    const requests: ByteRange[][] = [];
+    return {
+      requests,
+      readRange: () => assert.fail('windows of a batch are read together'),
+      readRanges: async (_blob, ranges, _signal, onPart) => {
+        requests.push([...ranges]);
+        for (const [i, { offset, length }] of [...ranges.entries()].reverse())
+          onPart(i, Buffer.from(blob.subarray(offset, offset + length)));
+      },
+      readAll: () => assert.fail('windows are read by range'),
+    };
+  }
+
+  const all = Array.from({ length: built.index.spans.count }, (_, span) => span);
+  const none = () => new RestartReader(built.index, join(top, 'nowhere'), new WindowCache(16 * MiB));
+  const right = none().readWindows(0, all.length, reader(), signal());
+
+  test('has windows that are expected in one request, and gives each when it is read; none that is here or not needed', async () => {
+    const windows = none();
+    const [first = 0] = withWindow;
+    await windows.readWindows(first, 1, reader(), signal());
+    const source = manyReader();
+    windows.expect(all, source, signal());
+    windows.expect(all, source, signal());
+    windows.expect([], source, signal());
+    assert.equal(source.requests.length, 1);
+    const kept = withWindow.filter((span) => span < 4);
+    assert.equal(source.requests[0]!.length, withWindow.length - kept.length);
+    for (const span of all)
+      assert.deepEqual(await windows.readWindows(span, 1, source, signal()), [(await right)[span]]);
+    assert.deepEqual(await windows.readWindows(0, all.length, source, signal()), await right, 'they are kept');
+    assert.equal(source.requests.length, 1);
+  });
+
+  test('asks nobody for expected windows when there is a local file', async () => {
+    const file = join(top, 'many.restart');
+    await writeFile(file, built.restartBlob);
+    const source = manyReader();
+    const windows = new RestartReader(built.index, file, new WindowCache(MiB));
+    windows.expect(withWindow, source, signal());
+    assert.equal(source.requests.length, 0);
+    assert.deepEqual(await windows.readWindows(0, all.length, source, signal()), await right);
+  });
+
+  for (const [what, expecting] of [
+    ['do not come', { ...manyReader(), readRanges: () => Promise.reject(new DedupError('REGISTRY_HTTP', 'gone')) }],
+    ['come in part', { ...manyReader(), readRanges: async () => {} }],
+    ['are damaged', manyReader(Buffer.alloc(built.restartBlob.length, 7))],
+  ] as const) {
+    test(`reads windows by itself when expected ones ${what}`, async () => {
+      const windows = none();
+      windows.expect(all, expecting, signal());
+      const source = reader();
+      assert.deepEqual(await windows.readWindows(0, all.length, source, signal()), await right);
+      assert.ok(source.ranges.length > 0);
+    });
+  }
+
+  test('reads windows by itself when expected ones take too long, and does not wait for them again', async (t) => {
+    t.mock.timers.enable({ apis: ['setTimeout'] });
+    const windows = none();
+    windows.expect(all, { ...manyReader(), readRanges: () => new Promise(() => {}) }, signal());
+    const source = reader();
+    const reading = windows.readWindows(0, all.length, source, new AbortController().signal);
+    await Promise.resolve();
+    assert.equal(source.ranges.length, 0);
+    t.mock.timers.tick(6_000);
+    assert.deepEqual(await reading, await right);
+    windows.forget(0, all.length);
+    assert.deepEqual(await windows.readWindows(0, all.length, source, new AbortController().signal), await right);
+  });
+
   test('refuses windows that do not decompress', async () => {
     const bad = Buffer.alloc(built.restartBlob.length, 7);
     const windows = new RestartReader(built.index, join(top, 'nowhere'), new WindowCache(MiB));
