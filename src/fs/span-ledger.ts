@@ -181,7 +181,9 @@ export class SpanLedger {
     return old < ENOUGH_SAMPLES ? undefined : used / old;
   }
 
+  /** Tells that a layer was dropped: what nobody has read of it nobody will. */
   forget(layerId: number): void {
+    this.settle([layerId]);
     this.#spans.delete(layerId);
     this.#watched.delete(layerId);
   }

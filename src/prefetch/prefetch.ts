@@ -69,6 +69,8 @@ export class Prefetch {
   readonly #replays = new Map<string, Replay>();
   /** What pulls said of images, by trace id. */
   readonly #named = new Map<string, TraceIdentity>();
+  /** Images whose reads come to us. */
+  readonly #mounted = new Set<number>();
   /** Traces that were replayed. */
   replayed = 0;
 
@@ -229,11 +231,12 @@ export class Prefetch {
   /** Begins to record an image that was just mounted. Never rejects. */
   async mounted(imageId: number, image: StartingImage): Promise<void> {
     this.begin(image);
+    this.#mounted.add(imageId);
     const { loader, log } = this.#options;
     try {
       const maps = await loader.maps(image.layerIds);
       const identity = this.#named.get(traceId(image.identity.layers)) ?? image.identity;
-      this.#recorder.begin({ imageId, identity, maps });
+      if (this.#mounted.has(imageId)) this.#recorder.begin({ imageId, identity, maps });
     } catch (error) {
       log.debug({ err: error, image: imageId }, 'a start is not recorded');
     }
@@ -241,6 +244,7 @@ export class Prefetch {
 
   /** Ends the recording of an image that is unmounted, or read without us from now on; resolves once it is kept. */
   unmounted(imageId: number): Promise<void> {
+    this.#mounted.delete(imageId);
     return this.#recorder.end(imageId);
   }
 

@@ -97,6 +97,15 @@ describe('the span ledger', () => {
       },
       { spans: 1, spanBytes: 1000 },
     ],
+    [
+      'fetched ahead when its layer is dropped',
+      (ledger) => {
+        ledger.asked(one, 0, Priority.trace, false);
+        ledger.forget(1);
+        ledger.forget(1);
+      },
+      { aheadBytes: 1000, prefetchBytes: 1000, wastedBytes: 1000 },
+    ],
     ['read without having been fetched', (ledger) => ledger.read(1, 0), {}],
   ];
   for (const [what, happen, expected] of outcomes) {

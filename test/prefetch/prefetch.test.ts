@@ -33,6 +33,7 @@ describe('prefetch', () => {
   let rig: LoaderRig;
   let registry: MemoryBlobs;
   let reads: SeenRead[];
+  let watched: Set<number>;
   let stop: AbortController;
   let prefetch: Prefetch;
 
@@ -42,6 +43,7 @@ describe('prefetch', () => {
     registry = new MemoryBlobs();
     rig = await LoaderRig.create();
     reads = [];
+    watched = new Set();
     stop = new AbortController();
     make();
   });
@@ -55,7 +57,11 @@ describe('prefetch', () => {
   function make(more: Partial<PrefetchOptions> = {}): void {
     prefetch = new Prefetch({
       loader: rig.loader,
-      transport: { capabilities, watchReads: () => {}, takeReads: () => reads.splice(0) },
+      transport: {
+        capabilities,
+        watchReads: (id, on) => void (on ? watched.add(id) : watched.delete(id)),
+        takeReads: () => reads.splice(0),
+      },
       traces,
       isPresent: (address, length) => rig.node.store.isPresent(address, length),
       readIndex: async (layerId) => rig.layers.get(layerId)!.layer.index,
@@ -144,6 +150,16 @@ describe('prefetch', () => {
       trace!.events.map(({ path, outcome }) => `${path} ${outcome}`),
       ['f1 miss', 'f20 miss'],
     );
+  });
+
+  it('does not begin to record an image that was unmounted while its layers were opened', limit, async () => {
+    const stored = await added(await manyFiles('gone', 5));
+    const mounting = prefetch.mounted(7, image([stored]));
+    await prefetch.unmounted(7);
+    await mounting;
+    assert.equal(watched.size, 0);
+    await prefetch.mounted(7, image([stored]));
+    assert.deepEqual([...watched], [7]);
   });
 
   it('replays nothing when it is not enabled, and records all the same', limit, async () => {
