@@ -219,11 +219,16 @@ export class SpanFetcher {
     const { dropped } = runs[0]!;
     const whole = runs.map(({ first, flights }) => map.compressedRange(first, flights.length));
     const ranges = withoutOverlap(whole);
-    const bytes = ranges.reduce((sum, { length }) => sum + length, 0);
-    const rounds = Math.max(1, bytes / this.#limits.maxRunBytes);
-    const timeout = AbortSignal.timeout(Math.ceil(this.#limits.attemptTimeoutMs * rounds));
+    // Each part has the time of a request of its own: readers may wait for it who have another source.
+    const stalled = new AbortController();
+    let timer: NodeJS.Timeout | undefined;
+    const goesOn = (): void => {
+      clearTimeout(timer);
+      timer = setTimeout(() => stalled.abort(), this.#limits.attemptTimeoutMs).unref();
+    };
+    goesOn();
     const failed = new AbortController();
-    const signal = AbortSignal.any([timeout, this.#abort.signal, failed.signal, dropped.signal]);
+    const signal = AbortSignal.any([stalled.signal, this.#abort.signal, failed.signal, dropped.signal]);
     const reader = this.#counted(source);
     map.layer.windows.expect?.([...rank.keys()], reader, signal);
     const firstRank = runs.map(({ flights }) => Math.min(...flights.map(({ span }) => rank.get(span)!)));
@@ -242,6 +247,7 @@ export class SpanFetcher {
     const take = (i: number, data: Buffer): void => {
       if (failed.signal.aborted) return;
       if (data.length !== ranges[i]?.length) throw wrongLength(source, data.length, ranges[i]?.length ?? 0);
+      goesOn();
       parts[i] = data;
       begin(i);
       begin(i + 1);
@@ -254,7 +260,7 @@ export class SpanFetcher {
     } catch (error) {
       failed.abort();
       const late = new DedupError('DEADLINE', `${source.host} gave no answer in time`, { cause: error });
-      const failure = timeout.aborted ? late : error;
+      const failure = stalled.signal.aborted ? late : error;
       for (const [i, run] of runs.entries()) if (!begun.has(i)) this.#afterBatch(run, source, failure);
     }
   }

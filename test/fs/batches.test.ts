@@ -221,6 +221,19 @@ describe('a batch of spans', () => {
     await batch;
   });
 
+  it('that stalls half-way is given up after the time of one part, however many there are', limit, async () => {
+    const [registry, second] = [new BatchBlobs(gzip), new MemoryBlobs(gzip)];
+    registry.beforePart = (told) => (told === 2 ? new Promise<void>(() => {}) : undefined);
+    const limits = { attemptTimeoutMs: 300, maxRunBytes: 32 * KiB };
+    const { rig, stored, map } = await prepared(gzip, [registry, second], limits);
+    const before = performance.now();
+    const batch = rig.loader.batches.fetchBatch(map, all(map), Priority.trace);
+    assert.ok((await rig.readFile(stored, 'f15')).equals(gzip.files[15]!.content));
+    assert.ok(registry.batches[0]!.length > 10, `${registry.batches[0]!.length} parts`);
+    assert.ok(performance.now() - before < 1_500);
+    assert.equal(await batch, map.spanCount);
+  });
+
   for (const windows of ['fail', 'never come'] as const) {
     it(`whose windows ${windows} ends, and its readers get their bytes`, limit, async () => {
       const registry = new BatchBlobs(gzip);
