@@ -241,9 +241,11 @@ export class Recorder {
     const { traces, transport, log } = this.#options;
     const { identity, count } = recording;
     const before = await traces.load(traceId(identity.layers));
-    const known = new Map(
-      before?.events.map(({ chunk, offset, path, fileOffset }) => [chunk, { path, offset: fileOffset - offset }]),
-    );
+    const known = new Map<string, ChunkFile>();
+    for (const { chunk, offset, path, fileOffset } of before?.events ?? []) {
+      // A trace may come from anybody: no chunk begins before its file.
+      if (fileOffset >= offset) known.set(chunk, { path, offset: fileOffset - offset });
+    }
     const units: TraceUnit[] = [];
     for (const [number, seen] of recording.units.entries()) {
       if (seen.size > 0) await this.#name(recording.maps[number]!, seen, known, units);

@@ -199,6 +199,17 @@ describe('the recorder', () => {
     );
   });
 
+  it('believes no place in a file that a trace of somebody else cannot have right', async () => {
+    const chunk = digestOfChunk(lower!, 1);
+    const event = { atMs: 0, chunk, offset: 4096, length: 100, outcome: 'miss', count: 1, path: 'evil' } as const;
+    const before = { ...identity('image1'), runs: 1, updatedMs: 0, seesHits: true };
+    await traces.save({ ...before, events: [{ ...event, fileOffset: 0 }] });
+    begin(1);
+    reads.add(1, address(low!, 1), 8192, 0);
+    await recorder.end(1);
+    assert.ok(lines(await traceOf('image1')).includes('0 b 0+5000 hit'));
+  });
+
   it('keeps two images apart, also where they share layers', async () => {
     begin(1);
     begin(2, 'image2', [up!]);
