@@ -67,6 +67,8 @@ const FORGET_RUNS = 4;
 const JOIN_MS = 20;
 const MAX_LAYERS = 256;
 const MAX_PATH_BYTES = 4096;
+/** Longest name of a repository or tag, as it is written, characters. */
+const MAX_NAME_LENGTH = 1024;
 /** Largest chunk of any configuration. */
 const MAX_CHUNK_BYTES = 64 * MiB;
 /** Times beyond a day are nobody's start. */
@@ -126,7 +128,8 @@ export function mergeRun(before: AccessTrace | undefined, run: TraceRun): Access
   const total = halve ? Math.ceil(runs / 2) : runs;
   const stays = (unit: Counted): boolean =>
     total < FORGET_RUNS || unit.count * FORGET_RUNS >= total || fresh.has(keyOf(unit));
-  const kept = [...units.values()].filter(stays);
+  // More runs than there were: only a trace of somebody else says so.
+  const kept = [...units.values()].filter(stays).map((unit) => ({ ...unit, count: Math.min(unit.count, total) }));
   const { identity } = run;
   return {
     layers: identity.layers,
@@ -230,6 +233,7 @@ export function parseTrace(text: string, origin = 'the trace'): AccessTrace {
     switch (word) {
       case 'repository':
       case 'tag':
+        if (value.length > MAX_NAME_LENGTH) throw wrong(number, 'a name that nothing has');
         header[word] = unescapeText(value);
         break;
       case 'manifest':

@@ -146,6 +146,21 @@ describe('access trace', () => {
     }
   });
 
+  it('counts no more runs than there were, whatever a trace of somebody else says', () => {
+    const hostile = mergeRun(undefined, run([unit('a', 0, 0), unit('b', 0, 5)]));
+    const boasting = { ...hostile, events: hostile.events.map((event) => ({ ...event, count: 1_000_000 })) };
+    for (const runs of [1, 16, 1_000_000]) {
+      const merged = mergeRun(parseTrace(formatTrace({ ...boasting, runs })), run([unit('a', 0, 0)]));
+      assert.deepEqual(parseTrace(formatTrace(merged)), merged);
+      assert.ok(merged.events.every(({ count }) => count <= merged.runs));
+    }
+    const named = formatTrace({ ...hostile, tag: 'x'.repeat(100_000) });
+    assert.throws(
+      () => parseTrace(named),
+      (error) => errorCode(error) === 'TRACE_INVALID',
+    );
+  });
+
   it('refuses events that end where none can, and so reads whatever it has merged', () => {
     const head = `dedup-trace 1\nlayer ${layers[0]}\n`;
     const event = (offset: number, length: number, fileOffset: number): string =>
