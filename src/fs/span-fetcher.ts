@@ -83,6 +83,8 @@ const DISTRUST_MS = 30_000;
 export class SpanFetcher {
   readonly edges: SpanEdges;
   readonly ledger = new SpanLedger();
+  /** True for a span that a plan will ask for; absent: any may be asked for. */
+  foresees: ((map: LayerMap, span: number) => boolean) | undefined;
   /** Told of a span that a reader wants and that is not under way, before it is asked for: fetchBatch() may have it. */
   onWanted: ((map: LayerMap, span: number) => void) | undefined;
   readonly #storer: SpanStorer;
@@ -636,7 +638,11 @@ export class SpanFetcher {
     try {
       // A layer that was dropped while its bytes came: nothing must be written where they belonged.
       if (run.dropped.signal.aborted || isDropped(run.map)) throw droppedError(run.map);
-      const output = await this.#storer.decodeAndStore(run.map, run.first, nameOf(source), data, windows);
+      const wanted = run.flights.some(({ priority }) => priority >= WANTED_PRIORITY);
+      // A plan brings many spans whose neighbours nobody wants: their ends would drive out those that are needed.
+      const keeps = (span: number): boolean =>
+        wanted || this.isUnderWay(run.map, span) || (this.foresees?.(run.map, span) ?? true);
+      const output = await this.#storer.decodeAndStore(run.map, run.first, nameOf(source), data, windows, keeps);
       for (const flight of run.flights) flight.resolve(output);
     } catch (error) {
       run.map.layer.windows.forget?.(run.first, run.flights.length);

@@ -58,6 +58,7 @@ export class SpanStorer {
     source: string,
     data: Buffer,
     windows: readonly Uint8Array[],
+    keeps: (neighbour: number) => boolean = () => true,
   ): Promise<RunOutput> {
     const { layerId } = map;
     const count = windows.length;
@@ -90,7 +91,7 @@ export class SpanStorer {
     const output = { start, bytes, source, stored: new Set<number>(), bad: new Set<number>() };
     await this.#storeWhole(map, output);
     if (output.bad.size > 0) map.layer.windows.forget?.(first, count);
-    this.#keepEdges(map, first, last, output, whole);
+    this.#keepEdges(map, first, last, output, whole, keeps);
     for (const border of [first, last + 1]) await this.#completeAcross(map, border, output);
     return output;
   }
@@ -175,20 +176,29 @@ export class SpanStorer {
   }
 
   /** Keeps the bytes of pieces that reach over the borders of the run. */
-  #keepEdges(map: LayerMap, first: number, last: number, output: TarBytes, whole: boolean): void {
+  #keepEdges(
+    map: LayerMap,
+    first: number,
+    last: number,
+    output: TarBytes,
+    whole: boolean,
+    keeps: (neighbour: number) => boolean,
+  ): void {
     const { start, bytes } = output;
     const { layerId } = map;
     const end = start + bytes.length;
     const spanStart = map.spanStart(first);
     const spanEnd = map.spanEnd(last);
-    if (first > 0) {
+    // What the neighbour has left is there for this.
+    const awaited = (edge: TarBytes | undefined, span: number): boolean => edge !== undefined || keeps(span);
+    if (first > 0 && awaited(this.#edges.tail(layerId, first - 1), first - 1)) {
       for (const { ref, tarOffset } of map.ordinaryPieces(spanStart, spanStart + 1)) {
         if (tarOffset >= spanStart || this.#store.isPresent(ref.address, ref.length)) continue;
         const to = Math.min(tarOffset + ref.length, end);
         this.#edges.keepHead(layerId, first, spanStart, bytes.subarray(spanStart - start, to - start));
       }
     }
-    if (whole && last + 1 < map.spanCount) {
+    if (whole && last + 1 < map.spanCount && awaited(this.#edges.head(layerId, last + 1), last + 1)) {
       for (const { ref, tarOffset } of map.ordinaryPieces(spanEnd - 1, spanEnd)) {
         if (tarOffset + ref.length <= spanEnd || this.#store.isPresent(ref.address, ref.length)) continue;
         const from = Math.max(tarOffset, start);

@@ -24,6 +24,8 @@ export interface BatchFetcher {
   readonly isPolite: boolean;
   /** True while a reader waits for such. */
   readonly isWanted: boolean;
+  /** To ask whether a plan will ask for a span. */
+  foresees: ((map: LayerMap, span: number) => boolean) | undefined;
   /** To be told of a span that a reader wants and that is not under way. */
   onWanted: ((map: LayerMap, span: number) => void) | undefined;
 }
@@ -53,7 +55,7 @@ export interface SchedulerOptions {
 /** Longest request, compressed bytes. */
 const MAX_BATCH_BYTES = 16 * MiB;
 /** The first request of a plan: what is needed first is not to wait for much else. */
-const FIRST_BATCH_BYTES = 2 * MiB;
+const FIRST_BATCH_BYTES = 4 * MiB;
 /** While somebody reads what no plan foresaw: the link is not to be taken for long. */
 const POLITE_BATCH_BYTES = MiB;
 /** A request is not to last longer than this on a slow link, milliseconds. */
@@ -109,6 +111,10 @@ export class PrefetchScheduler {
   constructor(options: SchedulerOptions) {
     this.#options = options;
     options.fetcher.onWanted = (map, span) => this.#urge(map, span);
+    options.fetcher.foresees = (map, span) =>
+      this.#running.some(({ queue }) =>
+        queue.some((planned) => planned.span === span && planned.map.layerId === map.layerId),
+      );
   }
 
   /** Spans that wait to be asked for. */
@@ -282,8 +288,9 @@ export class PrefetchScheduler {
    */
   #places(map: LayerMap): number {
     const { workers, fetcher } = this.#options;
-    if (fetcher.isPolite) return fetcher.isWanted ? 0 : 1;
     const { roundTripBytes, bytesPerMs } = fetcher.link(map);
+    // On a long link one request of that size leaves it idle for most of the time.
+    if (fetcher.isPolite) return fetcher.isWanted ? 0 : roundTripBytes > POLITE_BATCH_BYTES / 4 ? 2 : 1;
     if (bytesPerMs === 0) return workers;
     return Math.min(workers, 1 + Math.max(1, Math.ceil(roundTripBytes / MiB)));
   }

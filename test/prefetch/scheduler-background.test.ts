@@ -32,6 +32,7 @@ function made(fetch: (spans: number) => Promise<number> = async (spans) => spans
     isPolite: false,
     isWanted: false,
     onWanted: undefined,
+    foresees: undefined,
   };
   const scheduler = new PrefetchScheduler({ fetcher, workers: 2, queueSize: 1000, log: pino({ level: 'silent' }) });
   return { batches, scheduler };

@@ -29,6 +29,7 @@ class Fetcher implements BatchFetcher {
   expectWindows(): void {}
   carries = { roundTripBytes: 0, bytesPerMs: 0 };
   onWanted: BatchFetcher['onWanted'];
+  foresees: BatchFetcher['foresees'];
   /** Requests end by themselves, with so much of them. */
   auto: ((spans: readonly number[]) => number) | undefined;
   running = 0;
@@ -138,7 +139,7 @@ describe('the scheduler of prefetches', () => {
     const running = begun(scheduler(), plan(spans(one, 40)));
     assert.deepEqual(
       fetcher.batches.map((batch) => batch.spans.length),
-      [2, 4, 8, 16],
+      [4, 8, 16, 12],
     );
     for (let i = 0; i < fetcher.batches.length; i++) {
       assert.equal(await running.ended(), false);
@@ -159,7 +160,7 @@ describe('the scheduler of prefetches', () => {
         for (const layer of [one, two, three]) yield { map: layer, span, bytes: MiB };
     };
     assert.equal(await begun(scheduler(), plan(mixed())).ended(), true);
-    assert.deepEqual(fetcher.batches[0]!.spans, [19, 18], 'what is needed first');
+    assert.deepEqual(fetcher.batches[0]!.spans, [19, 18, 17, 16], 'what is needed first');
     assert.equal(fetcher.batches[1]!.map, two, 'the layer that is needed next');
     assert.equal(new Set(fetcher.asked).size, 60);
     assert.equal(fetcher.asked.length, 60);
