@@ -74,6 +74,9 @@ const MAX_MIXED_BYTES = MiB;
 /** After a read that no plan foresaw more are expected for this long, milliseconds. */
 const POLITE_MS = 1_000;
 
+/** Neighbours are asked for together if so few others are needed between them. */
+const NEAR_RANK = 4;
+
 /** What is fetched ahead is decoded after this time all the same, milliseconds. */
 const YIELD_MS = 100;
 
@@ -161,7 +164,12 @@ export class SpanFetcher {
    * are here. Spans that are under way are left to whoever fetches them. Resolves when all have ended, to the number of spans
    * that came or were under way; never rejects.
    */
-  async fetchBatch(map: LayerMap, spans: readonly number[], priority: number): Promise<number> {
+  async fetchBatch(
+    map: LayerMap,
+    spans: readonly number[],
+    priority: number,
+    onBytes: (bytes: number) => void = () => undefined,
+  ): Promise<number> {
     if (this.#abort.signal.aborted || this.#dropped.has(map.layerId)) return 0;
     const flights: Flight[] = [];
     for (const span of spans) {
@@ -175,7 +183,7 @@ export class SpanFetcher {
     for (const promise of promises) promise.catch(() => undefined);
     const [source] = this.#sources(map);
     if (source === undefined) for (const flight of flights) flight.reject(droppedError(map));
-    else if (flights.length > 0) await this.#startBatch(flights, source);
+    else if (flights.length > 0) await this.#startBatch(flights, source, onBytes);
     const ended = await Promise.allSettled(promises);
     return spans.length - ended.filter(({ status }) => status === 'rejected').length;
   }
@@ -189,7 +197,7 @@ export class SpanFetcher {
   }
 
   /** Consecutive spans together, as far as they are decoded at once. */
-  #runsOf(map: LayerMap, flights: readonly Flight[]): Run[] {
+  #runsOf(map: LayerMap, flights: readonly Flight[], rank?: ReadonlyMap<number, number>): Run[] {
     const dropped = new AbortController();
     const runs: (Run & { flights: Flight[] })[] = [];
     for (const flight of flights) {
@@ -198,6 +206,8 @@ export class SpanFetcher {
       const joins =
         last !== undefined &&
         last.first + last.flights.length === flight.span &&
+        // A neighbour that is needed much later would hold up what is needed before it.
+        (rank === undefined || Math.abs(rank.get(flight.span)! - rank.get(flight.span - 1)!) <= NEAR_RANK) &&
         map.spanEnd(flight.span) - map.spanStart(last.first) <= this.#limits.maxRunOutputBytes &&
         map.compressedRange(last.first, count).length <= this.#limits.maxRunBytes;
       if (joins) last.flights.push(flight);
@@ -210,12 +220,17 @@ export class SpanFetcher {
    * Begins the request of several spans of one layer, which is to bring them in this order; resolves when its last byte is
    * here, or it has failed. Never rejects.
    */
-  async #startBatch(wanted: readonly Flight[], source: LayerBlobSource): Promise<void> {
+  async #startBatch(
+    wanted: readonly Flight[],
+    source: LayerBlobSource,
+    onBytes: (bytes: number) => void,
+  ): Promise<void> {
     const rank = new Map(wanted.map(({ span }, i) => [span, i]));
     const map = wanted[0]!.map;
     const runs = this.#runsOf(
       map,
       wanted.toSorted((a, b) => a.span - b.span),
+      rank,
     );
     for (const run of runs) this.#follow(run);
     const { dropped } = runs[0]!;
@@ -251,6 +266,7 @@ export class SpanFetcher {
       if (data.length !== ranges[i]?.length) throw wrongLength(source, data.length, ranges[i]?.length ?? 0);
       goesOn();
       parts[i] = data;
+      onBytes(data.length);
       begin(i);
       begin(i + 1);
     };
@@ -618,6 +634,7 @@ export class SpanFetcher {
         await reader.readRanges(blob, ranges, signal, (index, bytes) => {
           length += bytes.length;
           this.#wireBytes += bytes.length;
+          this.#linkTo(host).received(bytes.length, performance.now());
           onPart(index, bytes);
         });
         const nowMs = performance.now();

@@ -9,7 +9,12 @@ import type { PlannedSpan } from './planner.ts';
 /** What the scheduler needs of the loader. */
 export interface BatchFetcher {
   /** Fetches spans of one layer, in this order, in one request where the registry can; how many came. Never rejects. */
-  fetchBatch(map: LayerMap, spans: readonly number[], priority: number): Promise<number>;
+  fetchBatch(
+    map: LayerMap,
+    spans: readonly number[],
+    priority: number,
+    onBytes: (bytes: number) => void,
+  ): Promise<number>;
   /** True for a layer that was dropped: nothing is fetched for it any more. */
   isForgotten(layerId: number): boolean;
   /** Has what decoding spans of a layer needs beside their bytes brought here together: a hint. */
@@ -58,10 +63,14 @@ const MAX_BATCH_BYTES = 16 * MiB;
 const FIRST_BATCH_BYTES = 4 * MiB;
 /** While somebody reads what no plan foresaw: the link is not to be taken for long. */
 const POLITE_BATCH_BYTES = MiB;
-/** A request is not to last longer than this on a slow link, milliseconds. */
-const MAX_BATCH_MS = 1_000;
+/**
+ * A request takes the link for so long at most, milliseconds. On a slow link that is less than the most: several travel side by
+ * side then, for a connection that has lost a packet does not fill a long link by itself for seconds, and small ones come more
+ * nearly in the order of need.
+ */
+const MAX_BATCH_MS = 175;
 /** The same for a request whose first bytes a reader waits for. */
-const MAX_URGENT_MS = 150;
+const MAX_URGENT_MS = 40;
 /** A request of a plan with a limit carries at most so much time's worth of it, seconds. */
 const LIMITED_SECONDS = 0.5;
 /**
@@ -72,6 +81,13 @@ const LOOK_AHEAD_MS = 300;
 const LOOK_AHEAD_BYTES = 2 * MiB;
 /** The same as long as nobody knows the link, in requests. */
 const UNKNOWN_LOOK_AHEAD = 5;
+/**
+ * The next request is begun when so much of the ones before is still to come: a connection that was idle takes some round trips to
+ * fill the link, and decoding takes time where there is no round trip.
+ */
+const OVERLAP_ROUND_TRIPS = 12;
+const OVERLAP_MS = 50;
+const UNKNOWN_COMING_BYTES = 8 * MiB;
 /** Windows of so many spans are brought together: about 2.5 MB. */
 const EXPECTED_SPANS = 256;
 /** How often it is looked whether readers have come closer, milliseconds. */
@@ -105,7 +121,10 @@ export class PrefetchScheduler {
   readonly #options: SchedulerOptions;
   readonly #running: Running[] = [];
   #requests = 0;
+  /** Bytes that requests under way are still to bring. */
+  #coming = 0;
   #timer: NodeJS.Timeout | undefined;
+  #pumping: NodeJS.Immediate | undefined;
   #closed = false;
 
   constructor(options: SchedulerOptions) {
@@ -233,7 +252,7 @@ export class PrefetchScheduler {
     const head = queue[0];
     const now = performance.now();
     if (head === undefined) return false;
-    if (now < running.nextMs || this.#requests >= this.#places(head.map) || this.#yields(running, now)) {
+    if (now < running.nextMs || !this.#hasPlace(head.map) || this.#yields(running, now)) {
       running.movedMs = now; // It is not its reader that it waits for.
       return false;
     }
@@ -259,7 +278,16 @@ export class PrefetchScheduler {
     this.#requests++;
     if (plan.bytesPerSecond === undefined) this.#expectWindows(running, batch);
     const spans = batch.map(({ span }) => span);
-    void fetcher.fetchBatch(batch[0]!.map, spans, priority).then((came) => {
+    let left = bytes;
+    this.#coming += bytes;
+    const arrived = (part: number): void => {
+      const counted = Math.min(left, part);
+      left -= counted;
+      this.#coming -= counted;
+      this.#pumpSoon();
+    };
+    void fetcher.fetchBatch(batch[0]!.map, spans, priority, arrived).then((came) => {
+      arrived(left);
       const ms = Math.round(performance.now() - now);
       log.debug({ spans: spans.length, bytes, ms, queued: queue.length }, 'a part of a plan was fetched');
       this.#requests--;
@@ -283,16 +311,29 @@ export class PrefetchScheduler {
   }
 
   /**
-   * Requests that may be under way at once. Two: while one transfers the next is asked for, and its decoding ends. More where a
-   * round trip carries much, or nobody knows: connections that begin slowly fill the link together.
+   * Whether one more request may be begun: when what is still to come takes the link no longer than a new one needs to fill it.
+   * More would share the link, and what is needed first would come later.
    */
-  #places(map: LayerMap): number {
+  #hasPlace(map: LayerMap): boolean {
     const { workers, fetcher } = this.#options;
+    if (this.#requests >= workers) return false;
     const { roundTripBytes, bytesPerMs } = fetcher.link(map);
-    // On a long link one request of that size leaves it idle for most of the time.
-    if (fetcher.isPolite) return fetcher.isWanted ? 0 : roundTripBytes > POLITE_BATCH_BYTES / 4 ? 2 : 1;
-    if (bytesPerMs === 0) return workers;
-    return Math.min(workers, 1 + Math.max(1, Math.ceil(roundTripBytes / MiB)));
+    if (fetcher.isPolite) {
+      if (fetcher.isWanted) return false;
+      // On a long link one request of that size leaves it idle for most of the time.
+      return this.#requests < 1 + Math.floor(roundTripBytes / (POLITE_BATCH_BYTES / 4));
+    }
+    if (bytesPerMs === 0) return this.#coming < UNKNOWN_COMING_BYTES;
+    return this.#coming <= Math.max(roundTripBytes * OVERLAP_ROUND_TRIPS, bytesPerMs * OVERLAP_MS);
+  }
+
+  /** Once for all parts that come in one turn of the loop. */
+  #pumpSoon(): void {
+    if (this.#pumping !== undefined) return;
+    this.#pumping = setImmediate(() => {
+      this.#pumping = undefined;
+      this.#pump();
+    });
   }
 
   #batchBytes(running: Running, map: LayerMap): number {
@@ -301,7 +342,8 @@ export class PrefetchScheduler {
     const limited = (running.plan.bytesPerSecond ?? Number.POSITIVE_INFINITY) * LIMITED_SECONDS;
     if (fetcher.isPolite) return Math.min(POLITE_BATCH_BYTES, limited);
     const { bytesPerMs } = fetcher.link(map);
-    const most = bytesPerMs === 0 ? MAX_BATCH_BYTES : Math.max(POLITE_BATCH_BYTES, bytesPerMs * MAX_BATCH_MS);
+    // On a link that nobody knows the longest request could take many seconds, and what is needed first come late.
+    const most = bytesPerMs === 0 ? FIRST_BATCH_BYTES : Math.max(POLITE_BATCH_BYTES, bytesPerMs * MAX_BATCH_MS);
     return Math.min(MAX_BATCH_BYTES, most, limited, FIRST_BATCH_BYTES * 2 ** running.batches);
   }
 

@@ -33,6 +33,17 @@ describe('LinkEstimate', () => {
     });
   }
 
+  it('counts what several long answers bring together', () => {
+    const made = new LinkEstimate();
+    // 4 MB/s each, two at a time.
+    for (let ms = 0; ms <= 2_000; ms += 50) {
+      made.received(200_000, ms);
+      made.received(200_000, ms + 1);
+    }
+    const found = made.bytesPerMs(2_400);
+    assert.ok(found > 7_500 && found < 9_500, `${found}`);
+  });
+
   it('says nothing before enough is known, nor from answers of one kind alone', () => {
     const link = new LinkEstimate();
     for (let i = 0; i < 6; i++) link.add(20, i === 0 ? KiB : MiB, i);
@@ -55,7 +66,9 @@ describe('LinkEstimate', () => {
     }
     const found = made.bytesPerMs(30);
     assert.ok(found > 0.9 * link.bytesPerMs && found < 1.1 * link.bytesPerMs, `${found}`);
-    assert.equal(made.bytesPerMs(60_000), 0);
+    assert.equal(made.bytesPerMs(60_000), found, 'what was known last');
+    assert.equal(made.bytesPerMs(1_200_000), 0);
+    assert.equal(made.roundTripBytes(60_000), 0);
   });
 
   it('forgets a link that was: another one may have taken its place', () => {
