@@ -1,5 +1,7 @@
 // Traces at work: has the trace of an image replayed while it is pulled or mounted, and its start recorded. Puts together trace
 // store, planner, scheduler and recorder; called by data-plane.ts. A trace is a hint: whatever fails here is read later.
+import { setTimeout as sleep } from 'node:timers/promises';
+import { LRUCache } from 'lru-cache';
 import { type Digest, isDigest } from '../digest.ts';
 import { EntryType, type LayerIndex } from '../fs/index/layer-index.ts';
 import type { LazyLoader } from '../fs/lazy-loader.ts';
@@ -20,6 +22,8 @@ const OWN_AHEAD_BYTES = 256 * MiB;
 const FOREIGN_AHEAD_BYTES = 64 * MiB;
 /** Traces of other versions that are tried, latest first. */
 const MAX_PREDECESSORS = 4;
+/** How long it is waited to know whether a registry has a trace, before the files of a start are looked for, milliseconds. */
+const EXACT_WAIT_MS = 500;
 /** An image that is pulled and then mounted is replayed once, milliseconds. */
 const AGAIN_MS = 60_000;
 
@@ -68,7 +72,7 @@ export class Prefetch {
   readonly #recorder: Recorder;
   readonly #replays = new Map<string, Replay>();
   /** What pulls said of images, by trace id. */
-  readonly #named = new Map<string, TraceIdentity>();
+  readonly #named = new LRUCache<string, TraceIdentity>({ max: 1000 });
   /** Images whose reads come to us. */
   readonly #mounted = new Set<number>();
   /** Traces that were replayed. */
@@ -214,7 +218,8 @@ export class Prefetch {
   async built(layerIds: readonly number[], metadata: string, signal: AbortSignal): Promise<boolean> {
     const replay = this.#replays.get(keyOf(layerIds));
     if (replay === undefined) return false;
-    const exact = await replay.exact;
+    // A registry that takes its time is not to hold up what can be known without it.
+    const exact = await Promise.race([replay.exact, sleep(EXACT_WAIT_MS, false, { ref: false })]);
     const { changed } = replay;
     if (exact || changed === undefined || changed.events.length === 0) return exact;
     const tree = await readTree(metadata);

@@ -136,6 +136,7 @@ describe('the scheduler of prefetches', () => {
   }
 
   it('asks for what is needed first in small, then in larger requests, and ends with the last one', async () => {
+    fetcher.carries = { roundTripBytes: KiB, bytesPerMs: MiB };
     const running = begun(scheduler(), plan(spans(one, 40)));
     assert.deepEqual(
       fetcher.batches.map((batch) => batch.spans.length),
@@ -171,19 +172,19 @@ describe('the scheduler of prefetches', () => {
     const polite = begun(scheduler({ workers: 1 }), plan(spans(one, 3)));
     assert.equal(fetcher.batches[0]!.spans.length, 1);
     fetcher.isPolite = false;
-    fetcher.carries = { roundTripBytes: 0, bytesPerMs: (2 * MiB) / 1000 };
+    fetcher.carries = { roundTripBytes: 0, bytesPerMs: (2 * MiB) / 175 };
     await fetcher.batches[0]!.end();
-    assert.equal(fetcher.batches[1]!.spans.length, 2, 'a second of the link');
+    assert.equal(fetcher.batches[1]!.spans.length, 2, '175 ms of the link');
     await fetcher.batches[1]!.end();
     assert.equal(await polite.ended(), true);
   });
 
   it('keeps to its workers, and to as many requests as fill the link', async () => {
     begun(scheduler({ workers: 3 }), plan(spans(one, 100)));
-    assert.equal(fetcher.running, 3, 'nobody knows the link yet');
-    fetcher.carries = { roundTripBytes: KiB, bytesPerMs: 10 * MiB };
+    assert.equal(fetcher.running, 2, '8 MiB while nobody knows the link');
+    fetcher.carries = { roundTripBytes: KiB, bytesPerMs: MiB / 100 };
     await fetcher.batches[0]!.end();
-    assert.equal(fetcher.running, 2, 'two fill a link without a round trip');
+    assert.equal(fetcher.running, 1, 'one fills a link without a round trip');
     fetcher.carries = { roundTripBytes: 100 * MiB, bytesPerMs: 10 * MiB };
     await fetcher.batches[1]!.end();
     assert.equal(fetcher.running, 3);
@@ -268,7 +269,7 @@ describe('the scheduler of prefetches', () => {
   it('goes on from a reader that has caught up with it, at once and beyond its places', async () => {
     begun(scheduler({ workers: 1 }), plan(spans(one, 100)));
     assert.equal(fetcher.running, 1);
-    fetcher.carries = { roundTripBytes: 0, bytesPerMs: (3 * MiB) / 150 };
+    fetcher.carries = { roundTripBytes: 0, bytesPerMs: (3 * MiB) / 40 };
     fetcher.onWanted?.(one, 50);
     assert.deepEqual(fetcher.batches[1]!.spans, [50, 51, 52]);
     assert.ok(fetcher.batches[1]!.priority < 100 && fetcher.batches[1]!.priority > fetcher.batches[0]!.priority);
