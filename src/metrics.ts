@@ -56,7 +56,7 @@ const DEFINITIONS: readonly Definition[] = [
   {
     kind: 'counter',
     name: 'dedup_prefetch_bytes_total',
-    help: 'Bytes fetched ahead: read later, wanted before they were here, or given up unread.',
+    help: 'Bytes fetched ahead: read later, wanted before they were here, or not read until a recording of their layers ended.',
     label: 'outcome',
     values: (now) => ({
       useful: now.prefetchUsefulBytes,
@@ -123,7 +123,7 @@ const DEFINITIONS: readonly Definition[] = [
   {
     kind: 'counter',
     name: 'dedup_traces_replayed_total',
-    help: 'Access traces by which something was fetched ahead.',
+    help: 'Access traces that were replayed at a pull or mount.',
     values: (now) => now.tracesReplayed,
   },
   // Of prom-client's own set only these, under the names of every Prometheus client: the others watch the event loop and

@@ -10,7 +10,8 @@ import type { CliContext } from './context.ts';
 import { imageOf, openTraces, selectTrace, shortId } from './trace-selection.ts';
 
 const HELP = `
-The image stays as it is: the trace is pushed as an artifact that refers to its manifest, in place of the one pushed before.
+The image stays as it is: the trace is pushed as an artifact that refers to its manifest, which nodes find when they
+pull it. In registries without the referrers API it takes the place of the one pushed before; elsewhere the latest counts.
 The registry must have the image with exactly the layers of the trace. File names of the image are part of a trace.
 
 Examples:

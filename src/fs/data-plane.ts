@@ -281,6 +281,7 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
         log: options.log,
       }),
       settings,
+      registryTraces: options.config.registry_traces,
       stop: this.#stop.signal,
       log: options.log,
     });

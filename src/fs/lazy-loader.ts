@@ -176,7 +176,7 @@ export class LazyLoader {
   #logMiss(range: ByteRange, slots: readonly Slot[], waitedMs: number): void {
     if (!this.#log.isLevelEnabled('debug')) return;
     const ref = slots.find((slot) => slot.ref !== undefined)?.ref;
-    const where = ref && { layer: ref.map.blob.digest, chunk: ref.chunk, piece: ref.piece, spans: [...spansOf(ref)] };
+    const where = ref && { layer: ref.map.blob.digest, chunk: ref.chunk, piece: ref.piece, spans: [...ref.map.spansOf(ref)] };
     this.#log.debug({ ...range, waitedMs, ...where }, 'a read waited for the registry');
   }
 
@@ -337,7 +337,7 @@ export class LazyLoader {
   /** Moves the spans of a piece that prefetch already waits for to the front. */
   #promote(slot: Slot): void {
     if (slot.ref === undefined) return;
-    for (const span of spansOf(slot.ref)) this.#fetcher.promote(slot.ref.map, span, Priority.onDemand);
+    for (const span of slot.ref.map.spansOf(slot.ref)) this.#fetcher.promote(slot.ref.map, span, Priority.onDemand);
   }
 
   /** Brings one piece here; once more where a layer was dropped under it, as another one may have come to have the chunk. */
@@ -431,12 +431,12 @@ export class LazyLoader {
         source = outputs.at(-1)?.source;
       }
       mismatch = true;
-      for (const span of spansOf(ref)) {
+      for (const span of ref.map.spansOf(ref)) {
         this.#fetcher.edges.drop(ref.map.layerId, span);
         ref.map.layer.windows.forget?.(span, 1);
       }
       // What was kept from an earlier fetch was not verified then and may be what is wrong: once more, all of it anew.
-      if (outputs.length < spansOf(ref).size) continue;
+      if (outputs.length < ref.map.spansOf(ref).size) continue;
       if (source === undefined) break;
       this.#fetcher.distrust(ref.map, source);
       const others = ref.map.layer.sources().some((other) => nameOf(other) !== source && !bad.has(nameOf(other)));
@@ -464,7 +464,7 @@ export class LazyLoader {
       }
     }
     const fetches = [...wanted].map((span) => this.#fetcher.fetch(map, span, priority));
-    if (priority === Priority.onDemand) this.#ahead.onMiss(map, spansOf(ref));
+    if (priority === Priority.onDemand) this.#ahead.onMiss(map, map.spansOf(ref));
     return Promise.all(fetches);
   }
 
@@ -569,15 +569,6 @@ function slotIn(map: LayerMap, address: number): Slot | undefined {
   if (chunk === undefined) return undefined;
   const ref = map.piece(chunk, Math.floor((address - map.layer.addresses[chunk]!) / map.layer.index.pieceBytes));
   return { address: ref.address, length: ref.length, chunkId: undefined, ref };
-}
-
-function spansOf(ref: PieceRef): Set<number> {
-  const spans = new Set<number>();
-  for (const part of ref.map.partsOf(ref)) {
-    const last = ref.map.spanAt(part.tarOffset + part.length - 1);
-    for (let span = ref.map.spanAt(part.tarOffset); span <= last; span++) spans.add(span);
-  }
-  return spans;
 }
 
 function bytesIn(ref: PieceRef, output: RunOutput): Uint8Array | undefined {

@@ -44,6 +44,8 @@ interface Flight {
   readonly key: string;
   priority: number;
   queued: boolean;
+  /** Has what it waits for, if it is not queued itself, done before what is fetched ahead. */
+  hurry?: (() => void) | undefined;
   readonly promise: Promise<RunOutput>;
   resolve(output: RunOutput): void;
   reject(error: unknown): void;
@@ -279,6 +281,8 @@ export class SpanFetcher {
       failed.abort();
       const late = new DedupError('DEADLINE', `${source.host} gave no answer in time`, { cause: error });
       const failure = stalled.signal.aborted ? late : error;
+      if (!this.#abort.signal.aborted && !dropped.signal.aborted)
+        this.#log.warn({ err: failure, layer: map.blob.digest, source: nameOf(source) }, 'fetching ahead failed');
       for (const [i, run] of runs.entries()) if (!begun.has(i)) this.#afterBatch(run, source, failure);
     }
   }
@@ -321,10 +325,11 @@ export class SpanFetcher {
         await this.#decodes.add(() => this.#process(run, source, [], data, own), { priority });
         return;
       }
+      const decode = this.#once(run, this.#decodes, () => this.#process(run, source, [], data, own));
       await this.#aheadDecodes.add(async () => {
         // Unless a reader has joined it meanwhile.
         if (run.flights.every((flight) => flight.priority < WANTED_PRIORITY)) await this.#untilUnwanted();
-        await this.#process(run, source, [], data, own);
+        await decode();
       });
     } catch (error) {
       this.#afterBatch(run, source, error);
@@ -379,6 +384,7 @@ export class SpanFetcher {
   #promote(flight: Flight, priority: number): void {
     flight.priority = priority;
     // On its way: it is decoded sooner, and asked for once more when it does not come.
+    if (priority >= WANTED_PRIORITY) flight.hurry?.();
     if (!flight.queued || this.#starting.includes(flight)) return;
     const [source] = this.#sources(flight.map);
     if (source === undefined) return;
@@ -534,7 +540,9 @@ export class SpanFetcher {
     }
     this.distrust(run.map, nameOf(failed));
     const next = this.#sources(run.map).find((source) => !tried.includes(nameOf(source)));
-    this.#log.warn(
+    // What nobody waits for fails quietly: a batch has many runs, and whoever wants one asks again and is told.
+    const wanted = run.flights.some((flight) => flight.priority >= WANTED_PRIORITY);
+    this.#log[wanted ? 'warn' : 'debug'](
       { err: error, layer: run.map.blob.digest, source: nameOf(failed), next: next && nameOf(next) },
       'a layer source failed',
     );
@@ -547,7 +555,26 @@ export class SpanFetcher {
       return;
     }
     const priority = Math.max(...run.flights.map((flight) => flight.priority));
-    void this.#queueOf(next.host, priority).add(() => this.#attempt(run, next, tried), { priority });
+    const attempt = this.#once(run, this.#queueOf(next.host, WANTED_PRIORITY), () => this.#attempt(run, next, tried));
+    void this.#queueOf(next.host, priority).add(attempt, { priority });
+  }
+
+  /** Work on a run that a reader who joins it has done in `sooner`, too: whichever comes first does it. */
+  #once(run: Run, sooner: PQueue, work: () => Promise<void>): () => Promise<void> {
+    let begun = false;
+    const once = async (): Promise<void> => {
+      if (begun) return;
+      begun = true;
+      for (const flight of run.flights) flight.hurry = undefined;
+      await work();
+    };
+    for (const flight of run.flights) {
+      flight.hurry = () => {
+        flight.hurry = undefined;
+        void sooner.add(once, { priority: WANTED_PRIORITY });
+      };
+    }
+    return once;
   }
 
   async #download(run: Run, source: LayerBlobSource): Promise<{ data: Buffer; windows: readonly Uint8Array[] }> {

@@ -56,9 +56,16 @@ export interface LedgerStats {
   readonly wastedBytes: number;
 }
 
+/** What is kept of a layer: numbers alone, for its map is large and goes when it is not used. */
+interface LayerSpans {
+  readonly state: Uint8Array;
+  /** Compressed bytes of each span. */
+  readonly bytes: Uint32Array;
+}
+
 export class SpanLedger {
   /** By layer; kept while its layer is known, so that nothing is counted twice. */
-  readonly #spans = new Map<number, { readonly map: LayerMap; readonly state: Uint8Array }>();
+  readonly #spans = new Map<number, LayerSpans>();
   /** Layers whose reads are seen, and by how many recordings. */
   readonly #watched = new Map<number, number>();
   readonly #samples = new Map<Origin, Sample[]>();
@@ -85,12 +92,12 @@ export class SpanLedger {
   /** Tells that a span is asked for; `underWay`: it is being fetched already. */
   asked(map: LayerMap, span: number, priority: number, underWay: boolean): void {
     let layer = this.#spans.get(map.layerId);
-    if (layer === undefined) this.#spans.set(map.layerId, (layer = { map, state: new Uint8Array(map.spanCount) }));
+    if (layer === undefined) this.#spans.set(map.layerId, (layer = spansOf(map)));
     const { state } = layer;
     const before = state[span]!;
     const origin = originOf(priority);
     if (before === 0) {
-      const bytes = bytesOf(map, span);
+      const bytes = layer.bytes[span]!;
       state[span] = ORIGINS.indexOf(origin) + 1;
       if (origin === 'read') this.#waitedFor(bytes);
       else {
@@ -100,7 +107,7 @@ export class SpanLedger {
       }
     } else if (origin === 'read' && (before & (ORIGIN_MASK | LATE)) > 1 && (before & LATE) === 0) {
       // A reader waits for what was fetched ahead: it is on its way still, or what was brought is gone again.
-      const bytes = bytesOf(map, span);
+      const bytes = layer.bytes[span]!;
       state[span] = before | LATE;
       this.#aheadBytes -= bytes;
       this.#waitedFor(bytes);
@@ -152,7 +159,7 @@ export class SpanLedger {
     if (layer === undefined || (before & READ) !== 0 || before === 0) return;
     layer.state[span] = before | READ;
     const ahead = (before & ORIGIN_MASK) > 1;
-    if (ahead && (before & (LATE | SETTLED)) === 0) this.#usefulBytes += bytesOf(layer.map, span);
+    if (ahead && (before & (LATE | SETTLED)) === 0) this.#usefulBytes += layer.bytes[span]!;
   }
 
   /** Tells that a start has ended: what was fetched ahead in these layers and not read until now was for nothing. */
@@ -163,7 +170,7 @@ export class SpanLedger {
         const before = layer.state[span]!;
         if ((before & ORIGIN_MASK) <= 1 || (before & (LATE | READ | SETTLED)) !== 0) continue;
         layer.state[span] = before | SETTLED;
-        this.#wastedBytes += bytesOf(layer.map, span);
+        this.#wastedBytes += layer.bytes[span]!;
       }
     }
   }
@@ -189,6 +196,7 @@ export class SpanLedger {
   }
 }
 
-function bytesOf(map: LayerMap, span: number): number {
-  return map.compressedRange(span, 1).length;
+function spansOf(map: LayerMap): LayerSpans {
+  const bytes = Uint32Array.from({ length: map.spanCount }, (_, span) => map.compressedRange(span, 1).length);
+  return { state: new Uint8Array(map.spanCount), bytes };
 }

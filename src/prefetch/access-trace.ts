@@ -181,8 +181,11 @@ function joined(units: readonly Counted[]): TraceEvent[] {
 /** The text form: a header of "word value" lines, then one event a line. */
 export function formatTrace(trace: AccessTrace): string {
   const lines = ['dedup-trace 1'];
-  if (trace.repository !== '') lines.push(`repository ${escapeText(trace.repository)}`);
-  if (trace.tag !== '') lines.push(`tag ${escapeText(trace.tag)}`);
+  for (const word of ['repository', 'tag'] as const) {
+    const name = escapeText(trace[word]);
+    // A longer one would not be read again.
+    if (name !== '' && name.length <= MAX_NAME_LENGTH) lines.push(`${word} ${name}`);
+  }
   if (trace.manifest !== '') lines.push(`manifest ${trace.manifest}`);
   for (const layer of trace.layers) lines.push(`layer ${layer}`);
   lines.push(`runs ${trace.runs}`, `updated ${new Date(trace.updatedMs).toISOString()}`);

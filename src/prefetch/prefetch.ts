@@ -24,6 +24,8 @@ const FOREIGN_AHEAD_BYTES = 64 * MiB;
 const MAX_PREDECESSORS = 4;
 /** How long it is waited to know whether a registry has a trace, before the files of a start are looked for, milliseconds. */
 const EXACT_WAIT_MS = 500;
+/** How long an unmount, or the end of dedupd, waits for a trace to be written, milliseconds. */
+const KEEP_WAIT_MS = 2_000;
 /** An image that is pulled and then mounted is replayed once, milliseconds. */
 const AGAIN_MS = 60_000;
 
@@ -62,6 +64,8 @@ interface Replay {
   readonly startedMs: number;
   /** True when a trace of the very image is replayed. */
   readonly exact: Promise<boolean>;
+  /** Aborted when a trace of the very image takes the place of another version's. */
+  readonly replaced: AbortController;
   /** What an older trace names that this image has under another digest, once that is known. */
   changed: { readonly events: readonly TraceEvent[]; readonly maps: readonly LayerMap[] } | undefined;
 }
@@ -139,7 +143,7 @@ export class Prefetch {
     const key = keyOf(image.layerIds);
     if (this.#replays.has(key)) return;
     const { promise, resolve } = Promise.withResolvers<boolean>();
-    const replay: Replay = { startedMs: now, exact: promise, changed: undefined };
+    const replay: Replay = { startedMs: now, exact: promise, replaced: new AbortController(), changed: undefined };
     this.#replays.set(key, replay);
     this.#replay(image, id, replay, resolve).catch((error: unknown) => {
       resolve(false);
@@ -162,7 +166,6 @@ export class Prefetch {
       return undefined;
     });
     const older = await this.#predecessor(image.identity, maps);
-    const replaced = new AbortController();
     if (older !== undefined) {
       const { unknown } = resolveTrace(older, maps);
       replay.changed = { events: unknown, maps };
@@ -170,12 +173,12 @@ export class Prefetch {
         { layers: image.layerIds, from: older.tag, changed: unknown.length },
         'the trace of another version is replayed',
       );
-      this.#passOver(this.#run(older, maps, FOREIGN_AHEAD_BYTES, AbortSignal.any([image.signal, replaced.signal])));
+      this.#passOver(this.#run(older, maps, FOREIGN_AHEAD_BYTES, AbortSignal.any([image.signal, replay.replaced.signal])));
     }
     const found = await remote;
     exact(found !== undefined);
     if (found === undefined) return;
-    replaced.abort();
+    replay.replaced.abort();
     replay.changed = undefined;
     loader.foresee(image.layerIds, true);
     log.debug({ layers: image.layerIds, events: found.events.length }, "a trace of the image's registry is replayed");
@@ -224,7 +227,8 @@ export class Prefetch {
     if (exact || changed === undefined || changed.events.length === 0) return exact;
     const tree = await readTree(metadata);
     if (tree === undefined) return false;
-    this.#passOver(this.#fetch(resolveByPath(changed.events, tree, changed.maps), FOREIGN_AHEAD_BYTES, signal));
+    const until = AbortSignal.any([signal, replay.replaced.signal]);
+    this.#passOver(this.#fetch(resolveByPath(changed.events, tree, changed.maps), FOREIGN_AHEAD_BYTES, until));
     return false;
   }
 
@@ -247,10 +251,13 @@ export class Prefetch {
     }
   }
 
-  /** Ends the recording of an image that is unmounted, or read without us from now on; resolves once it is kept. */
-  unmounted(imageId: number): Promise<void> {
+  /**
+   * Ends the recording of an image that is unmounted, or read without us from now on; resolves once it is kept, or would hold
+   * others up: a directory of traces may be slow.
+   */
+  async unmounted(imageId: number): Promise<void> {
     this.#mounted.delete(imageId);
-    return this.#recorder.end(imageId);
+    await Promise.race([this.#recorder.end(imageId), sleep(KEEP_WAIT_MS, undefined, { ref: false })]);
   }
 
   async #filesOf(map: LayerMap, chunks: ReadonlySet<number>): Promise<Map<number, ChunkFile>> {
@@ -267,9 +274,9 @@ export class Prefetch {
     return found;
   }
 
-  /** Keeps what was recorded. */
+  /** Keeps what was recorded, where that does not take long. */
   async close(): Promise<void> {
-    await this.#recorder.close();
+    await Promise.race([this.#recorder.close(), sleep(KEEP_WAIT_MS, undefined, { ref: false })]);
     this.#scheduler.close();
   }
 }

@@ -70,9 +70,11 @@ export class TraceStore {
     try {
       await using file = await openFile(path);
       const { size } = await file.stat();
-      if (size > MAX_TRACE_BYTES) return parseTrace('x'.repeat(MAX_TRACE_BYTES + 1), path);
+      if (size > MAX_TRACE_BYTES)
+        throw new DedupError('TRACE_INVALID', `${path} has ${size} bytes; at most ${MAX_TRACE_BYTES} are read`);
       text = await file.readFile('latin1');
     } catch (error) {
+      if (error instanceof DedupError) throw error;
       throw wrapError(error, `reading ${path}`, 'STORE_IO');
     }
     return parseTrace(text, path);

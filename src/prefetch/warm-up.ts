@@ -41,6 +41,9 @@ const FIRST_RETRY_MS = 5_000;
 const LAST_RETRY_MS = 30 * 60_000;
 /** Before what failed is asked for once more, milliseconds. */
 const SECOND_TRY_MS = 1_000;
+/** Long lists are gone through for so long at a time, milliseconds, looked at after so many. */
+const TURN_MS = 5;
+const TURN_ITEMS = 256;
 /** Pieces that no plan can bring are made here, so many at once. */
 const PIECES_AT_ONCE = 16;
 
@@ -63,6 +66,8 @@ export interface WarmUpOptions {
   readonly isPresent: (address: number, length: number) => boolean;
   readonly list: WarmList;
   readonly settings: Config['warm_up'];
+  /** Look for a trace beside an image in its registry (configuration key `registry_traces`). */
+  readonly registryTraces: boolean;
   /** Aborted when dedupd stops. */
   readonly stop: AbortSignal;
   readonly log: Logger;
@@ -244,12 +249,12 @@ export class WarmUp {
 
   async #fetchPart(warming: Warming, all: boolean): Promise<{ part: Part; bytes: number }> {
     const { maps, metadata } = warming;
-    if (all) return { part: 'all', bytes: await this.#fetch(() => allPieces(maps), warming) };
+    if (all) return { part: 'all', bytes: await this.#fetch(allPieces(maps), warming) };
     const foreseen = await this.#foresee(warming);
     // Another version's trace may say nothing of this one.
     if (foreseen !== undefined && foreseen.pieces.length > 0) {
       const part = foreseen.from === 'node' ? 'trace' : foreseen.from;
-      return { part, bytes: await this.#fetch(() => foreseen.pieces, warming) };
+      return { part, bytes: await this.#fetch(foreseen.pieces, warming) };
     }
     return metadata === undefined ? { part: 'nothing', bytes: 0 } : await this.#fetchStart(metadata, warming);
   }
@@ -264,7 +269,9 @@ export class WarmUp {
       {
         layerIds: rows.map(({ id }) => id),
         identity: identityOf(rows, about),
-        registry: (layers: readonly Digest[]) => findTrace(repository, image.manifest, layers, signal),
+        registry: this.#options.registryTraces
+          ? (layers: readonly Digest[]) => findTrace(repository, image.manifest, layers, signal)
+          : undefined,
         signal,
       },
       metadata,
@@ -284,7 +291,7 @@ export class WarmUp {
     const ensure = async (ranges: readonly ByteRange[]): Promise<void> => {
       const pieces = ranges.flatMap((range) => [...piecesAt(range, maps)]);
       asked.push(...pieces);
-      const bytes = compressedBytes(pieces, isPresent);
+      const bytes = await compressedBytes(pieces, isPresent);
       total += bytes;
       await pace.take(bytes, signal);
       await loader.ensure(ranges, options);
@@ -300,29 +307,30 @@ export class WarmUp {
     });
     // Single files are hints there, and pass over their failures; here somebody wants to know.
     signal.throwIfAborted();
-    return { part: 'start', bytes: done + (await this.#fetch(() => asked, warming)) };
+    return { part: 'start', bytes: done + (await this.#fetch(asked, warming)) };
   }
 
   /**
    * Fetches what is absent of pieces; once more where something failed. Returns the compressed bytes that were wanted.
    * Errors: UNAVAILABLE naming how much is missing.
    */
-  async #fetch(pieces: () => Iterable<PieceRef>, warming: Warming): Promise<number> {
+  async #fetch(pieces: Iterable<PieceRef>, warming: Warming): Promise<number> {
     const { isPresent } = this.#options;
     const { name, show, signal } = warming;
-    const total = compressedBytes(pieces(), isPresent);
+    let missing = await absent(pieces, isPresent);
+    const total = await compressedBytes(missing, isPresent);
     if (total > 0) show(step('fetch', 0, total));
-    let allCame = await this.#run(pieces(), total, warming);
-    let missing = absent(pieces(), isPresent);
+    let allCame = await this.#run(missing, total, warming);
+    missing = await absent(missing, isPresent);
     if (missing.length > 0 && !allCame) {
       await this.#sleep(SECOND_TRY_MS, signal);
       allCame = await this.#run(missing, total, warming);
-      missing = absent(missing, isPresent);
+      missing = await absent(missing, isPresent);
     }
     // Zeros that no span holds, pieces that reach over more spans than are decoded at once, and what was evicted meanwhile; or
     // the first of many that do not come: it says why.
     const failure = await this.#make(allCame ? missing : missing.slice(0, 1), warming);
-    missing = absent(missing, isPresent);
+    missing = await absent(missing, isPresent);
     if (missing.length === 0) return total;
     const bytes = missing.reduce((sum, { length }) => sum + length, 0);
     const why = failure instanceof Error ? `: ${failure.message}` : '';
@@ -366,7 +374,7 @@ export class WarmUp {
     for (let at = 0; at < pieces.length; at += PIECES_AT_ONCE) {
       const some = pieces.slice(at, at + PIECES_AT_ONCE);
       try {
-        await pace.take(compressedBytes(some, this.#options.isPresent), signal);
+        await pace.take(await compressedBytes(some, this.#options.isPresent), signal);
         await this.#options.loader.ensure(some.map(blocksOf), options);
       } catch (error) {
         signal.throwIfAborted();
@@ -447,16 +455,31 @@ function noneLazy(name: string, leftOut: readonly WarmLeftOutMessage[]): DedupEr
 }
 
 /** Compressed bytes of the spans that absent pieces need. */
-function compressedBytes(pieces: Iterable<PieceRef>, isPresent: WarmUpOptions['isPresent']): number {
+async function compressedBytes(pieces: Iterable<PieceRef>, isPresent: WarmUpOptions['isPresent']): Promise<number> {
   let sum = 0;
-  for (const { bytes } of spansNeeded(pieces, isPresent)) sum += bytes;
+  await inTurns(spansNeeded(pieces, isPresent), ({ bytes }) => {
+    sum += bytes;
+  });
   return sum;
 }
 
-function absent(pieces: Iterable<PieceRef>, isPresent: WarmUpOptions['isPresent']): PieceRef[] {
+async function absent(pieces: Iterable<PieceRef>, isPresent: WarmUpOptions['isPresent']): Promise<PieceRef[]> {
   const found: PieceRef[] = [];
-  for (const piece of pieces) if (!isPresent(piece.address, piece.length)) found.push(piece);
+  await inTurns(pieces, (piece) => {
+    if (!isPresent(piece.address, piece.length)) found.push(piece);
+  });
   return found;
+}
+
+/** Does something for each of very many, and lets others have the thread in between: readers are answered on it. */
+async function inTurns<T>(items: Iterable<T>, each: (item: T) => void): Promise<void> {
+  let [count, sinceMs] = [0, performance.now()];
+  for (const item of items) {
+    each(item);
+    if (++count % TURN_ITEMS !== 0 || performance.now() - sinceMs < TURN_MS) continue;
+    await new Promise((resolve) => setImmediate(resolve));
+    sinceMs = performance.now();
+  }
 }
 
 /** The whole blocks of a piece. */

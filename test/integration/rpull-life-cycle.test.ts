@@ -3,10 +3,12 @@
 import assert from 'node:assert/strict';
 import { spawn } from 'node:child_process';
 import { once } from 'node:events';
+import { rmSync } from 'node:fs';
 import { rm } from 'node:fs/promises';
 import { after, before, describe, test } from 'node:test';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { isDeepStrictEqual } from 'node:util';
+import { RootPaths } from '../../src/paths.ts';
 import { LABEL_INDEX, LABEL_MANIFEST_DIGEST } from '../../src/snapshotter/labels.ts';
 import { TestContainerd, waitFor } from '../support/containerd.ts';
 import { busyboxEntries, type LayerSource, makeImage, pushLayout, type TestImage } from '../support/images.ts';
@@ -135,6 +137,8 @@ describe('an image brought by rpull', () => {
   });
 
   test('fails to be read with an error, not with wrong bytes, when every registry is gone, and is read when one is back', async () => {
+    // By the trace of an earlier start it would be here already.
+    rmSync(new RootPaths(node.product.root).traces, { recursive: true, force: true });
     await node.rpull(lazy);
     assert.equal((await node.runScript(lazy, 'cat /mark')).stdout, 'one');
     node.proxy.setRules({ path: BLOB, fault: { kind: 'status', status: 404 } });

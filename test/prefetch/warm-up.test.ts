@@ -59,6 +59,7 @@ describe('warm-up', () => {
       isPresent: never,
       list,
       settings: whole,
+      registryTraces: true,
       stop: stop.signal,
       log,
       ...(more.sleep === undefined ? {} : { sleep: more.sleep }),

@@ -16,6 +16,8 @@ const WINDOW_BYTES = 32 * KiB;
 const WINDOW_GROUP = 4;
 /** How long a window is waited for that was asked for together with others: then it is asked for by itself. Milliseconds. */
 const EXPECTED_MS = 5_000;
+/** Windows of a layer that are kept for a plan, as they are packed: about 5 MB. */
+const MAX_EXPECTED = 512;
 const EMPTY = new Uint8Array(0);
 
 /** Decompressed windows of all layers, bounded by bytes. Its keys name the restart blob, so layers can share one. */
@@ -111,10 +113,24 @@ export class RestartReader {
       return packed;
     });
     const ranges = missing.map((span) => ({ offset: spans.windowOffset[span]!, length: spans.windowLength[span]! }));
-    const ended = (): void => {
-      for (const packed of here) packed.resolve(undefined);
+    const came = new Set<number>();
+    const take = (i: number, bytes: Buffer): void => {
+      came.add(i);
+      here[i]!.resolve(bytes);
     };
-    reader.readRanges(restart, ranges, signal, (i, bytes) => here[i]!.resolve(bytes)).then(ended, ended);
+    const ended = (): void => {
+      for (const [i, packed] of here.entries()) {
+        packed.resolve(undefined);
+        // Whoever comes later asks anew.
+        if (!came.has(i) && this.#packed.get(missing[i]!) === packed.promise) this.#packed.delete(missing[i]!);
+      }
+    };
+    reader.readRanges(restart, ranges, signal, take).then(ended, ended);
+    // Of plans that were given up: nobody comes for them.
+    for (const span of this.#packed.keys()) {
+      if (this.#packed.size <= MAX_EXPECTED) break;
+      this.#packed.delete(span);
+    }
   }
 
   /** A window that was expected, once it is here; undefined when it was not, could not be had in time, or is damaged. */

@@ -114,9 +114,10 @@ export class HttpRepository implements StreamingRepository {
     try {
       able = await answer.read(this.#exchange, signal);
     } catch (error) {
-      // A server that has this wrong has it wrong the next time, too; whatever may pass says nothing about it.
+      // A server that has this wrong has it wrong the next time, too, and may be right about single ranges; whatever may pass
+      // says nothing about it.
       able = !(error instanceof DedupError && error.code === 'REGISTRY_PROTOCOL');
-      throw error;
+      if (able) throw error;
     } finally {
       if (!able) this.#singleRangeServers.set(origin, true);
     }

@@ -12,8 +12,11 @@ import type { WantedParts } from './wanted-parts.ts';
 /** Ranges in one request: its header stays below 2.2 KiB, and servers see no attack in it (Apache refuses 200). */
 export const MAX_STRETCHES = 64;
 
-/** Beside 200: how servers refuse several ranges that they would send one by one. */
-export const SINGLE_RANGE_STATUSES: readonly number[] = [400, 416, 501];
+/**
+ * Beside 200: how servers, and what guards them, refuse several ranges that they would send one by one. Where it means something
+ * else, the request for a single range is told.
+ */
+export const SINGLE_RANGE_STATUSES: readonly number[] = [400, 405, 413, 414, 416, 431, 501];
 
 /** Bytes between two ranges that a server may send to join them; a request for each range costs more. */
 const MAX_GAP_BYTES = 16 * KiB;

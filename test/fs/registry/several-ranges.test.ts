@@ -286,45 +286,45 @@ describe('several ranges of one blob', () => {
     assert.equal(seen.length, 9);
   });
 
-  const malformed: readonly (readonly [string, (asked: ByteRange[]) => Buffer, RegExp])[] = [
+  const malformed: readonly (readonly [string, (asked: ByteRange[]) => Buffer])[] = [
     [
       'a part that was not asked for',
       (asked) => multipart([asked[0]!, { offset: 199_999, length: 60_000 }]),
-      /Content-Range "bytes 199999-259998/,
     ],
     [
       'the right bytes under another size of the blob',
       (asked) => multipart(asked, (one) => contentRange(one).replace(/\d+$/, String(blob.size + 1))),
-      /Content-Range/,
     ],
-    ['a part twice', (asked) => multipart([asked[0]!, asked[0]!]), /Content-Range/],
-    ['a Content-Range that is none', (asked) => multipart(asked, () => 'bytes */5'), /Content-Range/],
+    ['a part twice', (asked) => multipart([asked[0]!, asked[0]!])],
+    ['a Content-Range that is none', (asked) => multipart(asked, () => 'bytes */5')],
     [
       'a part longer than its Content-Range',
       (asked) =>
         multipart([{ offset: 10, length: 1001 }, ...asked.slice(1)], (one) =>
           contentRange(one.length === 1001 ? asked[0]! : one),
         ),
-      /does not end where/,
     ],
-    ['no multipart at all', () => randomBytes(20_000), /no body part begins/],
+    ['no multipart at all', () => randomBytes(20_000)],
   ];
-  for (const [what, body, message] of malformed) {
-    test(`${what} is REGISTRY_PROTOCOL, never bytes, and the next read asks for one range a request`, async () => {
+  for (const [what, body] of malformed) {
+    test(`${what} gives no byte, and from then on there is one range a request`, async () => {
       answer = (response, asked) => send(response, body(asked));
-      await assert.rejects(read(), withCode('REGISTRY_PROTOCOL', message));
+      // What had come right before it is not asked for again.
+      await read();
+      assert.ok(seen.length > 1 && seen.length <= 5);
       seen.length = 0;
       await read();
       assert.equal(seen.length, 4);
     });
   }
 
-  test('a first range that is longer than its head says is REGISTRY_PROTOCOL', async () => {
+  test('a first range that is longer than its head says gives no byte beyond it', async () => {
     answer = (response, asked) => {
       response.writeHead(206, { 'content-range': contentRange(asked[0]!) });
       response.end(bytes.subarray(10, 2000));
     };
-    await assert.rejects(read(), withCode('REGISTRY_PROTOCOL', /longer/));
+    await read();
+    assert.equal(seen.length, 5);
   });
 
   /** A multipart body of which only the first `share` is sent before `end` decides what happens. */
