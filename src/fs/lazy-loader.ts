@@ -176,7 +176,12 @@ export class LazyLoader {
   #logMiss(range: ByteRange, slots: readonly Slot[], waitedMs: number): void {
     if (!this.#log.isLevelEnabled('debug')) return;
     const ref = slots.find((slot) => slot.ref !== undefined)?.ref;
-    const where = ref && { layer: ref.map.blob.digest, chunk: ref.chunk, piece: ref.piece, spans: [...ref.map.spansOf(ref)] };
+    const where = ref && {
+      layer: ref.map.blob.digest,
+      chunk: ref.chunk,
+      piece: ref.piece,
+      spans: [...ref.map.spansOf(ref)],
+    };
     this.#log.debug({ ...range, waitedMs, ...where }, 'a read waited for the registry');
   }
 

@@ -173,7 +173,9 @@ export class Prefetch {
         { layers: image.layerIds, from: older.tag, changed: unknown.length },
         'the trace of another version is replayed',
       );
-      this.#passOver(this.#run(older, maps, FOREIGN_AHEAD_BYTES, AbortSignal.any([image.signal, replay.replaced.signal])));
+      this.#passOver(
+        this.#run(older, maps, FOREIGN_AHEAD_BYTES, AbortSignal.any([image.signal, replay.replaced.signal])),
+      );
     }
     const found = await remote;
     exact(found !== undefined);

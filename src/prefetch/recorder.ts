@@ -192,7 +192,8 @@ export class Recorder {
     const first = Math.floor(from / TRACE_UNIT_BYTES);
     const count = Math.max(0, Math.ceil(end / TRACE_UNIT_BYTES) - first);
     // Read again: it says nothing new.
-    if (Array.from({ length: count }, (_, i) => chunk * UNITS_PER_CHUNK + first + i).every((key) => units.has(key))) return;
+    if (Array.from({ length: count }, (_, i) => chunk * UNITS_PER_CHUNK + first + i).every((key) => units.has(key)))
+      return;
     const outcome = this.#outcome(map, chunk, from, end, missed);
     for (let unit = Math.floor(from / TRACE_UNIT_BYTES); unit * TRACE_UNIT_BYTES < end; unit++) {
       const key = chunk * UNITS_PER_CHUNK + unit;

@@ -287,10 +287,7 @@ describe('several ranges of one blob', () => {
   });
 
   const malformed: readonly (readonly [string, (asked: ByteRange[]) => Buffer])[] = [
-    [
-      'a part that was not asked for',
-      (asked) => multipart([asked[0]!, { offset: 199_999, length: 60_000 }]),
-    ],
+    ['a part that was not asked for', (asked) => multipart([asked[0]!, { offset: 199_999, length: 60_000 }])],
     [
       'the right bytes under another size of the blob',
       (asked) => multipart(asked, (one) => contentRange(one).replace(/\d+$/, String(blob.size + 1))),
