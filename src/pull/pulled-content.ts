@@ -1,5 +1,6 @@
 // Blobs of a pull on their way into containerd's content store: held by the pull's lease before they are made, with the
 // repository they came from in a label. Called by pull.ts; knows nothing of images.
+import { setTimeout as sleep } from 'node:timers/promises';
 import type { Digest } from '../digest.ts';
 import type { ImageReference } from '../fs/registry/reference.ts';
 import { type ContainerdClient, hasCode, type Labels, type LeaseResource } from './containerd-client.ts';
@@ -7,6 +8,10 @@ import type { PullLease } from './pull-lease.ts';
 
 /** containerd refuses labels whose name and value together are longer (containerd labels/validate.go). */
 const MAX_LABEL_BYTES = 4096;
+
+/** How often a blob is tried that is said to be there and is not, and the pause between, milliseconds. */
+const ATTEMPTS = 6;
+const RETRY_MS = 50;
 
 /** True when containerd takes the label. */
 export function fitsLabel(name: string, value: string): boolean {
@@ -45,22 +50,38 @@ export class PulledContent {
     const ingest: LeaseResource = { id: ref, type: 'ingests' };
     await this.#lease.expect(content, ingest);
     try {
-      await this.#ingest(ref, blob, () => ({ ...labels(), ...this.#sourceLabel('') }), bytes);
-    } catch (error) {
-      if (!hasCode(error, 'ALREADY_EXISTS')) {
-        await this.#client.abortIngest(ref).catch(() => undefined); // the lease takes care of what stays
-        throw error;
+      for (let attempt = 1; ; attempt++) {
+        try {
+          await this.#ingest(ref, blob, () => ({ ...labels(), ...this.#sourceLabel('') }), bytes);
+          return;
+        } catch (error) {
+          if (!hasCode(error, 'ALREADY_EXISTS')) {
+            await this.#client.abortIngest(ref).catch(() => undefined); // the lease takes care of what stays
+            throw error;
+          }
+        }
+        if (await this.#takeOver(content, blob.digest, labels, attempt === ATTEMPTS)) return;
+        await sleep(RETRY_MS * attempt, undefined, { signal: this.#signal });
       }
-      // It was there before, or somebody else was faster: hold it, then add to its labels what is ours.
-      await this.#lease.hold(content);
-      const known = (await this.#client.contentInfo(blob.digest, this.#scope()))?.labels ?? {};
-      await this.#client.setContentLabels(
-        blob.digest,
-        { ...labels(), ...this.#sourceLabel(known[this.#sourceName] ?? '') },
-        this.#scope(),
-      );
     } finally {
       this.#lease.forget(ingest);
+    }
+  }
+
+  /**
+   * A blob that was there before, or that somebody else wrote faster: holds it, then adds to its labels what is ours. False
+   * when it is not there after all: its bytes are before containerd's record of them is, or it was just collected.
+   */
+  async #takeOver(content: LeaseResource, digest: Digest, labels: () => Labels, last: boolean): Promise<boolean> {
+    try {
+      await this.#lease.hold(content);
+      const known = (await this.#client.contentInfo(digest, this.#scope()))?.labels ?? {};
+      const own = { ...labels(), ...this.#sourceLabel(known[this.#sourceName] ?? '') };
+      await this.#client.setContentLabels(digest, own, this.#scope());
+      return true;
+    } catch (error) {
+      if (last || !hasCode(error, 'NOT_FOUND')) throw error;
+      return false;
     }
   }
 
