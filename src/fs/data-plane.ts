@@ -177,9 +177,9 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
       build: buildImage,
       onMounted: ({ id, layers }) => {
         const layerIds = layers.map(({ layerId }) => layerId);
-        const rows = layerIds.map((layerId) => parts.book.all().find((row) => row.id === layerId));
-        const known = rows.filter((row) => row !== undefined);
-        if (known.length < rows.length) return; // Dropped under it: nothing is worth noting.
+        const book = new Map(parts.book.all().map((row) => [row.id, row]));
+        const known = layerIds.map((layerId) => book.get(layerId)).filter((row) => row !== undefined);
+        if (known.length < layerIds.length) return; // Dropped under it: nothing is worth noting.
         void this.#prefetch.mounted(id, { layerIds, identity: identityOf(known), signal: this.#stop.signal });
       },
       onUnserved: (imageId) => this.#prefetch.unmounted(imageId),

@@ -263,17 +263,7 @@ export class Prefetch {
   }
 
   async #filesOf(map: LayerMap, chunks: ReadonlySet<number>): Promise<Map<number, ChunkFile>> {
-    const { entries } = await this.#options.readIndex(map.layerId);
-    const found = new Map<number, ChunkFile>();
-    for (let i = 0; i < entries.count; i++) {
-      if (entries.type[i] !== EntryType.file) continue;
-      const first = entries.firstChunk[i]!;
-      for (let part = 0; part < entries.chunkCount[i]!; part++) {
-        if (!chunks.has(first + part)) continue;
-        found.set(first + part, { path: entries.name[i]!, offset: part * map.layer.index.chunkBytes });
-      }
-    }
-    return found;
+    return filesOfChunks(await this.#options.readIndex(map.layerId), map.layer.index.chunkBytes, chunks);
   }
 
   /** Keeps what was recorded, where that does not take long. */
@@ -281,6 +271,22 @@ export class Prefetch {
     await Promise.race([this.#recorder.close(), sleep(KEEP_WAIT_MS, undefined, { ref: false })]);
     this.#scheduler.close();
   }
+}
+
+/** The files that chunks of a layer belong to. */
+export function filesOfChunks(
+  { entries }: Pick<LayerIndex, 'entries'>,
+  chunkBytes: number,
+  chunks: ReadonlySet<number>,
+): Map<number, ChunkFile> {
+  const found = new Map<number, ChunkFile>();
+  for (let i = 0; i < entries.count; i++) {
+    if (entries.type[i] !== EntryType.file) continue;
+    const first = entries.firstChunk[i]!;
+    for (let part = 0; part < entries.chunkCount[i]!; part++)
+      if (chunks.has(first + part)) found.set(first + part, { path: entries.name[i]!, offset: part * chunkBytes });
+  }
+  return found;
 }
 
 function keyOf(layerIds: readonly number[]): string {

@@ -131,9 +131,7 @@ export class PrefetchScheduler {
     this.#options = options;
     options.fetcher.onWanted = (map, span) => this.#urge(map, span);
     options.fetcher.foresees = (map, span) =>
-      this.#running.some(({ queue }) =>
-        queue.some((planned) => planned.span === span && planned.map.layerId === map.layerId),
-      );
+      this.#running.some(({ queue }) => queue.some((planned) => isSpan(planned, map, span)));
   }
 
   /** Spans that wait to be asked for. */
@@ -234,7 +232,7 @@ export class PrefetchScheduler {
   /** A reader has caught up with a plan: it goes on from there at once, beyond its places. */
   #urge(map: LayerMap, span: number): void {
     for (const running of this.#running) {
-      const at = running.queue.findIndex((planned) => planned.span === span && planned.map.layerId === map.layerId);
+      const at = running.queue.findIndex((planned) => isSpan(planned, map, span));
       if (at < 0) continue;
       const room = this.#room(running);
       if (room <= 0) return; // The reader fetches it.
@@ -410,4 +408,9 @@ export class PrefetchScheduler {
     this.#closed = true;
     this.#pump();
   }
+}
+
+/** By the layer's number: its map may have been opened anew since. */
+function isSpan(planned: PlannedSpan, map: LayerMap, span: number): boolean {
+  return planned.span === span && planned.map.layerId === map.layerId;
 }

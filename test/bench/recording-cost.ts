@@ -9,11 +9,11 @@ import { median } from '../../src/bench/floor.ts';
 import { digestOf } from '../../src/digest.ts';
 import { buildLayerIndex } from '../../src/fs/index/builder.ts';
 import { decodeLayerIndex } from '../../src/fs/index/format.ts';
-import { EntryType } from '../../src/fs/index/layer-index.ts';
 import { LayerMap } from '../../src/fs/loadable-layer.ts';
 import { SpanLedger } from '../../src/fs/span-ledger.ts';
 import type { SeenRead } from '../../src/fs/transport/transport.ts';
-import { type ChunkFile, Recorder, type RecorderOptions } from '../../src/prefetch/recorder.ts';
+import { filesOfChunks } from '../../src/prefetch/prefetch.ts';
+import { Recorder, type RecorderOptions } from '../../src/prefetch/recorder.ts';
 import { TraceStore } from '../../src/prefetch/trace-store.ts';
 import { KiB, MiB, roundUp } from '../../src/units.ts';
 import { layerOf, noise, quiet } from '../support/lazy-store.ts';
@@ -74,17 +74,8 @@ try {
       watchReads: () => undefined,
       takeReads: () => pending.splice(0, 300),
     };
-    const filesOf = async (_map: LayerMap, wanted: ReadonlySet<number>): Promise<Map<number, ChunkFile>> => {
-      const { entries } = decodeLayerIndex(indexBlob);
-      const found = new Map<number, ChunkFile>();
-      for (let i = 0; i < entries.count; i++) {
-        if (entries.type[i] !== EntryType.file) continue;
-        for (let part = 0; part < entries.chunkCount[i]!; part++)
-          if (wanted.has(entries.firstChunk[i]! + part))
-            found.set(entries.firstChunk[i]! + part, { path: entries.name[i]!, offset: part * layer.index.chunkBytes });
-      }
-      return found;
-    };
+    const filesOf = async (_map: LayerMap, wanted: ReadonlySet<number>) =>
+      filesOfChunks(decodeLayerIndex(indexBlob), layer.index.chunkBytes, wanted);
     const ledger = new SpanLedger();
     const recorder = new Recorder({ transport, ledger, traces, filesOf, log: quiet });
     const identity = { layers: [digestOf('layer')], repository: 'registry.example/app', tag: '1', manifest: '' };
