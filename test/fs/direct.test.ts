@@ -82,8 +82,14 @@ for (const kind of ['device', 'flat'] as const satisfies ErofsLayoutKind[]) {
 
     async function open(config: Record<string, unknown> = {}): Promise<DataPlane> {
       plane = await DataPlane.open({
-        // Nothing is fetched but what is read, in pieces as large as a chunk.
-        config: parseConfig({ chunk_size: MiB, transport: 'fuse', prefetch: { enabled: false }, ...config }),
+        // Nothing is fetched but what is read.
+        config: parseConfig({
+          root: paths.root,
+          chunk_size: MiB,
+          transport: 'fuse',
+          prefetch: { enabled: false },
+          ...config,
+        }),
         paths,
         run: new RunPaths(join(dir, 'run')),
         log: quiet,

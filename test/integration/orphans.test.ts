@@ -33,7 +33,7 @@ describe('a start beside what an earlier life of this root has left', () => {
   /** dedupd's work, begun and ended in this process. */
   async function startAndStop(): Promise<void> {
     const plane = await DataPlane.open({
-      config: parseConfig({}),
+      config: parseConfig({ root: paths.root }),
       paths,
       run: runPaths,
       log: createLogger('test', { level: 'error', fd: 2 }),

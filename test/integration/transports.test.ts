@@ -18,7 +18,13 @@ function inProcess(layout: ErofsLayoutKind, direct: boolean): OpenTransport {
   return async ({ dir, chunkBytes }) => {
     await mkdir(join(dir, 'root'), { recursive: true });
     const plane = await DataPlane.open({
-      config: parseConfig({ ...NO_GUESSES, transport: 'fuse', direct_mounts: direct, chunk_size: chunkBytes }),
+      config: parseConfig({
+        root: join(dir, 'root'),
+        ...NO_GUESSES,
+        transport: 'fuse',
+        direct_mounts: direct,
+        chunk_size: chunkBytes,
+      }),
       paths: new RootPaths(join(dir, 'root')),
       run: new RunPaths(join(dir, 'run')),
       log: createLogger('test', { level: 'error', fd: 2 }),
