@@ -4,21 +4,23 @@ import type Database from 'better-sqlite3';
 import { DedupError } from '../../errors.ts';
 import { BLOCK_BYTES } from '../../units.ts';
 import type { AddressSpace } from './address-space.ts';
-import { NamedChunks } from './chunk-rows.ts';
+import { type HeldNames, NamedChunks } from './chunk-rows.ts';
 import type { AddedLayer, NewLayer } from './index-protocol.ts';
 
 const blocksOf = (bytes: number): number => Math.ceil(bytes / BLOCK_BYTES);
 
 /**
- * Inserts the layer, or returns the existing one with the same name. New chunks get addresses of `space`.
- * Errors: STORE_FULL when the address space ends, INDEX_INVALID when a chunk contradicts a known one.
+ * Inserts the layer, or returns the existing one with the same name. New chunks get addresses of `space`; those that are
+ * held, where they are: `counted` are their names, to be struck out. Errors: STORE_FULL when the address space ends,
+ * INDEX_INVALID when a chunk contradicts a known one.
  */
 export function addLayer(
   db: Database.Database,
   layer: NewLayer,
   space: AddressSpace,
+  holds: HeldNames,
   nowSeconds: number,
-): Omit<AddedLayer, 'nextAddress'> {
+): Omit<AddedLayer, 'nextAddress'> & { readonly counted: readonly string[] } {
   const scope = scopeId(db, layer.scope);
   const contiguous = layer.files === undefined ? 0 : 1;
   const known = db
@@ -41,7 +43,7 @@ export function addLayer(
       .raw()
       .iterate(layerId);
     for (const [seq, block] of rows as IterableIterator<[number, number]>) addresses[seq] = block * BLOCK_BYTES;
-    return { layerId, addresses, newChunks: 0, existed: true };
+    return { layerId, addresses, existed: true, counted: [] };
   }
   const layerId = Number(
     db
@@ -65,19 +67,14 @@ export function addLayer(
       ).lastInsertRowid,
   );
   insertSources(db, layerId, layer);
-  const placer = new Placer(db, layer, layerId, scope, space, nowSeconds);
+  const placer = new Placer(db, layer, layerId, space, new NamedChunks(db, scope, holds, nowSeconds));
   if (layer.files === undefined) {
     for (let seq = 0; seq < count; seq++) if (layer.zero[seq] === 0) placer.place(seq);
   } else {
     for (let i = 0; i + 1 < layer.files.length; i += 2) placer.placeFile(layer.files[i]!, layer.files[i + 1]!);
   }
   placer.countKnown();
-  return {
-    layerId,
-    addresses: placer.addresses,
-    newChunks: placer.newChunks,
-    existed: false,
-  };
+  return { layerId, addresses: placer.addresses, existed: false, counted: placer.counted };
 }
 
 /** Number of a scope, made when it is new. */
@@ -96,7 +93,6 @@ function insertSources(db: Database.Database, layerId: number, layer: NewLayer):
 
 class Placer {
   readonly addresses: Float64Array;
-  newChunks = 0;
   readonly #layer: NewLayer;
   readonly #layerId: number;
   readonly #space: AddressSpace;
@@ -112,20 +108,13 @@ class Placer {
   readonly #chunkAt: Database.Statement;
   readonly #count: Database.Statement;
 
-  constructor(
-    db: Database.Database,
-    layer: NewLayer,
-    layerId: number,
-    scope: number,
-    space: AddressSpace,
-    now: number,
-  ) {
+  constructor(db: Database.Database, layer: NewLayer, layerId: number, space: AddressSpace, chunks: NamedChunks) {
     this.#layer = layer;
     this.#layerId = layerId;
     this.#space = space;
     this.addresses = new Float64Array(layer.lengths.length);
     this.#digests = Buffer.from(layer.digests.buffer, layer.digests.byteOffset, layer.digests.byteLength);
-    this.#chunks = new NamedChunks(db, scope, 1, now);
+    this.#chunks = chunks;
     this.#link = db.prepare('INSERT INTO layer_chunks (layer_id, seq, chunk_id, placement) VALUES (?, ?, ?, ?)');
     this.#extra = db.prepare('INSERT INTO placements (block, chunk_id) VALUES (?, ?)');
     this.#extrasOf = db.prepare('SELECT block FROM placements WHERE chunk_id = ?').pluck();
@@ -133,6 +122,11 @@ class Placer {
       .prepare('SELECT id FROM chunks WHERE id = ? UNION ALL SELECT chunk_id FROM placements WHERE block = ?')
       .pluck();
     this.#count = db.prepare('UPDATE chunks SET ref_count = ref_count + 1 WHERE id = ?');
+  }
+
+  /** Names of chunks that were held for a layer that is being read. */
+  get counted(): readonly string[] {
+    return this.#chunks.counted;
   }
 
   /** Counts the layer for every chunk that was known before it. */
@@ -155,8 +149,7 @@ class Placer {
     if (seen !== undefined) return seen;
     const { lengths, pieceBytes } = this.#layer;
     const { id, isNew } = this.#chunks.findOrAdd(this.#digest(seq), lengths[seq]!, pieceBytes, newBlock);
-    if (isNew) this.newChunks++;
-    else this.#known.push(id);
+    if (!isNew) this.#known.push(id);
     this.#seen.set(key, id);
     return id;
   }

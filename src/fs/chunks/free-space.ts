@@ -128,7 +128,8 @@ export function forgetFreed(db: Database.Database): void {
  * nobody unknown reads it.
  */
 export function forgetChunks(db: Database.Database, first: number, end: number, nowSeconds: number): void {
-  db.exec(`DELETE FROM layer_chunks; DELETE FROM placements; DELETE FROM chunks; DELETE FROM sources;
+  db.exec(`DELETE FROM layer_chunks; DELETE FROM placements; DELETE FROM chunks; DELETE FROM held_chunks;
+    DELETE FROM sources;
     DELETE FROM pins; DELETE FROM layers`);
   db.prepare("INSERT INTO freed (block, blocks, state, since) VALUES (?, ?, 'to-punch', ?)").run(
     first / BLOCK_BYTES,

@@ -60,8 +60,6 @@ export interface AddedLayer {
   readonly layerId: number;
   /** Store address of every chunk of the layer's table; 0 for a zero chunk that has none. */
   readonly addresses: Float64Array;
-  /** Chunks that were not known before. */
-  readonly newChunks: number;
   readonly existed: boolean;
   /** First address that is not yet given. */
   readonly nextAddress: number;

@@ -114,6 +114,14 @@ export const SCHEMA_ADDITIONS = `
 CREATE INDEX IF NOT EXISTS chunks_unreferenced ON chunks(id) WHERE ref_count = 0;
 CREATE INDEX IF NOT EXISTS chunks_by_use ON chunks(last_used, id) WHERE durable <> 0;
 CREATE INDEX IF NOT EXISTS freed_by_size ON freed(blocks, block) WHERE state = 'free';
+CREATE TABLE IF NOT EXISTS held_chunks (
+  block INTEGER PRIMARY KEY,
+  scope INTEGER NOT NULL REFERENCES scopes(id),
+  digest BLOB NOT NULL,
+  size INTEGER NOT NULL,
+  piece_bytes INTEGER NOT NULL,
+  durable INTEGER NOT NULL DEFAULT 0
+) STRICT;
 CREATE TABLE IF NOT EXISTS evicted (
   block INTEGER PRIMARY KEY,
   blocks INTEGER NOT NULL

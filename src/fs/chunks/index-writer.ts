@@ -239,27 +239,30 @@ export class IndexWriter {
     const added = this.#db
       .transaction(() => {
         const space = this.#addressSpace();
-        const result = addLayer(this.#db, layer, space, now());
+        const result = addLayer(this.#db, layer, space, this.#holds, now());
         this.#set('next_address', space.next);
         return { ...result, nextAddress: space.next };
       })
       .immediate();
+    const { counted, ...answer } = added;
+    this.#holds.strike(counted);
     this.#maybeCheckpoint();
-    return added;
+    return answer;
   }
 
-  /** Gives chunks of a layer that is being read rows and addresses, and holds them. */
+  /** Gives chunks of a layer that is being read addresses, and holds them. */
   holdChunks(chunks: ChunksToHold): { addresses: Float64Array; nextAddress: number } {
-    const held = this.#db
+    const { held, nextAddress } = this.#db
       .transaction(() => {
         const space = this.#addressSpace();
-        const addresses = holdChunks(this.#db, this.#holds, chunks, (bytes) => space.take(bytes), now());
+        const held = holdChunks(this.#db, this.#holds, chunks, (bytes) => space.take(bytes), now());
         this.#set('next_address', space.next);
-        return { addresses, nextAddress: space.next };
+        return { held, nextAddress: space.next };
       })
       .immediate();
+    this.#holds.add(chunks.hold, held.blocks, held.made);
     this.#maybeCheckpoint();
-    return held;
+    return { addresses: held.addresses, nextAddress };
   }
 
   releaseHold(hold: number): number {
@@ -268,10 +271,12 @@ export class IndexWriter {
   }
 
   dropUnreferenced(generation: number): StoreRange[] {
-    return this.#full(() => {
+    const { ranges, names } = this.#full(() => {
       this.#set('generation', generation);
       return dropUnreferenced(this.#db, this.#holds, now());
     });
+    this.#holds.strike(names);
+    return ranges;
   }
 
   #addressSpace(): AddressSpace {
@@ -369,6 +374,7 @@ export class IndexWriter {
 
   markDurable(pieces: DurablePieces): void {
     const chunk = this.#db.prepare('UPDATE chunks SET durable = durable | ?, last_used = ? WHERE id = ?');
+    const held = this.#db.prepare('UPDATE held_chunks SET durable = durable | ? WHERE block = ?');
     const extra = this.#db.prepare('UPDATE placements SET durable = durable | ? WHERE block = ?');
     const at = now();
     this.#db
@@ -376,7 +382,8 @@ export class IndexWriter {
         for (let i = 0; i < pieces.blocks.length; i++) {
           const block = pieces.blocks[i]!;
           const mask = pieces.masks[i]!;
-          if (chunk.run(mask, at, block).changes === 0) extra.run(mask, block);
+          if (chunk.run(mask, at, block).changes > 0) continue;
+          if (held.run(mask, block).changes === 0) extra.run(mask, block);
         }
       })
       .immediate();

@@ -37,23 +37,20 @@ function layer(files = contents): Buffer {
   return tarOf(files.map((content, i) => ({ name: `f${i}`, content })));
 }
 
-function unreferenced(test: TestStore): number {
+const UNCOUNTED = `SELECT (SELECT count(*) FROM chunks WHERE ref_count = 0) + (SELECT count(*) FROM held_chunks)`;
+const ALL = `SELECT (SELECT count(*) FROM chunks) + (SELECT count(*) FROM held_chunks)`;
+
+function count(test: TestStore, sql: string): number {
   const db = new Database(test.paths.indexDb, { readonly: true });
   try {
-    return db.prepare('SELECT count(*) FROM chunks WHERE ref_count = 0').pluck().get() as number;
+    return db.prepare(sql).pluck().get() as number;
   } finally {
     db.close();
   }
 }
 
-function chunkCount(test: TestStore): number {
-  const db = new Database(test.paths.indexDb, { readonly: true });
-  try {
-    return db.prepare('SELECT count(*) FROM chunks').pluck().get() as number;
-  } finally {
-    db.close();
-  }
-}
+const unreferenced = (test: TestStore): number => count(test, UNCOUNTED);
+const chunkCount = (test: TestStore): number => count(test, ALL);
 
 async function read(keeper: ChunkKeeper, bytes: Buffer) {
   const built = await indexOf(bytes, { ...sizes, onPiece: keeper.onPiece, bufferBytes: 50_000 });
@@ -140,6 +137,35 @@ describe('ChunkKeeper', () => {
     const built = await read(second, bytes);
     assert.equal((await store.retainLayers([])).length, 1);
     await addAndCheck(test, bytes, built);
+    assert.equal(unreferenced(test), 0);
+  });
+
+  it('gives a layer that is added meanwhile the chunks it holds, with what is durable of them', async () => {
+    const test = await rig();
+    const keeper = test.store.keepChunks({ scope: '', ...sizes });
+    await read(keeper, layer());
+    await test.store.flush();
+    const bytes = layer(contents.slice(0, 45));
+    await addAndCheck(test, bytes, await indexOf(bytes, sizes));
+    await keeper[Symbol.asyncDispose]();
+    assert.equal(unreferenced(test), 0, 'what only the keeper held is gone');
+    const present = (await test.store.stats()).presentBytes;
+    assert.ok(present > 0);
+    await test.store.close();
+    await test.open();
+    assert.equal((await test.store.stats()).presentBytes, present, 'it was recorded as durable before it had a row');
+    await addAndCheck(test, bytes, await indexOf(bytes, sizes));
+  });
+
+  it('gives held chunks that a layer counted and let go to the layer they are held for', async () => {
+    const test = await rig();
+    const { store } = test;
+    await using keeper = store.keepChunks({ scope: '', ...sizes });
+    const built = await read(keeper, layer());
+    const other = layer(contents.slice(0, 45));
+    await addAndCheck(test, other, await indexOf(other, sizes));
+    assert.equal((await store.retainLayers([])).length, 1);
+    await addAndCheck(test, layer(), built);
     assert.equal(unreferenced(test), 0);
   });
 
