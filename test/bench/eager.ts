@@ -12,12 +12,14 @@ import type { BenchLink, BenchResult } from '../../src/bench/result.ts';
 import { ResultFile } from '../../src/bench/result-file.ts';
 import { type BenchCell, runBench } from '../../src/bench/run.ts';
 import { GiB } from '../../src/units.ts';
-import { testCacheDir } from '../support/images.ts';
+import { pushLayout, testCacheDir } from '../support/images.ts';
 import { LAN, type LinkProfile } from '../support/link/link.ts';
+import { RegistryProcess } from '../support/registry.ts';
 import { eagerReport } from './eager/report.ts';
 import { asBenchImage, benchImages } from './images/bench-images.ts';
 import { OwnDisk } from './own-disk.ts';
 import { writeSection } from './section.ts';
+import { overlayfsSpace } from './space/overlayfs-space.ts';
 import { World } from './world.ts';
 
 /** Images of at least this size are what the path is for, compressed bytes. */
@@ -112,6 +114,18 @@ async function measure(profile: LinkProfile | undefined, disk: OwnDisk | undefin
   );
 }
 
+/** What the distinct contents of each image's files take, by its name. */
+async function distinctBytes(): Promise<Map<string, number>> {
+  await using registry = await RegistryProcess.start();
+  const found = new Map<string, number>();
+  for (const image of built) {
+    const reference = await pushLayout(image.dir, image.tag, registry.host, image.tag, 'plain');
+    const [space] = await overlayfsSpace([reference], say);
+    found.set(asBenchImage(image).name, space!.uniqueWrittenBytes);
+  }
+  return found;
+}
+
 try {
   if (values['own-disk']) {
     await using disk = await OwnDisk.create(OWN_DISK_BYTES);
@@ -129,7 +143,10 @@ try {
   process.exitCode = 130;
 } finally {
   if (file.result.starts.length > 0) {
-    const { text, cold } = eagerReport(file.result, { ownDisk: values['own-disk'] });
+    const { text, cold } = eagerReport(file.result, {
+      ownDisk: values['own-disk'],
+      least: await distinctBytes(),
+    });
     process.stdout.write(`${text}\n`);
     if (!cold) process.exitCode = 1;
     const heading = `Pulls of images without an index${values['own-disk'] ? ', on a disk of their own' : ''}`;

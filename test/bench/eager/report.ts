@@ -38,6 +38,10 @@ function rowsOf(result: BenchResult): Row[] {
   );
 }
 
+function medianOf(starts: readonly ColdStartResult[], pick: Pick): number {
+  return spreadOf(starts.map(pick))?.median ?? Number.NaN;
+}
+
 /** "2.31 s (2.20–2.45)". */
 function spread(starts: readonly ColdStartResult[], pick: Pick, write: (value: number | undefined) => string): string {
   const of = spreadOf(starts.map(pick));
@@ -52,10 +56,10 @@ function ratioOf(row: Row, pick: Pick, seed: number): string {
   return `${ratio(found.value)} (${ratio(found.interval.low)}–${ratio(found.interval.high)})`;
 }
 
-/** `cold`: no start found a part of its image on the node. */
+/** `least`: bytes of the distinct contents of an image's files, in whole blocks. `cold`: no start found a part of its image on the node. */
 export function eagerReport(
   result: BenchResult,
-  { ownDisk }: { readonly ownDisk: boolean },
+  { ownDisk, least }: { readonly ownDisk: boolean; readonly least: ReadonlyMap<string, number> },
 ): { readonly text: string; readonly cold: boolean } {
   const { seed } = result;
   const rows = rowsOf(result);
@@ -64,6 +68,7 @@ export function eagerReport(
     spread(row.ours, pick, write),
   ];
   const total: Pick = ({ phases }) => phases.totalMs;
+  const leastRatio = (row: Row): number => (least.get(row.image) ?? Number.NaN) / medianOf(row.theirs, deviceOf);
   const times = table(
     [
       'image',
@@ -95,6 +100,8 @@ export function eagerReport(
       'overlayfs: to the disk',
       'ours',
       'ratio',
+      'distinct file contents',
+      'their ratio',
       'by processes',
       'ours',
       'ratio',
@@ -111,6 +118,8 @@ export function eagerReport(
       row.link,
       ...both(row, deviceOf, bytes),
       ratioOf(row, deviceOf, seed),
+      bytes(least.get(row.image)),
+      ratio(leastRatio(row)),
       ...both(row, writtenOf, bytes),
       ratioOf(row, writtenOf, seed),
       ...both(row, cpuOf, cpu),
@@ -140,7 +149,8 @@ interleaved pairs in random order, \`publish_index\` off, so that no pull leaves
 ${times}
 "To the disk": what reached ${ownDisk ? 'a disk with nothing else on it' : "the machine's disks, whoever wrote it,"} from the beginning of the pull to the end of
 a \`sync\` after the container was ready, the file system's own writes included. "By processes": \`write_bytes\` of containerd and of ours (proc(5), io).
-Container's own files count for both.
+Container's own files count for both. "Distinct file contents": each content of the image's files once, in blocks of 4 KiB: what any store
+that has all of an image, as it is read, must write.
 
 ${costs}
 At most ${TARGET} aimed for, time and bytes to the disk: ${missed.length === 0 ? 'reached everywhere' : `MISSED by ${missed.join('; ')}`}.
