@@ -13,5 +13,6 @@ describe('a node with too little room', () => {
     t.diagnostic(JSON.stringify(result));
     assert.deepEqual(result.wrong, []);
     assert.ok(result.starts > 0 && result.reads > SECONDS / 2);
+    assert.ok(result.direct > 0 && result.half + result.hydrated > 0, 'images were met in more than one state');
   });
 });

@@ -2,6 +2,7 @@
 // random order; cold pieces are evicted, everything unused is collected, processes are killed, and every byte that a container
 // reads is compared. Used by a test (minutes) and by `make soak` (an hour).
 import { createHash, randomInt } from 'node:crypto';
+import { readFileSync } from 'node:fs';
 import { writeFile } from 'node:fs/promises';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { MiB } from '../../src/units.ts';
@@ -22,11 +23,16 @@ export interface SpaceCampaignResult {
   /** Files read and compared, and how many of them failed with EIO because the daemon was away. */
   reads: number;
   eio: number;
-  /** Reads out of images that the kernel read without dedupd when the read began. */
+  /** Reads out of directories, and out of images that were here in part, completely, and read by the kernel without dedupd. */
+  directory: number;
+  half: number;
+  hydrated: number;
   direct: number;
   starts: number;
   removals: number;
   kills: number;
+  /** Of dedupd, while a container read that does not need it. */
+  killsUnnoticed: number;
   collections: number;
   /** Bytes evicted, as far as `gc` and the log told. */
   evictions: number;
@@ -59,6 +65,16 @@ function sumOf(content: number): string {
 const WAYS = ['lazy', 'read whole', 'converted'] as const;
 type Way = (typeof WAYS)[number];
 
+type Served = 'directory' | 'half' | 'hydrated' | 'direct';
+
+/** The lower directory of a container's root, the uppermost where there are several. */
+function rootLower(pid: number): string {
+  const root = readFileSync(`/proc/${pid}/mountinfo`, 'utf8')
+    .split('\n')
+    .find((line) => line.split(' ')[4] === '/');
+  return /lowerdir=([^,:]*)/.exec(root ?? '')?.[1] ?? '';
+}
+
 interface PoolImage {
   readonly published: PublishedImage;
   /** The content of each file. */
@@ -88,8 +104,9 @@ export class SpaceCampaign {
     this.#options = options;
     const seed = options.seed ?? randomInt(2 ** 31);
     this.#random = seededRandom(seed);
-    const counts = { reads: 0, eio: 0, direct: 0, starts: 0, removals: 0, kills: 0, collections: 0, evictions: 0 };
-    this.#result = { seed, ...counts, wrong: [] };
+    const served = { directory: 0, half: 0, hydrated: 0, direct: 0 };
+    const done = { starts: 0, removals: 0, kills: 0, killsUnnoticed: 0, collections: 0, evictions: 0 };
+    this.#result = { seed, reads: 0, eio: 0, ...served, ...done, wrong: [] };
   }
 
   static async run(options: SpaceCampaignOptions): Promise<SpaceCampaignResult> {
@@ -129,12 +146,14 @@ export class SpaceCampaign {
         name: `data/f${at}`,
         content: noise(sizeOf(content), `space ${content}`),
       }));
+      // A lazy image with a file that nobody reads is never here completely: dedupd serves it for as long as it is mounted.
+      const unread = i % 2 === 0 ? [] : [{ name: 'data/unread', content: noise(200_000, `unread ${i}`) }];
       const half = FILES / 2;
       // Every layer has its own digest; what it holds others hold, too.
       const layers: LayerSource[] = [
         bottom,
         { entries: [{ name: `mark-${i}`, content: `${i}` }, ...entries.slice(0, half)] },
-        { entries: entries.slice(half) },
+        { entries: [...entries.slice(half), ...unread] },
       ];
       this.#pool.push({ published: await this.#node.publish(`space/${i}`, layers), files });
     }
@@ -176,18 +195,21 @@ export class SpaceCampaign {
     }
   }
 
-  /** Images that the kernel reads by itself now, by the pid of a target. */
-  async #isDirect(target: Target): Promise<boolean> {
-    const daemon = this.#node.product.client;
-    const images = await daemon.listImages().catch(() => []);
-    const digests = new Set(target.image.published.image.layers.map(({ digest }) => digest));
-    // Of a converted image the layers have names of their own: it is not told from others.
-    return images.some(
-      ({ transport, layers }) => transport === 'direct' && layers.every((layer) => digests.has(layer)),
-    );
+  /** How the files of a container were served when it was asked: by a directory, or by an image in which state. */
+  async #served({ pid }: Target): Promise<Served | undefined> {
+    const mount = rootLower(pid);
+    if (!/\/mounts\/\d+$/.test(mount)) return 'directory';
+    // Nobody answers while the daemon is away.
+    const images = await this.#node.product.client.listImages().catch(() => []);
+    const image = images.find(({ path }) => path === mount);
+    if (image === undefined) return undefined;
+    if (image.transport === 'direct') return 'direct';
+    return image.present_bytes < image.total_bytes ? 'half' : 'hydrated';
   }
 
   async #read(target: Target, file: number): Promise<void> {
+    const served = await this.#served(target);
+    if (served !== undefined) this.#result[served]++;
     this.#judge(target, file, await sumOfFile(`/proc/${target.pid}/root/data/f${file}`), false);
   }
 
@@ -235,7 +257,7 @@ export class SpaceCampaign {
     // A service gives a dedupd up that ended five times within a minute.
     this.#daemonKills = this.#daemonKills.filter((atMs) => now - atMs < 60_000);
     if (victim === 'dedupd' && this.#daemonKills.length >= 3) return;
-    const direct = await this.#isDirect(target);
+    const served = await this.#served(target);
     const file = this.#random(FILES);
     await writeFile('/proc/sys/vm/drop_caches', '1');
     const reading = sumOfFile(`/proc/${target.pid}/root/data/f${file}`);
@@ -249,8 +271,9 @@ export class SpaceCampaign {
       process.kill(pid, 'SIGKILL');
       this.#daemonKills.push(now);
       const sum = await reading;
-      if (direct && target.way !== 'converted') this.#result.direct++;
-      this.#judge(target, file, sum, !(direct && target.way !== 'converted'));
+      const alone = served === 'direct' || served === 'directory';
+      if (alone) this.#result.killsUnnoticed++;
+      this.#judge(target, file, sum, !alone);
       await waitFor('dedupd to be back', async () => {
         const other = await product.daemonPid().catch(() => undefined);
         return other !== undefined && other !== pid;
