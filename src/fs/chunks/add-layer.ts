@@ -6,6 +6,7 @@ import { BLOCK_BYTES } from '../../units.ts';
 import type { AddressSpace } from './address-space.ts';
 import { type HeldNames, NamedChunks } from './chunk-rows.ts';
 import type { AddedLayer, NewLayer } from './index-protocol.ts';
+import { addressesOf, addSources } from './layer-rows.ts';
 
 const blocksOf = (bytes: number): number => Math.ceil(bytes / BLOCK_BYTES);
 
@@ -34,16 +35,10 @@ export function addLayer(
     const [layerId, chunkCount] = known;
     if (chunkCount !== count)
       throw new DedupError('STORE_CORRUPT', `layer ${layer.digest} is stored with ${chunkCount} chunks, not ${count}`);
-    insertSources(db, layerId, layer);
+    addSources(db, layerId, layer.sources);
     // Made here from the whole layer: whatever named the same index before, now it is known to be right.
     if (layer.trust === 'local') db.prepare("UPDATE layers SET trust = 'local' WHERE id = ?").run(layerId);
-    const addresses = new Float64Array(count);
-    const rows = db
-      .prepare('SELECT seq, ifnull(placement, chunk_id) FROM layer_chunks WHERE layer_id = ?')
-      .raw()
-      .iterate(layerId);
-    for (const [seq, block] of rows as IterableIterator<[number, number]>) addresses[seq] = block * BLOCK_BYTES;
-    return { layerId, addresses, existed: true, counted: [] };
+    return { layerId, addresses: addressesOf(db, layerId, count), existed: true, counted: [] };
   }
   const layerId = Number(
     db
@@ -66,7 +61,7 @@ export function addLayer(
         nowSeconds,
       ).lastInsertRowid,
   );
-  insertSources(db, layerId, layer);
+  addSources(db, layerId, layer.sources);
   const placer = new Placer(db, layer, layerId, space, new NamedChunks(db, scope, holds, nowSeconds));
   if (layer.files === undefined) {
     for (let seq = 0; seq < count; seq++) if (layer.zero[seq] === 0) placer.place(seq);
@@ -81,14 +76,6 @@ export function addLayer(
 export function scopeId(db: Database.Database, name: string): number {
   const id = db.prepare('SELECT id FROM scopes WHERE name = ?').pluck().get(name) as number | undefined;
   return id ?? Number(db.prepare('INSERT INTO scopes (name) VALUES (?)').run(name).lastInsertRowid);
-}
-
-function insertSources(db: Database.Database, layerId: number, layer: NewLayer): void {
-  const insert = db.prepare(
-    `INSERT INTO sources (layer_id, host, repository, position)
-     SELECT ?, ?, ?, (SELECT count(*) FROM sources WHERE layer_id = ?) WHERE true ON CONFLICT DO NOTHING`,
-  );
-  for (const { host, repository } of layer.sources) insert.run(layerId, host, repository, layerId);
 }
 
 class Placer {

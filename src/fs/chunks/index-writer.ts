@@ -3,23 +3,16 @@
 import { existsSync, renameSync, rmSync, statSync } from 'node:fs';
 import type Database from 'better-sqlite3';
 import { DedupError } from '../../errors.ts';
-import { BLOCK_BYTES } from '../../units.ts';
 import { addLayer } from './add-layer.ts';
 import { AddressSpace } from './address-space.ts';
+import { compare, makeAgree } from './agreement.ts';
 import * as direct from './direct-rows.ts';
 import { deleteImage, dropLayers } from './drop-layers.ts';
+import { durableRanges, evictedRanges, markDurable } from './durable-rows.ts';
 import { coldChunks, evict, evictedPunched } from './evictable.ts';
-import {
-  addressSpaceUse,
-  beginQuarantine,
-  endQuarantine,
-  forgetChunks,
-  forgetFreed,
-  quarantineAnew,
-  quarantined,
-  toPunch,
-} from './free-space.ts';
+import { addressSpaceUse, beginQuarantine, endQuarantine, quarantined, toPunch } from './free-space.ts';
 import { ChunkHolds, countUnreferenced, dropUnreferenced, holdChunks } from './hold-chunks.ts';
+import { createImage, imageReady, imageRecords } from './image-rows.ts';
 import { imageUse } from './image-use.ts';
 import { openSound } from './index-open.ts';
 import type {
@@ -37,13 +30,13 @@ import type {
   LayerPresence,
   LayerRecord,
   LayerSourceName,
-  LayerTrust,
   NewLayer,
   OpenAnswer,
   OpenRequest,
   StoreRange,
 } from './index-protocol.ts';
-import { FIRST_CHUNK_ADDRESS, STORE_TAIL_BYTES } from './store-layout.ts';
+import { addSources, layerAddresses, layerRecords, setLayerState } from './layer-rows.ts';
+import { Settings } from './settings.ts';
 
 /** The write-ahead log is moved into the database file when it has grown past this many bytes. */
 const CHECKPOINT_BYTES = 8 * 1024 * 1024;
@@ -60,11 +53,13 @@ function isDamage(cause: unknown): boolean {
 export class IndexWriter {
   readonly #db: Database.Database;
   readonly #walFile: string;
+  readonly #settings: Settings;
   readonly #holds = new ChunkHolds();
   readonly storeBytes: number;
 
   private constructor(db: Database.Database, file: string, storeBytes: number) {
     this.#db = db;
+    this.#settings = new Settings(db);
     this.#walFile = `${file}-wal`;
     this.storeBytes = storeBytes;
   }
@@ -88,103 +83,25 @@ export class IndexWriter {
       db = openSound(request.file);
     }
     const writer = new IndexWriter(db, request.file, request.storeBytes);
-    const dropped = writer.#agree(request);
+    const agreement = compare(writer.#settings, request);
+    writer.#full(() => {
+      makeAgree(db, writer.#settings, request, agreement, now());
+      // Of layers that were being read when the last process ended.
+      dropUnreferenced(db, writer.#holds, now());
+    });
     return {
       writer,
       answer: {
-        generation: writer.#getNumber('generation'),
-        nextAddress: writer.#getNumber('next_address'),
-        dropped,
+        generation: writer.#settings.number('generation'),
+        nextAddress: writer.#settings.number('next_address'),
+        dropped: agreement.dropped,
         movedTo,
-        durable: writer.#durableRanges(),
+        durable: durableRanges(writer.#db),
         toPunch: toPunch(writer.#db),
-        evicted: writer.#evicted(),
-        foreignImages: (writer.#get('foreign_images') as number | undefined) ?? 0,
+        evicted: evictedRanges(writer.#db),
+        foreignImages: (writer.#settings.get('foreign_images') as number | undefined) ?? 0,
       },
     };
-  }
-
-  #get(key: string): unknown {
-    return this.#db.prepare('SELECT value FROM meta WHERE key = ?').pluck().get(key);
-  }
-
-  #getNumber(key: string): number {
-    const value = this.#get(key);
-    if (typeof value !== 'number') throw new DedupError('STORE_CORRUPT', `index.db has no ${key}`);
-    return value;
-  }
-
-  #set(key: string, value: string | number): void {
-    this.#db
-      .prepare('INSERT INTO meta (key, value) VALUES (?, ?) ON CONFLICT DO UPDATE SET value = excluded.value')
-      .run(key, value);
-  }
-
-  #agree(request: OpenRequest): string {
-    const storeId = this.#get('store_id');
-    const fresh = storeId === undefined;
-    const generation = fresh ? 0 : this.#getNumber('generation');
-    let dropped = '';
-    let replaced = false;
-    let addressesKept = true;
-    if (!fresh) {
-      // The header announces a generation before the database commits it and confirms it afterwards; whoever died in
-      // between leaves one of those.
-      const announced = generation <= request.pendingGeneration;
-      if (storeId !== request.storeId) dropped = 'the database belongs to another store file';
-      else if (this.#getNumber('store_bytes') !== request.storeBytes) dropped = 'the store has another size';
-      else if (generation < request.generation) dropped = 'the database is older than the store';
-      else if (!announced) dropped = 'the store is older than the database';
-      replaced = dropped !== '';
-      // Of an older database beside this store it is known whether addresses were given again since; of all others not.
-      addressesKept = !replaced || (storeId === request.storeId && announced && request.reuseGeneration <= generation);
-      if (!replaced && !request.summed) dropped = 'the sums of its blocks are missing';
-    }
-    this.#full(() => {
-      if (dropped !== '') {
-        this.#db.exec(
-          'UPDATE chunks SET durable = 0 WHERE durable <> 0; UPDATE placements SET durable = 0 WHERE durable <> 0',
-        );
-      }
-      // Numbers and files of images are another history's; who dies before the files are gone finds no row for them.
-      if (replaced) {
-        this.#db.exec('DELETE FROM image_layers; DELETE FROM images');
-        direct.forgetDirect(this.#db);
-      }
-      const next = fresh ? FIRST_CHUNK_ADDRESS : this.#getNumber('next_address');
-      this.#set('store_id', request.storeId);
-      this.#set('store_bytes', request.storeBytes);
-      this.#set('generation', Math.max(generation, request.nextGeneration));
-      // Addresses given after this copy of the database was taken may still be mapped by a mounted image.
-      const end = Math.min(Math.max(next, request.highWater), this.storeBytes - STORE_TAIL_BYTES);
-      const inUse = fresh || replaced || this.#mayBeInUse(request.livingImages);
-      this.#set('next_address', inUse ? Math.max(next, end) : next);
-      this.#set('clean', 0);
-      if (replaced) forgetFreed(this.#db);
-      else if (!fresh && inUse) quarantineAnew(this.#db, next, end, now());
-      // What is read without us there is another history's, and must be written by nobody.
-      if (!addressesKept && request.directReaders) forgetChunks(this.#db, FIRST_CHUNK_ADDRESS, end, now());
-      const last = this.#neverNumber(request.livingImages ?? []);
-      if (!addressesKept) this.#set('foreign_images', last);
-      // Of layers that were being read when the last process ended.
-      dropUnreferenced(this.#db, this.#holds, now());
-    });
-    return dropped;
-  }
-
-  /** True unless every image that is in use has a row: then what has no chunk is mapped by none. */
-  #mayBeInUse(living: readonly number[] | undefined): boolean {
-    const known = new Set(this.#db.prepare('SELECT id FROM images').pluck().all());
-    return living === undefined || living.some((id) => !known.has(id));
-  }
-
-  /**
-   * Gives none of these numbers to an image, and answers the last that was given: by its number an image of another
-   * history, which somebody still has mounted, is told from those to come.
-   */
-  #neverNumber(images: readonly number[]): number {
-    direct.numberImagesAbove(this.#db, Math.max(0, ...images));
-    return this.#db.prepare("SELECT seq FROM sqlite_sequence WHERE name = 'images'").pluck().get() as number;
   }
 
   /** Runs `work` in a transaction that is on the disk when this returns (synchronous=FULL). */
@@ -197,50 +114,12 @@ export class IndexWriter {
     }
   }
 
-  #durableRanges(): Float64Array {
-    const rows = this.#db
-      .prepare(
-        `SELECT id AS block, size, piece_bytes, durable FROM chunks WHERE durable <> 0
-         UNION ALL SELECT p.block, c.size, c.piece_bytes, p.durable FROM placements p JOIN chunks c ON c.id = p.chunk_id WHERE p.durable <> 0
-         ORDER BY 1`,
-      )
-      .raw()
-      .iterate() as IterableIterator<[number, number, number, number]>;
-    const ranges: number[] = [];
-    let start = -1;
-    let end = -1;
-    const add = (block: number, bytes: number): void => {
-      const blocks = Math.ceil(bytes / BLOCK_BYTES);
-      if (block !== end) {
-        if (start >= 0) ranges.push(start, end - start);
-        start = block;
-      }
-      end = block + blocks;
-    };
-    for (const [block, size, pieceBytes, mask] of rows) {
-      if (mask === -1) {
-        add(block, size);
-        continue;
-      }
-      for (let piece = 0, at = 0; at < size; piece++, at += pieceBytes) {
-        if (mask & (1 << piece)) add(block + at / BLOCK_BYTES, Math.min(pieceBytes, size - at));
-      }
-    }
-    if (start >= 0) ranges.push(start, end - start);
-    return Float64Array.from(ranges);
-  }
-
-  #evicted(): StoreRange[] {
-    const rows = this.#db.prepare('SELECT block, blocks FROM evicted ORDER BY block').raw().all() as [number, number][];
-    return rows.map(([block, blocks]) => ({ address: block * BLOCK_BYTES, length: blocks * BLOCK_BYTES }));
-  }
-
   addLayer(layer: NewLayer): AddedLayer {
     const added = this.#db
       .transaction(() => {
         const space = this.#addressSpace();
         const result = addLayer(this.#db, layer, space, this.#holds, now());
-        this.#set('next_address', space.next);
+        this.#settings.set('next_address', space.next);
         return { ...result, nextAddress: space.next };
       })
       .immediate();
@@ -256,7 +135,7 @@ export class IndexWriter {
       .transaction(() => {
         const space = this.#addressSpace();
         const held = holdChunks(this.#db, this.#holds, chunks, (bytes) => space.take(bytes), now());
-        this.#set('next_address', space.next);
+        this.#settings.set('next_address', space.next);
         return { held, nextAddress: space.next };
       })
       .immediate();
@@ -272,7 +151,7 @@ export class IndexWriter {
 
   dropUnreferenced(generation: number): StoreRange[] {
     const { ranges, names } = this.#full(() => {
-      this.#set('generation', generation);
+      this.#settings.set('generation', generation);
       return dropUnreferenced(this.#db, this.#holds, now());
     });
     this.#holds.strike(names);
@@ -280,40 +159,11 @@ export class IndexWriter {
   }
 
   #addressSpace(): AddressSpace {
-    return new AddressSpace(this.#db, this.#getNumber('next_address'), this.storeBytes);
+    return new AddressSpace(this.#db, this.#settings.number('next_address'), this.storeBytes);
   }
 
   layers(): LayerRecord[] {
-    const sources = new Map<number, LayerSourceName[]>();
-    const sourceRows = this.#db
-      .prepare('SELECT layer_id, host, repository FROM sources ORDER BY layer_id, position')
-      .raw()
-      .all();
-    for (const [layerId, host, repository] of sourceRows as [number, string, string][]) {
-      const list = sources.get(layerId) ?? [];
-      list.push({ host, repository });
-      sources.set(layerId, list);
-    }
-    const rows = this.#db
-      .prepare('SELECT l.*, s.name AS scope_name FROM layers l JOIN scopes s ON s.id = l.scope ORDER BY l.id')
-      .all();
-    return (rows as Record<string, string | number>[]).map((row) => ({
-      id: row.id as number,
-      scope: row.scope_name as string,
-      digest: row.digest as string,
-      size: row.size as number,
-      diffId: row.diff_id as string,
-      indexDigest: row.index_digest as string,
-      restartDigest: row.restart_digest as string,
-      restartSize: row.restart_size as number,
-      chunkCount: row.chunk_count as number,
-      contiguous: row.contiguous === 1,
-      reference: row.reference as string,
-      trust: row.trust as LayerTrust,
-      verified: row.verified === 1,
-      condemned: row.condemned === 1,
-      sources: sources.get(row.id as number) ?? [],
-    }));
+    return layerRecords(this.#db);
   }
 
   confirmLayer(layerId: number): boolean {
@@ -321,47 +171,27 @@ export class IndexWriter {
     return this.#full(() => {
       if (exists.get(layerId) === undefined || this.layerPresence(layerId).missing.length > 0) return false;
       // Something must be written for the log to be synced, with all that was committed before.
-      this.#set('clean', 0);
+      this.#settings.set('clean', 0);
       return true;
     });
   }
 
   layerAddresses(layerId: number): Float64Array {
-    const count = this.#db.prepare('SELECT chunk_count FROM layers WHERE id = ?').pluck().get(layerId) as
-      | number
-      | undefined;
-    if (count === undefined) throw new DedupError('NOT_FOUND', `layer ${layerId} is not in the store`);
-    const addresses = new Float64Array(count);
-    const rows = this.#db
-      .prepare('SELECT seq, ifnull(placement, chunk_id) FROM layer_chunks WHERE layer_id = ?')
-      .raw()
-      .iterate(layerId) as IterableIterator<[number, number]>;
-    for (const [seq, block] of rows) addresses[seq] = block * BLOCK_BYTES;
-    return addresses;
+    return layerAddresses(this.#db, layerId);
   }
 
   addSources(layerId: number, sources: readonly LayerSourceName[]): void {
-    const insert = this.#db.prepare(
-      `INSERT INTO sources (layer_id, host, repository, position)
-       SELECT ?, ?, ?, (SELECT count(*) FROM sources WHERE layer_id = ?) WHERE true ON CONFLICT DO NOTHING`,
-    );
-    this.#db.transaction(() => {
-      for (const { host, repository } of sources) insert.run(layerId, host, repository, layerId);
-    })();
+    this.#db.transaction(() => addSources(this.#db, layerId, sources))();
   }
 
   setLayerState(layerId: number, state: { verified?: boolean; condemned?: boolean }): void {
-    const set = this.#db.prepare(
-      'UPDATE layers SET verified = ifnull(?, verified), condemned = ifnull(?, condemned) WHERE id = ?',
-    );
-    const flag = (value: boolean | undefined): number | null => (value === undefined ? null : Number(value));
-    set.run(flag(state.verified), flag(state.condemned), layerId);
+    setLayerState(this.#db, layerId, state);
   }
 
   /** Drops layers that no mount pins, and the chunks only they used. Their ranges are listed for punching. */
   dropLayers(layerIds: readonly number[], generation: number): DroppedLayers {
     const result = this.#full(() => {
-      this.#set('generation', generation);
+      this.#settings.set('generation', generation);
       return dropLayers(this.#db, layerIds, (id) => this.#holds.has(id), now());
     });
     this.#maybeCheckpoint();
@@ -373,20 +203,7 @@ export class IndexWriter {
   }
 
   markDurable(pieces: DurablePieces): void {
-    const chunk = this.#db.prepare('UPDATE chunks SET durable = durable | ?, last_used = ? WHERE id = ?');
-    const held = this.#db.prepare('UPDATE held_chunks SET durable = durable | ? WHERE block = ?');
-    const extra = this.#db.prepare('UPDATE placements SET durable = durable | ? WHERE block = ?');
-    const at = now();
-    this.#db
-      .transaction(() => {
-        for (let i = 0; i < pieces.blocks.length; i++) {
-          const block = pieces.blocks[i]!;
-          const mask = pieces.masks[i]!;
-          if (chunk.run(mask, at, block).changes > 0) continue;
-          if (held.run(mask, block).changes === 0) extra.run(mask, block);
-        }
-      })
-      .immediate();
+    this.#db.transaction(() => markDurable(this.#db, pieces, now())).immediate();
     this.#maybeCheckpoint();
   }
 
@@ -397,8 +214,8 @@ export class IndexWriter {
   /** Makes ranges free. A copy of the database from before this is told by its generation. */
   endQuarantine(ranges: readonly StoreRange[], generation: number): void {
     this.#full(() => {
-      this.#set('next_address', endQuarantine(this.#db, ranges, this.#getNumber('next_address')));
-      this.#set('generation', generation);
+      this.#settings.set('next_address', endQuarantine(this.#db, ranges, this.#settings.number('next_address')));
+      this.#settings.set('generation', generation);
     });
   }
 
@@ -408,7 +225,7 @@ export class IndexWriter {
 
   evict(request: EvictRequest): Uint8Array {
     const taken = this.#full(() => {
-      this.#set('generation', request.generation);
+      this.#settings.set('generation', request.generation);
       return evict(this.#db, request, (id) => this.#holds.has(id));
     });
     this.#maybeCheckpoint();
@@ -424,49 +241,15 @@ export class IndexWriter {
   }
 
   createImage(key: string, layers: readonly number[], reference: string): ImageRecord {
-    return this.#db
-      .transaction(() => {
-        const known = this.#images('WHERE key = ?', key)[0];
-        if (known !== undefined) return known;
-        const exists = this.#db.prepare('SELECT 1 FROM layers WHERE id = ?');
-        // An image that has a row has only layers with rows (docs/decisions/0021-addresses-given-again.md).
-        for (const layerId of layers)
-          if (exists.get(layerId) === undefined)
-            throw new DedupError('NOT_FOUND', `layer ${layerId} is not in the store`);
-        const insert = this.#db.prepare(
-          "INSERT INTO images (key, state, reference, created_at) VALUES (?, 'building', ?, ?)",
-        );
-        const id = Number(insert.run(key, reference, now()).lastInsertRowid);
-        const layer = this.#db.prepare('INSERT INTO image_layers (image_id, position, layer_id) VALUES (?, ?, ?)');
-        for (const [position, layerId] of layers.entries()) layer.run(id, position, layerId);
-        return { id, key, state: 'building' as const, metadataBytes: 0, reference, layers: [...layers] };
-      })
-      .immediate();
+    return this.#db.transaction(() => createImage(this.#db, key, layers, reference, now())).immediate();
   }
 
   imageReady(id: number, metadataBytes: number): void {
-    this.#db.prepare("UPDATE images SET state = 'ready', metadata_bytes = ? WHERE id = ?").run(metadataBytes, id);
+    imageReady(this.#db, id, metadataBytes);
   }
 
   images(): ImageRecord[] {
-    return this.#images('');
-  }
-
-  #images(where: string, ...args: unknown[]): ImageRecord[] {
-    const layersOf = this.#db.prepare('SELECT layer_id FROM image_layers WHERE image_id = ? ORDER BY position').pluck();
-    const rows = this.#db
-      .prepare(`SELECT id, key, state, metadata_bytes, reference FROM images ${where} ORDER BY id`)
-      .all(...args);
-    return (
-      rows as { id: number; key: string; state: 'building' | 'ready'; metadata_bytes: number; reference: string }[]
-    ).map((row) => ({
-      id: row.id,
-      key: row.key,
-      state: row.state,
-      metadataBytes: row.metadata_bytes,
-      reference: row.reference,
-      layers: layersOf.all(row.id) as number[],
-    }));
+    return imageRecords(this.#db);
   }
 
   dropImage(id: number): void {
@@ -530,7 +313,7 @@ export class IndexWriter {
   /** Writes everything into the one file, if there is room; the log keeps what does not fit. */
   close(): void {
     try {
-      this.#set('clean', 1);
+      this.#settings.set('clean', 1);
       this.#db.pragma('wal_checkpoint(TRUNCATE)');
     } catch (error) {
       if (!(error as { code?: string }).code?.startsWith('SQLITE_FULL')) throw error;
