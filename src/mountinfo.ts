@@ -1,6 +1,8 @@
 // Lines of /proc/PID/mountinfo (proc(5)). A leaf: the data path looks for its own mounts, the snapshotter for everybody's.
 
 export interface MountLine {
+  /** As in "mnt_id" of /proc/PID/fdinfo. */
+  readonly id: string;
   /** major:minor of its file system. */
   readonly device: string;
   /** Directory of its file system that is mounted. */
@@ -21,11 +23,12 @@ export function parseMountinfo(text: string): MountLine[] {
   const lines: MountLine[] = [];
   for (const line of text.split('\n')) {
     const fields = line.split(' ');
-    const [, , device = '', root, mountPoint] = fields;
+    const [id = '', , device = '', root, mountPoint] = fields;
     if (root === undefined || mountPoint === undefined) continue;
     // Optional fields end with a dash; type, source and options of the file system follow.
     const dash = fields.indexOf('-', 6);
     lines.push({
+      id,
       device,
       root: unescapeOctal(root),
       mountPoint: unescapeOctal(mountPoint),

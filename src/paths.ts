@@ -118,4 +118,8 @@ export class RunPaths {
   get fuseMount(): string {
     return join(this.dir, 'fuse');
   }
+  /** Where the kernel's list of FUSE connections is mounted for the moment it takes to end one. */
+  get fuseControl(): string {
+    return join(this.dir, 'fusectl');
+  }
 }

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "arguments.h"
+#include "fuse/mark.h"
 #include "fuse/session.h"
 #include "promise_thread.h"
 #include "registry.h"
@@ -254,8 +255,17 @@ Napi::Value start(const Napi::CallbackInfo& info) {
       });
 }
 
+Napi::Value mark(const Napi::CallbackInfo& info) {
+  const std::uint64_t connection = to_u64(info[0], "connection");
+  if (connection == 0 || connection > 0xfffff) throw Error("INVALID_ARGUMENT", "connection is not a minor number");
+  return Napi::Number::New(info.Env(), fuse::mark_connection(static_cast<std::uint32_t>(connection)).release());
+}
+
 }  // namespace
 
-void register_fuse(Napi::Env env, Napi::Object exports) { export_async<start>(env, exports, "fuseStart"); }
+void register_fuse(Napi::Env env, Napi::Object exports) {
+  export_async<start>(env, exports, "fuseStart");
+  export_function<mark>(env, exports, "fuseMark");
+}
 
 }  // namespace dedup

@@ -16,6 +16,7 @@
 
 #include "error.h"
 #include "fuse/abi.h"
+#include "fuse/mark.h"
 #include "fuse/request.h"
 
 namespace dedup::fuse {
@@ -28,6 +29,14 @@ OwnedFd open_fuse_device() {
   OwnedFd device(::open(fuse_abi::kDevice, O_RDWR | O_CLOEXEC | O_NONBLOCK));
   if (!device.valid()) throw sys_error(errno, std::string("open(2) ") + fuse_abi::kDevice, fuse_abi::kDevice);
   return device;
+}
+
+/** The connection of the file system mounted on `directory`. Asks no server: nobody may have to wait for us yet. */
+std::uint32_t connection_on(const char* directory) {
+  struct statx status {};
+  if (::statx(AT_FDCWD, directory, AT_STATX_DONT_SYNC, STATX_TYPE, &status) != 0)
+    throw sys_error(errno, std::string("statx(2) ") + directory, directory);
+  return status.stx_dev_minor;
 }
 
 }  // namespace
@@ -46,6 +55,9 @@ Session::Session(SessionArgs args) : args_(std::move(args)) {
     throw sys_error(errno, "mount(2) type fuse on " + args_.mount_dir, args_.mount_dir);
   bool hidden = false;
   try {
+    // Before anything waits for this session: whoever is killed while it does can be helped only by who sees the mark.
+    connection_ = connection_on(directory);
+    mark_ = mark_connection(connection_);
     auto main = std::make_shared<const Channel>(std::move(device));
     channels_.push_back(main);
     negotiate(*main);
@@ -101,11 +113,6 @@ void Session::hide_mount() {
   const char* directory = args_.mount_dir.c_str();
   auto root = std::make_shared<const OwnedFd>(::open(directory, O_PATH | O_DIRECTORY | O_CLOEXEC));
   if (!root->valid()) throw sys_error(errno, "open(2) " + args_.mount_dir, args_.mount_dir);
-  // statx: fstat(2) of glibc 2.33 and later is a symbol that older ones lack.
-  struct statx status {};
-  if (::statx(root->get(), "", AT_EMPTY_PATH, STATX_TYPE, &status) != 0)
-    throw sys_error(errno, "statx(2) " + args_.mount_dir, args_.mount_dir);
-  connection_ = status.stx_dev_minor;
   if (::umount2(directory, MNT_DETACH) != 0) throw sys_error(errno, "umount2(2) " + args_.mount_dir, args_.mount_dir);
   std::lock_guard lock(root_mutex_);
   root_ = std::move(root);
@@ -225,6 +232,8 @@ void Session::close() {
   threads_.clear();
   if (!ended_.load()) abort_connection();
   channels_.clear();
+  // Before the root: once that has gone the number may be another session's.
+  mark_.reset();
   stop_.reset();
   {
     std::lock_guard root_lock(root_mutex_);

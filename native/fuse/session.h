@@ -90,6 +90,7 @@ class Session {
   std::mutex root_mutex_;
   std::shared_ptr<const OwnedFd> root_;  // root_mutex_; O_PATH, keeps the detached mount
   std::uint32_t connection_ = 0;         // number below /sys/fs/fuse/connections
+  OwnedFd mark_;                         // names it for others (mark.h); constructor and close()
   std::atomic<bool> stopping_{false};
   std::atomic<bool> ended_{false};
   std::atomic<std::uint64_t> requests_{0}, hits_{0}, misses_{0}, hit_bytes_{0}, errors_{0};

@@ -1,6 +1,6 @@
 // Composition root of dedupd: takes the root's lock, wires store, loader, transport and control server, and stops in
 // order. One per root.
-import { closeSync, fstatSync, openSync, rmSync, statSync } from 'node:fs';
+import { closeSync, rmSync } from 'node:fs';
 import { mkdir } from 'node:fs/promises';
 import { setFlagsFromString } from 'node:v8';
 import { Command } from 'commander';
@@ -15,8 +15,8 @@ import { VERSION } from '../version.ts';
 import { type ImagePuller, startControlServer } from './control-server.ts';
 import { DataPlane } from './data-plane.ts';
 import { type Exporter, startExporter } from './exporter.ts';
-import { native } from './native.ts';
 import type { LocalBlobs } from './registry/local-blobs.ts';
+import { isStillLocked, lockRoot } from './root-lock.ts';
 
 /**
  * Lets the engine count buffers together with its heap when it decides to collect. By default it collects for every few
@@ -74,22 +74,6 @@ export async function runDaemon(argv: readonly string[], containerd: ContainerdS
   }
 }
 
-/** Locks the root for the life of the process. Errors: LOCKED. */
-async function lockRoot(paths: RootPaths): Promise<number> {
-  await mkdir(paths.root, { recursive: true, mode: 0o700 });
-  const fd = openSync(paths.lock, 'a', 0o600);
-  if (native().flock(fd)) return fd;
-  closeSync(fd);
-  throw new DedupError('LOCKED', `another dedupd serves ${paths.root}`, { hint: 'one dedupd per root' });
-}
-
-/** True as long as the file that was locked is the one below the root: an emptied root has none, or another one. */
-function isStillLocked(paths: RootPaths, lock: number): boolean {
-  const found = statSync(paths.lock, { throwIfNoEntry: false });
-  const held = fstatSync(lock);
-  return found !== undefined && found.ino === held.ino && found.dev === held.dev;
-}
-
 /** Loaded only where it is wanted: the library takes 20 ms of a start, and memory for good. */
 async function makeMetrics(config: Config): Promise<Metrics | undefined> {
   if (!config.exporterConfig.enable) return undefined;
@@ -117,7 +101,7 @@ async function serve(config: Config, log: Logger, containerd: ContainerdSide): P
   });
   const paths = new RootPaths(config.root);
   const run = new RunPaths(config.run_dir);
-  const lock = await lockRoot(paths);
+  const lock = await lockRoot(paths, run, log);
   const servesRoot = () => isStillLocked(paths, lock);
   try {
     await mkdir(run.dir, { recursive: true, mode: 0o700 });

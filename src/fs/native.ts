@@ -255,6 +255,8 @@ interface Addon {
   /** How often blocks were made absent in this process: unchanged, none was in between. */
   presenceClearEpoch(): number;
   fuseStart(args: FuseSessionArgs): Promise<FuseSession>;
+  /** Marks this process as the one that serves a FUSE connection, as sessions of fuseStart do themselves; the caller closes it. */
+  fuseMark(connection: number): number;
   gzipIndexer(options: { spanBytes: number }): GzipIndexer;
   streamHasher(): StreamHasher;
   /** What decodeSpans inflates gzip with: ISA-L where libisal.so.2 is installed and DEDUP_NO_ISAL is not set. */

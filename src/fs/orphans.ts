@@ -20,8 +20,12 @@ export async function mountPoints(): Promise<MountLine[]> {
 export async function detachDeadSessions(run: RunPaths, log: Logger): Promise<void> {
   for (const { mountPoint: path, fstype } of await mountPoints()) {
     // "fuse.dedup" of our own sessions (native/fuse/session.cc), "fuse" of fuse-native's.
-    if (path !== run.fuseMount || !/^fuse(\.|$)/.test(fstype)) continue;
+    const session = path === run.fuseMount && /^fuse(\.|$)/.test(fstype);
+    // One that was killed while it ended a connection (transport/connections.ts): alive, and of no use.
+    const control = path === run.fuseControl && fstype === 'fusectl';
+    if (!session && !control) continue;
     await native().umount(path, MNT_DETACH);
+    if (control) continue;
     log.info({ path }, 'detached the FUSE session of a dedupd that ended while it started');
   }
 }

@@ -119,6 +119,9 @@ describe('a start beside what an earlier life of this root has left', () => {
       closeSync(fd);
     }
     assert.throws(() => readdirSync(runPaths.fuseMount), { code: 'ENOTCONN' });
+    // And one while it ended the session of a third.
+    await mkdir(runPaths.fuseControl);
+    await native().mount({ source: 'none', target: runPaths.fuseControl, fstype: 'fusectl', flags: 0, data: '' });
     await startAndStop();
     assert.deepEqual(mountsBelow(dir).sort(), [other, below].sort());
     assert.deepEqual(readdirSync(runPaths.fuseMount), []);

@@ -1,7 +1,7 @@
 // `transport: fuse-native`: the same view of the store through the fuse-native package (libfuse 2.9), kept as a choice.
 // It negotiates no ASYNC_DIO, so the kernel asks for one range of an image at a time, and every read crosses the JS
 // thread: slower than fuse.ts in every measurement (docs/decisions/0002-native-fuse-session.md).
-import { constants, writeFileSync } from 'node:fs';
+import { closeSync, constants, writeFileSync } from 'node:fs';
 import { type FileHandle, mkdir, open } from 'node:fs/promises';
 import { createRequire } from 'node:module';
 import { constants as osConstants } from 'node:os';
@@ -9,6 +9,7 @@ import { DedupError, ERROR_CODES, errorCode, wrapError } from '../../errors.ts';
 import type { Logger } from '../../log.ts';
 import { BLOCK_BYTES } from '../../units.ts';
 import { MNT_DETACH, native } from '../native.ts';
+import { minorOf } from './connections.ts';
 import { mountErofs, unmountErofs } from './erofs-mount.ts';
 import type { FuseTransportOptions } from './fuse.ts';
 import type { MountSpec, Resumed, SeenRead, Transport, TransportCapabilities, TransportStats } from './transport.ts';
@@ -45,8 +46,10 @@ export class FuseNativeTransport implements Transport {
   readonly #options: FuseTransportOptions;
   readonly #log: Logger;
   #root: FileHandle | undefined;
-  /** Device number of the session: names its connection in fusectl. */
+  /** Of the session's connection in fusectl. */
   #connection = 0;
+  /** Tells others the number, should this process be killed and hang (root-lock.ts). */
+  #mark: number | undefined;
   readonly #counters = { requests: 0, errors: 0 };
   readonly #watched = new Set<number>();
   #seen: SeenRead[] = [];
@@ -70,7 +73,8 @@ export class FuseNativeTransport implements Transport {
     try {
       await new Promise<void>((resolve, reject) => fuse.mount((error) => (error === null ? resolve() : reject(error))));
       transport.#root = await open(options.mountDir, constants.O_RDONLY | constants.O_DIRECTORY);
-      transport.#connection = (await transport.#root.stat()).dev;
+      transport.#connection = minorOf((await transport.#root.stat()).dev);
+      transport.#mark = native().fuseMark(transport.#connection);
       await native().umount(options.mountDir, MNT_DETACH);
     } catch (error) {
       throw wrapError(error, `starting fuse-native on ${options.mountDir}`, 'KERNEL');
@@ -183,14 +187,14 @@ export class FuseNativeTransport implements Transport {
     const root = this.#root;
     if (root === undefined) return;
     this.#root = undefined;
-    // The low 20 bits below the major number: MINOR() of an anonymous device (include/linux/kdev_t.h).
-    const minor = (this.#connection & 0xff) | ((this.#connection >> 12) & 0xfff00);
     try {
-      writeFileSync(`/sys/fs/fuse/connections/${minor}/abort`, '1');
+      writeFileSync(`/sys/fs/fuse/connections/${this.#connection}/abort`, '1');
     } catch (error) {
       // Without fusectl the connection ends with this process; readers get ENOTCONN or EIO then, never zeros.
       this.#log.debug({ err: error }, 'the fuse-native connection was not aborted');
     }
+    // Before the root: once that has gone the number may be another session's.
+    if (this.#mark !== undefined) closeSync(this.#mark);
     await root.close();
   }
 

@@ -1,0 +1,35 @@
+// FUSE connections by the number that the kernel's control file system gives them. Ends one whose server cannot answer any
+// more and cannot end either (root-lock.ts); a session that lives ends its own (native/fuse/session.cc).
+import { closeSync, openSync, writeSync } from 'node:fs';
+import { mkdir } from 'node:fs/promises';
+import { join } from 'node:path';
+import { MNT_DETACH, native } from '../native.ts';
+
+/** MINOR() of a device number of fs.Stats (include/linux/kdev_t.h): the number of a FUSE file system's connection. */
+export function minorOf(device: number): number {
+  return (device & 0xff) | ((device >>> 12) & 0xfff00);
+}
+
+/**
+ * Fails everything that waits for a connection and all that comes after. `controlDir` is made, and holds the control file
+ * system meanwhile: /sys/fs/fuse/connections is empty on many machines. False when there is no such connection.
+ * Errors: KERNEL, and those of node:fs.
+ */
+export async function abortConnection(connection: number, controlDir: string): Promise<boolean> {
+  await mkdir(controlDir, { recursive: true, mode: 0o700 });
+  await native().mount({ source: 'none', target: controlDir, fstype: 'fusectl', flags: 0, data: '' });
+  try {
+    const control = openSync(join(controlDir, String(connection), 'abort'), 'w');
+    try {
+      writeSync(control, '1');
+    } finally {
+      closeSync(control);
+    }
+    return true;
+  } catch (error) {
+    if ((error as NodeJS.ErrnoException).code === 'ENOENT') return false;
+    throw error;
+  } finally {
+    await native().umount(controlDir, MNT_DETACH);
+  }
+}
