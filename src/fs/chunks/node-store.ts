@@ -1,28 +1,21 @@
 // The node store: one sparse file that holds each distinct chunk once, and the database that says what lies where.
 // Owned by dedupd; used by image building (addresses) and the LazyLoader (presence, reads, writes). Knows no registry.
-import { createHash } from 'node:crypto';
-import { mkdir, readFile } from 'node:fs/promises';
+import { mkdir } from 'node:fs/promises';
 import { DedupError, errorCode } from '../../errors.ts';
 import type { Logger } from '../../log.ts';
 import { BLOCK_BYTES, MiB, roundUp } from '../../units.ts';
 import type { LayerIndex } from '../index/layer-index.ts';
 import { ChunkKeeper } from './chunk-keeper.ts';
 import { DirectMounts, type DirectTarget } from './direct-mounts.ts';
-import { Durability, type FreshPiece } from './durability.ts';
+import { Durability } from './durability.ts';
 import { IndexDb, type LayerChunk, type PlacedChunk } from './index-db.ts';
 import type { ImageRecord, ImageUse, LayerRecord, LayerSourceName, StoreRange } from './index-protocol.ts';
 import { countPresentBlocks } from './presence.ts';
 import { SpaceReserve } from './space-reserve.ts';
+import { StoreBytes } from './store-bytes.ts';
+import { StoreChanges } from './store-changes.ts';
 import { StoreFile } from './store-file.ts';
-import {
-  DEFAULT_STORE_BYTES,
-  FIRST_CHUNK_ADDRESS,
-  HEADER_ADDRESS,
-  HIGH_WATER_STEP,
-  MAX_MASKED_PIECES,
-  STORE_HEAD_BYTES,
-  STORE_TAIL_BYTES,
-} from './store-layout.ts';
+import { DEFAULT_STORE_BYTES, FIRST_CHUNK_ADDRESS, STORE_HEAD_BYTES, STORE_TAIL_BYTES } from './store-layout.ts';
 import { StoreSpace } from './store-space.ts';
 import type {
   AddLayerOptions,
@@ -32,7 +25,6 @@ import type {
   StoredLayer,
   StoreNative,
 } from './store-types.ts';
-import { takenAway } from './taken-away.ts';
 import { Touched } from './touched.ts';
 
 export type {
@@ -59,25 +51,16 @@ export class NodeStore {
   readonly #foreignImages: number;
   /** What dropped layers leave behind is not given to others before its promise settles. */
   #onDropped: (layerIds: readonly number[]) => Promise<void> = () => Promise.resolve();
-  #highWater: number;
-  #nextAddress: number;
-  #generation: number;
+  readonly #changes: StoreChanges;
+  readonly #bytes: StoreBytes;
   readonly #space: StoreSpace;
   readonly #touched: Touched;
-  #storedBytes = 0;
-  #mismatches = 0;
-  #damagedReads = 0;
-  /** Chain of calls that change generation or high water: one at a time. */
-  #exclusive: Promise<unknown> = Promise.resolve();
   #closed = false;
   #lastHold = 0;
   #presenceLost = false;
   #direct: DirectMounts | undefined;
   /** Mounts that are pinned as such, whether they read the store themselves or not. */
   readonly #pinned = new Set<number>();
-  /** Native calls that use the store's descriptors, which must not be closed, and perhaps reused, under them. */
-  readonly #using = new Set<Promise<unknown>>();
-
   private constructor(
     options: NodeStoreOptions,
     file: StoreFile,
@@ -91,23 +74,30 @@ export class NodeStore {
     this.#log = options.log;
     this.#file = file;
     this.#db = db;
-    this.#generation = state.generation;
-    this.#nextAddress = state.nextAddress;
     this.#foreignImages = state.foreignImages;
     this.#touched = new Touched(options.native.touchedCreate(file.header.storeBytes));
-    this.#highWater = file.header.highWater;
     this.#reserve = new SpaceReserve(options.paths.storeReserve, options.reserveBytes ?? 16 * MiB);
+    this.#changes = new StoreChanges(file, this.#reserve, state);
     this.#durability = new Durability(
       {
         sync: () => file.sync(),
         record: async (pieces) => {
           await db.call('markDurable', pieces);
         },
-        forget: (firstBlock, blocks) => this.#clear(firstBlock, blocks),
+        forget: (firstBlock, blocks) => this.#bytes.clear(firstBlock, blocks),
       },
       { delayMs: options.flushDelayMs ?? 2000, maxBytes: options.flushBytes ?? 64 * MiB },
       options.log,
     );
+    this.#bytes = new StoreBytes({
+      file,
+      native: options.native,
+      presence,
+      touched: this.#touched,
+      durability: this.#durability,
+      log: options.log,
+      mustBeOpen: () => this.#mustBeOpen(),
+    });
     this.#space = new StoreSpace(
       {
         file,
@@ -115,9 +105,9 @@ export class NodeStore {
         presence,
         touched: this.#touched,
         durability: this.#durability,
-        nextAddress: () => this.#nextAddress,
-        serially: (work) => this.#serially(work),
-        underGeneration: (change, how) => this.#underGeneration(change, how),
+        nextAddress: () => this.#changes.nextAddress,
+        serially: (work) => this.#changes.serially(work),
+        underGeneration: (change, how) => this.#changes.underGeneration(change, how),
         reserve: this.#reserve,
         hasStrangers: () => this.hasForeignReaders(),
       },
@@ -192,26 +182,17 @@ export class NodeStore {
       add: async (mount) => void (await db.call('addDirect', mount)),
       drop: async (imageId) => void (await db.call('dropDirect', { imageId, pinned: this.#pinned.has(imageId) })),
       isPresent: (address, length) => this.isPresent(address, length),
-      dropHoles: (ranges) => this.#dropHoles(ranges),
+      dropHoles: (ranges) => this.#bytes.dropHoles(ranges),
       clearEpoch: () => this.#native.presenceClearEpoch(),
       flush: async (metadata) => {
         this.#mustBeOpen();
         // What a call has written is present before the call has returned and handed it on to be flushed.
-        await Promise.allSettled(this.#using);
+        await this.#bytes.settled();
         await this.#durability.flush(metadata);
       },
-      serially: (work) => this.#serially(work),
-      strangersGone: () => this.#serially(() => this.#space.punchPostponed()),
+      serially: (work) => this.#changes.serially(work),
+      strangersGone: () => this.#changes.serially(() => this.#space.punchPostponed()),
     };
-  }
-
-  async #dropHoles(ranges: Float64Array): Promise<boolean> {
-    const holes = await this.#track(this.#native.findHoles(this.fd, ranges));
-    for (let i = 0; i + 1 < holes.length; i += 2) {
-      this.#clear(holes[i]!, holes[i + 1]!);
-      this.damaged(holes[i]! * BLOCK_BYTES, holes[i + 1]! * BLOCK_BYTES);
-    }
-    return holes.length > 0;
   }
 
   /** The mounts that read the store file without this process. */
@@ -268,26 +249,11 @@ export class NodeStore {
 
   /** Says, and counts, that a read met blocks which the disk had changed; they are absent now and will be fetched. */
   damaged(address: number, length: number): void {
-    this.#damagedReads++;
-    this.#log.error({ address, length }, 'the disk changed bytes of the store: they are not served but fetched again');
+    this.#bytes.damaged(address, length);
   }
 
   #mustBeOpen(): void {
     if (this.#closed) throw new DedupError('CLOSED', 'the node store is closed');
-  }
-
-  #track<T>(work: Promise<T>): Promise<T> {
-    this.#using.add(work);
-    const settled = (): void => void this.#using.delete(work);
-    work.then(settled, settled);
-    return work;
-  }
-
-  /** Runs one change of generation or high water at a time. */
-  #serially<T>(work: () => Promise<T>): Promise<T> {
-    const result = this.#exclusive.then(work);
-    this.#exclusive = result.catch(() => undefined);
-    return result;
   }
 
   /**
@@ -297,29 +263,27 @@ export class NodeStore {
   async addLayer(index: LayerIndex, options: AddLayerOptions): Promise<StoredLayer> {
     this.#mustBeOpen();
     const { chunks } = index;
-    const result = await this.#serially(async () => {
-      await this.#raiseHighWater(this.#mostBytes(index));
-      const added = await this.#db.call('addLayer', {
-        scope: options.scope,
-        digest: index.layerDigest,
-        indexDigest: options.indexDigest,
-        size: index.layerBytes,
-        diffId: index.diffId,
-        restartDigest: index.restart.digest,
-        restartSize: index.restart.size,
-        reference: options.reference ?? '',
-        trust: options.trust,
-        sources: options.sources,
-        digests: chunks.digest.subarray(0, chunks.count * 32),
-        lengths: chunks.length.subarray(0, chunks.count),
-        zero: chunks.zero.subarray(0, chunks.count),
-        chunkBytes: index.chunkBytes,
-        pieceBytes: index.pieceBytes,
-        files: options.contiguousFiles ? filesOf(index) : undefined,
-      });
-      this.#nextAddress = Math.max(this.#nextAddress, added.nextAddress);
-      return added;
-    });
+    const layer = {
+      scope: options.scope,
+      digest: index.layerDigest,
+      indexDigest: options.indexDigest,
+      size: index.layerBytes,
+      diffId: index.diffId,
+      restartDigest: index.restart.digest,
+      restartSize: index.restart.size,
+      reference: options.reference ?? '',
+      trust: options.trust,
+      sources: options.sources,
+      digests: chunks.digest.subarray(0, chunks.count * 32),
+      lengths: chunks.length.subarray(0, chunks.count),
+      zero: chunks.zero.subarray(0, chunks.count),
+      chunkBytes: index.chunkBytes,
+      pieceBytes: index.pieceBytes,
+      files: options.contiguousFiles ? filesOf(index) : undefined,
+    };
+    const result = await this.#changes.serially(() =>
+      this.#changes.givingAddresses(blockBytes(layer.lengths), () => this.#db.call('addLayer', layer)),
+    );
     return { layerId: result.layerId, addresses: result.addresses };
   }
 
@@ -334,14 +298,11 @@ export class NodeStore {
     return new ChunkKeeper(
       {
         hold: (digests, lengths) =>
-          this.#serially(async () => {
+          this.#changes.serially(async () => {
             this.#mustBeOpen();
-            let bytes = 0;
-            for (const length of lengths) bytes += roundUp(length, BLOCK_BYTES);
-            await this.#raiseHighWater(bytes);
-            const held = await this.#db.call('holdChunks', { hold, scope, digests, lengths, pieceBytes });
-            this.#nextAddress = Math.max(this.#nextAddress, held.nextAddress);
-            return held.addresses;
+            const chunks = { hold, scope, digests, lengths, pieceBytes };
+            const giving = () => this.#db.call('holdChunks', chunks);
+            return (await this.#changes.givingAddresses(blockBytes(lengths), giving)).addresses;
           }),
         isPresent: (address, length) => this.isPresent(address, length),
         store: (source, pieces) => this.store(source, pieces),
@@ -353,7 +314,7 @@ export class NodeStore {
 
   async #releaseHold(hold: number): Promise<void> {
     if (this.#closed) return; // The next start frees them.
-    await this.#serially(async () => {
+    await this.#changes.serially(async () => {
       if ((await this.#db.call('releaseHold', { hold })) === 0) return;
       await this.#free(async (generation) => {
         const ranges = await this.#db.call('dropUnreferenced', { generation });
@@ -367,44 +328,10 @@ export class NodeStore {
    * no row any more on the disk. To be called serially.
    */
   async #free<T>(change: (generation: number) => Promise<{ ranges: readonly StoreRange[]; result: T }>): Promise<T> {
-    const { ranges, result } = await this.#underGeneration(change);
+    const { ranges, result } = await this.#changes.underGeneration(change);
     await this.#space.punchFreed(ranges);
     await this.#reserve.fill();
     return result;
-  }
-
-  /**
-   * Runs a change of the database under a generation of its own, so that a copy from before it is told. `reuse`: it makes
-   * addresses free to be given again. To be called serially.
-   */
-  async #underGeneration<T>(change: (generation: number) => Promise<T>, { reuse } = { reuse: false }): Promise<T> {
-    const next = this.#generation + 1;
-    await this.#file.writeHeader({ pendingGeneration: next, ...(reuse ? { reuseGeneration: next } : {}) });
-    const result = await change(next).catch(async (error: unknown) => {
-      if (errorCode(error) !== 'STORE_FULL') throw error;
-      await this.#reserve.release();
-      return await change(next);
-    });
-    await this.#file.writeHeader({ generation: next });
-    this.#generation = next;
-    return result;
-  }
-
-  /** Address space that the layer takes if none of its chunks is known. */
-  #mostBytes(index: LayerIndex): number {
-    let bytes = 0;
-    for (let i = 0; i < index.chunks.count; i++)
-      bytes += Math.ceil(index.chunks.length[i]! / BLOCK_BYTES) * BLOCK_BYTES;
-    return bytes;
-  }
-
-  /** Makes sure that the header admits `bytes` more of addresses before any is given. */
-  async #raiseHighWater(bytes: number): Promise<void> {
-    const needed = this.#nextAddress + bytes;
-    if (needed <= this.#highWater) return;
-    const highWater = Math.ceil(needed / HIGH_WATER_STEP) * HIGH_WATER_STEP;
-    await this.#file.writeHeader({ highWater });
-    this.#highWater = highWater;
   }
 
   /**
@@ -444,7 +371,7 @@ export class NodeStore {
   retainLayers(keep: readonly number[] | ((layerId: number) => boolean)): Promise<number[]> {
     this.#mustBeOpen();
     const keeps = typeof keep === 'function' ? keep : (id: number) => keep.includes(id);
-    return this.#serially(async () => {
+    return this.#changes.serially(async () => {
       const drop = (await this.layers()).map((layer) => layer.id).filter((id) => !keeps(id));
       if (drop.length === 0) return [];
       const { dropped, pinned } = await this.#free(async (generation) => {
@@ -515,7 +442,7 @@ export class NodeStore {
 
   /** True when every block of the range is verified and present. */
   isPresent(address: number, length: number): boolean {
-    return this.#native.presenceTest(this.presence, address / BLOCK_BYTES, Math.ceil(length / BLOCK_BYTES));
+    return this.#bytes.isPresent(address, length);
   }
 
   /**
@@ -523,23 +450,8 @@ export class NodeStore {
    * Errors: STORE_IO, also when they were taken away meanwhile; STORE_CORRUPT when the disk changed them, and then they
    * are absent; CLOSED.
    */
-  async read(target: Buffer, at: number, length: number, address: number): Promise<void> {
-    this.#touched.touch(address, length);
-    for (;;) {
-      this.#mustBeOpen();
-      const { presence } = this;
-      const job = { fd: this.fd, sumsFd: this.sumsFd, presence, target, at, length, address };
-      const result = await this.#track(this.#native.readStore(job));
-      if (result === 'read') return;
-      if (result === 'damaged') {
-        this.damaged(address, length);
-        throw takenAway('STORE_CORRUPT', `the disk changed bytes of the store at ${address}`);
-      }
-      // Something was taken away while the disk was read, here or elsewhere.
-      if (!this.isPresent(address, length)) {
-        throw takenAway('STORE_IO', `address ${address} of the store was taken away while it was read`);
-      }
-    }
+  read(target: Buffer, at: number, length: number, address: number): Promise<void> {
+    return this.#bytes.read(target, at, length, address);
   }
 
   /**
@@ -561,102 +473,18 @@ export class NodeStore {
   }
 
   async #store(source: Uint8Array, pieces: readonly PieceToStore[]): Promise<Uint8Array> {
-    this.#mustBeOpen();
-    const count = pieces.length;
-    const offsets = new Float64Array(count);
-    const lengths = new Uint32Array(count);
-    const addresses = new Float64Array(count);
-    const digests = new Uint8Array(count * 32);
-    for (const [i, piece] of pieces.entries()) {
-      offsets[i] = piece.offset;
-      lengths[i] = piece.length;
-      addresses[i] = piece.address;
-      digests.set(piece.digest, i * 32);
-      this.#touched.touch(piece.address, piece.length);
-    }
-    const failures = this.#durability.failures;
-    const { presence } = this;
-    const { fd } = this.#file.direct;
-    const { sumsFd } = this;
-    let stored: Uint8Array;
-    try {
-      stored = await this.#track(
-        this.#native.storePieces({ fd, sumsFd, source, offsets, lengths, digests, addresses, presence }),
-      );
-    } catch (error) {
-      // Which of them were written is not known; none may stay present without waiting for a flush.
-      for (const { address, length } of pieces) this.#forget(address, length);
-      throw error;
-    }
-    const fresh: FreshPiece[] = [];
-    let bytes = 0;
-    for (const [i, piece] of pieces.entries()) {
-      if (stored[i] !== 1) {
-        this.#mismatches++;
-        continue;
-      }
-      const blocks = Math.ceil(piece.length / BLOCK_BYTES);
-      const mask = this.#maskOf(piece);
-      fresh.push({
-        placementBlock: piece.chunkAddress / BLOCK_BYTES,
-        mask,
-        firstBlock: piece.address / BLOCK_BYTES,
-        blocks,
-      });
-      bytes += blocks * BLOCK_BYTES;
-    }
-    if (this.#durability.failures !== failures) {
-      // A flush failed while this was being written: the disk may have lost it.
-      for (const piece of fresh) this.#clear(piece.firstBlock, piece.blocks);
-      throw new DedupError('STORE_IO', 'the store could not be flushed while pieces were written');
-    }
-    this.#storedBytes += bytes;
-    this.#durability.add(fresh, bytes);
-    this.#space.stored(bytes);
+    const before = this.#bytes.storedBytes;
+    const stored = await this.#bytes.store(source, pieces);
+    this.#space.stored(this.#bytes.storedBytes - before);
     return stored;
-  }
-
-  #forget(address: number, length: number): void {
-    this.#clear(address / BLOCK_BYTES, Math.ceil(length / BLOCK_BYTES));
-  }
-
-  /** Makes blocks absent: before they are punched, so that whoever reads them meanwhile can tell. */
-  #clear(firstBlock: number, blocks: number): void {
-    this.#native.presenceSet(this.presence, firstBlock, blocks, false);
-  }
-
-  #maskOf(piece: PieceToStore): number {
-    if (piece.pieceCount <= MAX_MASKED_PIECES) return 1 << piece.piece;
-    return this.isPresent(piece.chunkAddress, piece.chunkBytes) ? -1 : 0;
   }
 
   /**
    * Copies a file into the reserved region of the store, where the metadata of flat images lies, and makes it present.
    * `address` is a multiple of 4 KiB below the first chunk. Errors: STORE_IO, STORE_FULL, INVALID_ARGUMENT.
    */
-  async placeMetadata(address: number, file: string): Promise<void> {
-    this.#mustBeOpen();
-    const bytes = await readFile(file);
-    if (address % BLOCK_BYTES !== 0 || address < STORE_HEAD_BYTES || address + bytes.length > HEADER_ADDRESS) {
-      throw new DedupError('INVALID_ARGUMENT', `metadata cannot lie at address ${address} of the store`);
-    }
-    // What an earlier image left there must not pass for this one's: present blocks are not written again.
-    this.#forget(address, bytes.length);
-    const offsets = Array.from({ length: Math.ceil(bytes.length / MiB) }, (_, i) => i * MiB);
-    const parts = offsets.map((offset) => bytes.subarray(offset, offset + MiB));
-    const stored = await this.#track(
-      this.#native.storePieces({
-        fd: this.#file.direct.fd,
-        sumsFd: this.sumsFd,
-        source: bytes,
-        offsets: Float64Array.from(offsets),
-        lengths: Uint32Array.from(parts, (part) => part.length),
-        digests: Buffer.concat(parts.map((part) => createHash('sha256').update(part).digest())),
-        addresses: Float64Array.from(offsets, (offset) => address + offset),
-        presence: this.presence,
-      }),
-    );
-    if (!stored.every((good) => good === 1)) throw new DedupError('STORE_IO', `metadata ${file} could not be stored`);
+  placeMetadata(address: number, file: string): Promise<void> {
+    return this.#bytes.placeMetadata(address, file);
   }
 
   /** Makes everything that is present now durable. Errors: STORE_IO, STORE_FULL. */
@@ -704,14 +532,14 @@ export class NodeStore {
   async stats(): Promise<NodeStoreStats> {
     return {
       ...(await this.#db.call('totals', {})),
-      storedBytes: this.#storedBytes,
-      mismatches: this.#mismatches,
-      damagedReads: this.#damagedReads,
+      storedBytes: this.#bytes.storedBytes,
+      mismatches: this.#bytes.mismatches,
+      damagedReads: this.#bytes.damagedReads,
       presentBytes: this.#space.presentBytes(),
       evictedPieces: this.#space.evictedPieces,
       evictedBytes: this.#space.evictedBytes,
-      nextAddress: this.#nextAddress,
-      generation: this.#generation,
+      nextAddress: this.#changes.nextAddress,
+      generation: this.#changes.generation,
     };
   }
 
@@ -720,13 +548,13 @@ export class NodeStore {
     if (this.#closed) return;
     this.#closed = true;
     this.#space.close();
-    await Promise.allSettled(this.#using);
+    await this.#bytes.settled();
     try {
       await this.#durability.flush();
     } catch {
       // Logged where it happened; what could not be flushed was never recorded.
     }
-    await this.#exclusive;
+    await this.#changes.settled();
     try {
       await this.#db.close();
     } finally {
@@ -743,4 +571,11 @@ function filesOf(index: LayerIndex): Uint32Array {
     if (entries.chunkCount[i]! > 0) files.push(entries.firstChunk[i]!, entries.chunkCount[i]!);
   }
   return Uint32Array.from(files);
+}
+
+/** What chunks of these lengths take in the store. */
+function blockBytes(lengths: Uint32Array): number {
+  let bytes = 0;
+  for (const length of lengths) bytes += roundUp(length, BLOCK_BYTES);
+  return bytes;
 }
