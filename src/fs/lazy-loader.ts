@@ -108,7 +108,7 @@ export class LazyLoader {
     );
     this.#ahead = new FetchAhead({
       fetch: (map, span, priority) => this.#fetcher.fetch(map, span, priority),
-      roundTripBytes: (map) => this.#fetcher.link(map).roundTripBytes,
+      roundTripBytes: (map) => this.#fetcher.sources.link(map).roundTripBytes,
       usefulness: (origin, nowMs) => this.#fetcher.ledger.usefulness(origin, nowMs),
       guess: options.guess ?? false,
       isPresent: (address, length) => options.store.isPresent(address, length),
@@ -443,7 +443,7 @@ export class LazyLoader {
       // What was kept from an earlier fetch was not verified then and may be what is wrong: once more, all of it anew.
       if (outputs.length < ref.map.spansOf(ref).size) continue;
       if (source === undefined) break;
-      this.#fetcher.distrust(ref.map, source);
+      this.#fetcher.sources.distrust(ref.map, source);
       const others = ref.map.layer.sources().some((other) => nameOf(other) !== source && !bad.has(nameOf(other)));
       if (bad.size > 0 || !others) break;
       bad.add(source);
