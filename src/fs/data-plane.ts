@@ -46,7 +46,7 @@ import { LayerIntake } from './layer-intake.ts';
 import { LazyLoader } from './lazy-loader.ts';
 import { MountTable } from './mount-table.ts';
 import { native } from './native.ts';
-import { reportNumbers } from './numbers-report.ts';
+import { reportNumbers, reportStats } from './numbers-report.ts';
 import { OrdinaryLayers } from './ordinary-layers.ts';
 import { detachDeadSessions, removeHalfWritten } from './orphans.ts';
 import { ReferenceMounts } from './reference-mounts.ts';
@@ -616,30 +616,14 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
     return found;
   }
 
-  async stats(): Promise<StatsMessage> {
-    const store = await this.#store.stats();
-    const loader = this.#loader.stats();
-    const transport = this.#transport.stats();
-    const traffic = this.#registry.traffic;
-    return {
-      chunks: store.chunks,
-      chunk_bytes: store.chunkBytes,
-      present_bytes: store.presentBytes,
-      requests: loader.requests,
-      wire_bytes: loader.wireBytes,
-      misses: loader.misses,
-      hits: transport.hits,
-      span_bytes: loader.spanBytes,
-      control_bytes: traffic.bytes - loader.wireBytes,
-      control_requests: traffic.requests - loader.requests,
-      ahead_bytes: loader.aheadBytes,
-      prefetch_bytes: loader.prefetchBytes,
-      prefetch_useful_bytes: loader.usefulBytes,
-      prefetch_late_bytes: loader.lateBytes,
-      prefetch_wasted_bytes: loader.wastedBytes,
-      asked_bytes: this.#prefetch.asked.bytes,
-      asked_present_bytes: this.#prefetch.asked.presentBytes,
-    };
+  stats(): Promise<StatsMessage> {
+    return reportStats({
+      store: this.#store,
+      loader: this.#loader,
+      transport: this.#transport,
+      registry: this.#registry,
+      traces: this.#prefetch,
+    });
   }
 
   /** What the exporter shows. Errors: CLOSED, STORE_IO. */
