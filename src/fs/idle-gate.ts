@@ -12,6 +12,7 @@ const PATIENCE_MS = 10_000;
 export class IdleGate {
   readonly #activity: () => number;
   readonly #busy: () => boolean;
+  #asked = 0;
   #seen = -1;
   #changedMs = Number.NEGATIVE_INFINITY;
 
@@ -21,6 +22,11 @@ export class IdleGate {
     this.#busy = busy;
   }
 
+  /** Tells of something that is done for somebody and that no count tells of. */
+  asked(): void {
+    this.#asked++;
+  }
+
   /** Nothing when work may go on now, else a promise for when it may. Rejects with the signal's reason. */
   pass(signal: AbortSignal): Promise<void> | undefined {
     return this.#quiet() ? undefined : this.#wait(signal);
@@ -28,7 +34,7 @@ export class IdleGate {
 
   #quiet(): boolean {
     const now = performance.now();
-    const activity = this.#activity();
+    const activity = this.#activity() + this.#asked;
     if (activity !== this.#seen || this.#busy()) {
       // The first look finds what happened before anybody asked.
       if (this.#seen !== -1) this.#changedMs = now;

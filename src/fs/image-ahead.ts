@@ -7,11 +7,11 @@ import type { Logger } from '../log.ts';
 import type { LayerRecord, LayerSourceName } from './chunks/index-protocol.ts';
 import { EagerLayers } from './eager-layers.ts';
 import { EXPECTED_MS } from './expected-layers.ts';
+import type { MountableLayer } from './image-metadata.ts';
 import { INDEX_ANNOTATION } from './index/layer-index.ts';
 import { classifyLayer } from './index/media-types.ts';
 import type { LayerBook } from './layer-book.ts';
 import type { LayerIntake, WantedLayer } from './layer-intake.ts';
-import type { MountableLayer } from './mount-table.ts';
 import type { Repository } from './registry/blob-reader.ts';
 import { MAX_JSON_BYTES, parseManifest } from './registry/image-manifest.ts';
 

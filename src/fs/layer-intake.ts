@@ -11,13 +11,13 @@ import type { LayerRecord, LayerSourceName, LayerTrust } from './chunks/index-pr
 import type { NodeStore } from './chunks/node-store.ts';
 import type { LayerKeyMessage, PrepareLayerMessage } from './control-server.ts';
 import { ExpectedLayers } from './expected-layers.ts';
+import type { MountableLayer } from './image-metadata.ts';
 import { type BuiltIndex, buildLayerIndex, pieceBytesFor } from './index/builder.ts';
 import type { OnPiece } from './index/chunker.ts';
 import type { IndexCatalog } from './index/discovery.ts';
 import type { KeptIndexes } from './index/kept-indexes.ts';
 import type { LayerIndex } from './index/layer-index.ts';
 import type { LayerBook } from './layer-book.ts';
-import type { MountableLayer } from './mount-table.ts';
 import type { BlobId, Repository } from './registry/blob-reader.ts';
 
 /** A layer of an image as a caller names it, with where it can be read. */

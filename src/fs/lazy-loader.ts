@@ -6,18 +6,17 @@ import type { Logger } from '../log.ts';
 import { BLOCK_BYTES, type ByteRange, MiB } from '../units.ts';
 import { isTakenAway, takenAway } from './chunks/taken-away.ts';
 import { FetchAhead } from './fetch-ahead.ts';
-import { LayerMap, type LayerProvider, nameOf, type PieceRef } from './loadable-layer.ts';
-import { copyTar } from './span-edges.ts';
+import type { LayerMap, LayerProvider } from './loadable-layer.ts';
+import { OpenLayers, type Slot, slotIn } from './open-layers.ts';
+import { type PieceBytes, PieceLoader, type PieceStore } from './piece-loader.ts';
 import { DEFAULT_FETCH_LIMITS, type FetchLimits, type FetchStats, SpanFetcher } from './span-fetcher.ts';
 import { Priority, type SpanLedger } from './span-ledger.ts';
-import { type LoaderNative, type LoaderStore, type RunOutput, toStore } from './span-storer.ts';
+import type { LoaderNative } from './span-storer.ts';
 
 /** What the loader needs of the node store: look-ups, reads, verified writes. */
-export interface ReadableStore extends LoaderStore {
+export interface ReadableStore extends PieceStore {
   readonly storeBytes: number;
-  find(address: number): { address: number; chunkId: number; size: number; pieceBytes: number } | undefined;
   layersOf(chunkId: number): { layerId: number; seq: number }[];
-  read(target: Buffer, at: number, length: number, address: number): Promise<void>;
 }
 
 export { Priority };
@@ -57,17 +56,6 @@ export interface LoaderStats extends FetchStats {
   readonly edgeBytes: number;
 }
 
-/** A piece that a read needs, by where it lies. */
-interface Slot {
-  readonly address: number;
-  readonly length: number;
-  readonly chunkId: number | undefined;
-  readonly ref: PieceRef | undefined;
-}
-
-/** Verified bytes of a piece; undefined when they must be read from the store. */
-type PieceBytes = Uint8Array | undefined;
-
 /** A read that meets blocks which are taken away under it begins anew this often at most. */
 const READ_ATTEMPTS = 4;
 
@@ -75,13 +63,13 @@ const ZEROS = Buffer.alloc(BLOCK_BYTES);
 
 export class LazyLoader {
   readonly #store: ReadableStore;
-  readonly #provider: LayerProvider;
   readonly #log: Logger;
   readonly #fetcher: SpanFetcher;
   readonly #deadlineMs: number;
   readonly #onWaited: ((ms: number) => void) | undefined;
-  readonly #maps: LRUCache<number, LayerMap>;
-  readonly #opening = new Map<number, Promise<LayerMap>>();
+  readonly #layers: OpenLayers;
+  readonly #loader: PieceLoader;
+  /** Pieces on their way, by address. */
   readonly #pieces = new Map<number, Promise<PieceBytes>>();
   readonly #failed: LRUCache<number, DedupError>;
   /** How often layers were dropped. */
@@ -96,7 +84,6 @@ export class LazyLoader {
 
   constructor(options: LazyLoaderOptions) {
     this.#store = options.store;
-    this.#provider = options.layers;
     this.#log = options.log;
     this.#deadlineMs = options.deadlineMs ?? 60_000;
     this.#onWaited = options.onWaited;
@@ -108,18 +95,24 @@ export class LazyLoader {
     );
     this.#ahead = new FetchAhead({
       fetch: (map, span, priority) => this.#fetcher.fetch(map, span, priority),
-      roundTripBytes: (map) => this.#fetcher.link(map).roundTripBytes,
+      roundTripBytes: (map) => this.#fetcher.sources.link(map).roundTripBytes,
       usefulness: (origin, nowMs) => this.#fetcher.ledger.usefulness(origin, nowMs),
       guess: options.guess ?? false,
       isPresent: (address, length) => options.store.isPresent(address, length),
       log: options.log,
     });
-    const layerBytes = options.layerBytes ?? 32 * MiB;
-    // A layer larger than the limit is kept too, alone.
-    this.#maps = new LRUCache({
-      maxSize: layerBytes,
-      sizeCalculation: (map) => Math.min(map.bytes, layerBytes),
-      dispose: (_map, layerId) => this.#ahead.forget(layerId),
+    this.#layers = new OpenLayers({
+      provider: options.layers,
+      store: options.store,
+      maxBytes: options.layerBytes ?? 32 * MiB,
+      isDropped: (layerId) => this.#fetcher.isForgotten(layerId),
+      onClosed: (layerId) => this.#ahead.forget(layerId),
+    });
+    this.#loader = new PieceLoader({
+      store: options.store,
+      fetcher: this.#fetcher,
+      onMiss: (map, spans) => this.#ahead.onMiss(map, spans),
+      log: options.log,
     });
     this.#failed = new LRUCache({ max: 4096, ttl: options.failureMs ?? 1000 });
   }
@@ -161,7 +154,7 @@ export class LazyLoader {
     if (this.#store.isPresent(range.offset, range.length)) return [await this.#readStore(range.offset, range.length)];
     const started = performance.now();
     this.#misses++;
-    const slots = this.#locate(range, options.layers);
+    const slots = this.#layers.locate(range, options.layers);
     const work = this.#obtainAll(slots, options.layers, Priority.onDemand);
     const bytes = await this.#withDeadline(work, options.signal, deadlineMs);
     const parts = await this.#compose(range, slots, bytes);
@@ -189,7 +182,7 @@ export class LazyLoader {
   async ensure(ranges: readonly ByteRange[], options: ReadOptions & { readonly priority: number }): Promise<void> {
     this.#mustBeOpen();
     options.signal?.throwIfAborted();
-    const slots = ranges.flatMap((range) => this.#locate(range, options.layers));
+    const slots = ranges.flatMap((range) => this.#layers.locate(range, options.layers));
     await this.#obtainAll(slots, options.layers, options.priority);
   }
 
@@ -204,7 +197,7 @@ export class LazyLoader {
   /** Layers as they are open here: their chunks, addresses and spans. Errors: those of the provider. */
   async maps(layerIds: readonly number[]): Promise<LayerMap[]> {
     this.#mustBeOpen();
-    return await Promise.all(layerIds.map((layerId) => this.#open(layerId)));
+    return await Promise.all(layerIds.map((layerId) => this.#layers.open(layerId)));
   }
 
   /** Says whether a trace tells what will be read of layers: nothing is guessed around their misses then. */
@@ -230,9 +223,7 @@ export class LazyLoader {
   /** Forgets layers that were dropped: nothing is fetched for them any more, and what is under way is given up. */
   forget(layerIds: readonly number[]): void {
     for (const layerId of layerIds) {
-      const map = this.#maps.get(layerId);
-      map?.layer.windows.forget?.(0, map.spanCount);
-      this.#maps.delete(layerId);
+      this.#layers.forget(layerId);
       this.#ahead.forget(layerId);
     }
     this.#drops++;
@@ -245,7 +236,7 @@ export class LazyLoader {
    * the layers that were dropped any more. Never rejects.
    */
   async drained(): Promise<void> {
-    await Promise.allSettled([...this.#pieces.values(), ...this.#opening.values(), this.#fetcher.drained()]);
+    await Promise.allSettled([...this.#pieces.values(), this.#layers.drained(), this.#fetcher.drained()]);
   }
 
   #mustBeOpen(): void {
@@ -267,46 +258,6 @@ export class LazyLoader {
       signal?.removeEventListener('abort', cancelled);
       this.#abort.signal.removeEventListener('abort', closed);
     }
-  }
-
-  /** The pieces that cover a range, ascending. Errors: STORE_IO when a block belongs to none. */
-  #locate(range: ByteRange, layers: readonly number[]): Slot[] {
-    if (range.offset % BLOCK_BYTES !== 0 || range.length % BLOCK_BYTES !== 0 || range.length <= 0) {
-      throw new DedupError('INVALID_ARGUMENT', `a read of ${range.length} bytes at ${range.offset} is not in blocks`);
-    }
-    const open: LayerMap[] = [];
-    for (const layerId of layers) {
-      const map = this.#maps.get(layerId);
-      if (map !== undefined) open.push(map);
-    }
-    const slots: Slot[] = [];
-    const end = range.offset + range.length;
-    let recent: LayerMap | undefined;
-    for (let at = range.offset; at < end; ) {
-      let slot: Slot | undefined;
-      if (recent !== undefined) slot = slotIn(recent, at);
-      for (let i = 0; slot === undefined && i < open.length; i++) {
-        slot = slotIn(open[i]!, at);
-        if (slot !== undefined) recent = open[i];
-      }
-      slot ??= this.#slotInStore(at);
-      if (slot === undefined) throw new DedupError('STORE_IO', `nothing is assigned to address ${at} of the store`);
-      slots.push(slot);
-      at = slot.address + Math.ceil(slot.length / BLOCK_BYTES) * BLOCK_BYTES;
-    }
-    return slots;
-  }
-
-  #slotInStore(at: number): Slot | undefined {
-    const placed = this.#store.find(at);
-    if (placed === undefined) return undefined;
-    const piece = Math.floor((at - placed.address) / placed.pieceBytes);
-    return {
-      address: placed.address + piece * placed.pieceBytes,
-      length: Math.min(placed.pieceBytes, placed.size - piece * placed.pieceBytes),
-      chunkId: placed.chunkId,
-      ref: undefined,
-    };
   }
 
   #obtainAll(slots: readonly Slot[], layers: readonly number[], priority: number): Promise<PieceBytes[]> {
@@ -364,7 +315,7 @@ export class LazyLoader {
   async #loadOnce(slot: Slot, layers: readonly number[], priority: number): Promise<PieceBytes> {
     if (slot.ref !== undefined) {
       try {
-        return await this.#loadFrom(slot.ref, priority);
+        return await this.#loader.load(slot.ref, priority);
       } catch (error) {
         if (!worthAnotherLayer(error)) throw error;
         return await this.#loadFromOthers(slot, layers, priority, slot.ref.map.layerId, error);
@@ -386,140 +337,16 @@ export class LazyLoader {
     let failure = cause;
     for (const layerId of ids.slice(0, 4)) {
       try {
-        const map = await this.#open(layerId);
+        const map = await this.#layers.open(layerId);
         const ref = slotIn(map, slot.address)?.ref;
         // The layer may hold the chunk at another of its placements only.
-        if (ref !== undefined) return await this.#loadFrom(ref, priority);
+        if (ref !== undefined) return await this.#loader.load(ref, priority);
       } catch (error) {
         failure ??= error;
         if (!worthAnotherLayer(error)) break;
       }
     }
     throw failure ?? new DedupError('STORE_CORRUPT', `no layer delivers address ${slot.address} of the store`);
-  }
-
-  #open(layerId: number): Promise<LayerMap> {
-    const known = this.#maps.get(layerId);
-    if (known !== undefined) return Promise.resolve(known);
-    const running = this.#opening.get(layerId);
-    if (running !== undefined) return running;
-    const work = this.#provider.openLayer(layerId).then((layer) => {
-      if (this.#fetcher.isForgotten(layerId)) throw new DedupError('UNAVAILABLE', `layer ${layerId} was dropped`);
-      const map = new LayerMap(layerId, layer);
-      this.#maps.set(layerId, map);
-      return map;
-    });
-    this.#opening.set(layerId, work);
-    const settled = (): void => void this.#opening.delete(layerId);
-    work.then(settled, settled);
-    return work;
-  }
-
-  /** Brings a piece here from its layer. A wrong piece is asked of one other source, then given up. */
-  async #loadFrom(ref: PieceRef, priority: number): Promise<PieceBytes> {
-    if (await this.#copyFromOtherPlacement(ref)) return undefined;
-    const bad = new Set<string>();
-    let mismatch = false;
-    for (let round = 0; round < 4; round++) {
-      const outputs = await this.#fetchMissing(ref, priority);
-      const inPlace = outputs.find((output) => output.stored.has(ref.address));
-      if (inPlace !== undefined) return bytesIn(ref, inPlace);
-      if (this.#store.isPresent(ref.address, ref.length)) return undefined;
-      const rejected = outputs.find((output) => output.bad.has(ref.address));
-      let source = rejected?.source;
-      if (rejected === undefined) {
-        const assembled = this.#assemble(ref, outputs);
-        // Bytes that were kept have gone from memory since: once more.
-        if (assembled === undefined) continue;
-        const [stored] = await this.#store.store(assembled, [toStore(ref, 0)]);
-        if (stored === 1) return assembled;
-        source = outputs.at(-1)?.source;
-      }
-      mismatch = true;
-      for (const span of ref.map.spansOf(ref)) {
-        this.#fetcher.edges.drop(ref.map.layerId, span);
-        ref.map.layer.windows.forget?.(span, 1);
-      }
-      // What was kept from an earlier fetch was not verified then and may be what is wrong: once more, all of it anew.
-      if (outputs.length < ref.map.spansOf(ref).size) continue;
-      if (source === undefined) break;
-      this.#fetcher.distrust(ref.map, source);
-      const others = ref.map.layer.sources().some((other) => nameOf(other) !== source && !bad.has(nameOf(other)));
-      if (bad.size > 0 || !others) break;
-      bad.add(source);
-    }
-    if (!mismatch)
-      throw new DedupError('STORE_IO', `what was fetched for address ${ref.address} did not stay in memory`);
-    throw new DedupError(
-      'DIGEST_MISMATCH',
-      `piece ${ref.piece} of chunk ${ref.chunk} of layer ${ref.map.blob.digest} is not what its index says`,
-    );
-  }
-
-  /** Fetches those spans of a piece whose bytes are not kept from an earlier fetch. */
-  #fetchMissing(ref: PieceRef, priority: number): Promise<RunOutput[]> {
-    const { map } = ref;
-    const wanted = new Set<number>();
-    for (const part of map.partsOf(ref)) {
-      const last = map.spanAt(part.tarOffset + part.length - 1);
-      for (let span = map.spanAt(part.tarOffset); span <= last; span++) {
-        const from = Math.max(part.tarOffset, map.spanStart(span));
-        const to = Math.min(part.tarOffset + part.length, map.spanEnd(span));
-        if (!this.#kept(map, span, from, to)) wanted.add(span);
-      }
-    }
-    const fetches = [...wanted].map((span) => this.#fetcher.fetch(map, span, priority));
-    if (priority === Priority.onDemand) this.#ahead.onMiss(map, map.spansOf(ref));
-    return Promise.all(fetches);
-  }
-
-  #kept(map: LayerMap, span: number, from: number, to: number): boolean {
-    const covers = (edge: { start: number; bytes: Uint8Array } | undefined): boolean =>
-      edge !== undefined && edge.start <= from && edge.start + edge.bytes.length >= to;
-    return covers(this.#fetcher.edges.tail(map.layerId, span)) || covers(this.#fetcher.edges.head(map.layerId, span));
-  }
-
-  /** The bytes of a piece out of what was fetched and kept; undefined when some are missing. Not verified. */
-  #assemble(ref: PieceRef, outputs: readonly RunOutput[]): Buffer | undefined {
-    const { map } = ref;
-    const target = Buffer.alloc(ref.length);
-    for (const part of map.partsOf(ref)) {
-      const end = part.tarOffset + part.length;
-      const last = map.spanAt(end - 1);
-      for (let span = map.spanAt(part.tarOffset); span <= last; span++) {
-        const from = Math.max(part.tarOffset, map.spanStart(span));
-        const to = Math.min(end, map.spanEnd(span));
-        const candidates = [
-          ...outputs,
-          this.#fetcher.edges.tail(map.layerId, span),
-          this.#fetcher.edges.head(map.layerId, span),
-        ];
-        const at = part.at + from - part.tarOffset;
-        if (!candidates.some((bytes) => bytes !== undefined && copyTar(bytes, from, to, target, at))) return undefined;
-      }
-    }
-    return target;
-  }
-
-  /** A chunk may lie at several addresses; what is at the first one is copied, verified again, instead of fetched. */
-  async #copyFromOtherPlacement(ref: PieceRef): Promise<boolean> {
-    const placed = this.#store.find(ref.address);
-    if (placed === undefined)
-      throw new DedupError('STORE_IO', `address ${ref.address} of the store is not assigned any more`);
-    const first = placed.chunkId * BLOCK_BYTES;
-    if (first === placed.address) return false;
-    const address = first + (ref.address - placed.address);
-    if (!this.#store.isPresent(address, ref.length)) return false;
-    const bytes = Buffer.allocUnsafeSlow(ref.length);
-    try {
-      await this.#store.read(bytes, 0, ref.length, address);
-    } catch (error) {
-      if (isTakenAway(error)) return false;
-      throw error;
-    }
-    const [stored] = await this.#store.store(bytes, [toStore(ref, 0)]);
-    if (stored !== 1) this.#log.error({ address }, 'a present piece does not have its digest');
-    return stored === 1;
   }
 
   async #readStore(address: number, length: number): Promise<Buffer> {
@@ -565,22 +392,8 @@ export class LazyLoader {
   close(): void {
     this.#abort.abort();
     this.#fetcher.close();
-    this.#maps.clear();
+    this.#layers.clear();
   }
-}
-
-function slotIn(map: LayerMap, address: number): Slot | undefined {
-  const chunk = map.chunkAt(address);
-  if (chunk === undefined) return undefined;
-  const ref = map.piece(chunk, Math.floor((address - map.layer.addresses[chunk]!) / map.layer.index.pieceBytes));
-  return { address: ref.address, length: ref.length, chunkId: undefined, ref };
-}
-
-function bytesIn(ref: PieceRef, output: RunOutput): Uint8Array | undefined {
-  const [part] = ref.map.partsOf(ref);
-  if (part === undefined || part.length !== ref.length) return undefined;
-  const at = part.tarOffset - output.start;
-  return output.bytes.subarray(at, at + part.length);
 }
 
 /** True when another layer with the same chunk may succeed. */

@@ -1,39 +1,30 @@
-// The merged images that are mounted: builds the metadata of one when it is first wanted, mounts it through the
-// transport, and takes it away when nobody refers to it. The same layers always give the same path.
+// The merged images that are mounted: mounts one through the transport when it is first wanted, and takes it away when nobody
+// refers to it. The same layers always give the same path.
 import { createHash } from 'node:crypto';
-import { existsSync, readdirSync, readFileSync } from 'node:fs';
-import { mkdir, open, readdir, rmdir, stat } from 'node:fs/promises';
+import { existsSync } from 'node:fs';
+import { mkdir, readdir, rmdir, stat } from 'node:fs/promises';
 import { join } from 'node:path';
-import { DedupError, wrapError } from '../errors.ts';
+import { DedupError } from '../errors.ts';
 import type { Logger } from '../log.ts';
 import type { RootPaths } from '../paths.ts';
-import { BLOCK_BYTES, MiB } from '../units.ts';
+import { DirectImages, type DirectStore } from './direct-images.ts';
+import { FlatRegions } from './flat-regions.ts';
 import type { ImageBuildRequest, ImageBuildResult } from './image/build-image.ts';
+import {
+  ImageMetadata,
+  type LayersOfImages,
+  type MountableBelow,
+  type MountableLayer,
+  rootOwner,
+} from './image-metadata.ts';
 import { mountPoints } from './orphans.ts';
 import { unmountErofs } from './transport/erofs-mount.ts';
 import type { ErofsLayoutKind, MountSpec, Resumed, Transport } from './transport/transport.ts';
 
-/** A layer ready to be mounted: its row in the store and its verified index on disk. */
-export interface MountableLayer {
-  readonly layerId: number;
-  /** Digest of the layer, for lists. */
-  readonly digest: string;
-  readonly indexPath: string;
-}
-
-/** What lies below an image that is not at the bottom: a directory on disk, or the layers of another image (bottom to top). */
-export type MountableBelow =
-  | { readonly kind: 'directory'; readonly path: string }
-  | { readonly kind: 'layers'; readonly layers: readonly MountableLayer[] };
-
 /** What the table needs of the node store. */
-export interface ImageRegistry {
-  readonly storeBytes: number;
+export interface ImageRegistry extends LayersOfImages, DirectStore {
   /** Number of the image with this key; the same key gives the same number as long as the database lives. */
   imageFor(key: string, layerIds: readonly number[]): Promise<number>;
-  layerAddresses(layerId: number): Promise<Float64Array>;
-  /** Makes sure that a layer's index file is what it is named after. Errors: NOT_FOUND, DIGEST_MISMATCH. */
-  checkIndex(layerId: number): Promise<void>;
   /** Copies the metadata of a flat image into the store's reserved region at `address`. */
   placeMetadata(address: number, file: string): Promise<void>;
   /** Keeps the chunks of these layers until unpin. */
@@ -41,27 +32,9 @@ export interface ImageRegistry {
   unpin(imageId: number): Promise<void>;
   /** True for an image without a row to which an address may mean another chunk than it means to the store now. */
   isForeign(imageId: number): boolean;
-  /**
-   * Runs `attach`, which has the kernel read the store without us, if all of the image is here for good. False: it is not,
-   * and nothing was run. Errors: STORE_IO, STORE_FULL, and those of `attach`.
-   */
-  admitDirect(
-    image: { readonly imageId: number; readonly layers: readonly number[]; readonly metadataInStore: boolean },
-    attach: () => Promise<void>,
-  ): Promise<boolean>;
-  /** Looks whether the devices of images that read the store without us are gone; those of `mounted` ones are not. */
-  lookAtDirect(mounted: (imageId: number) => boolean): Promise<void>;
   /** Images made before, with their layers; only those whose layers are all known and not condemned. */
   known(): Promise<readonly { readonly id: number; readonly layers: readonly MountableLayer[] }[]>;
 }
-
-/** Where the metadata of flat images lies in the reserved part of the store: behind the first MiB, which stays zero. */
-const FLAT_FIRST = MiB;
-const FLAT_REGION_BYTES = 256 * MiB;
-const FLAT_REGIONS = 255;
-
-/** After this time it is tried again to have an image read without us where that failed, milliseconds. */
-const RETRY_DIRECT_MS = 30_000;
 
 /** How long an image that nobody uses stays mounted while it is still pulled. */
 const IDLE_MS = 600_000;
@@ -106,20 +79,18 @@ export class MountTable {
   /** Work in flight by image key: two calls for one image share it, and removal waits for it. */
   readonly #mounting = new Map<string, Promise<MountedImage>>();
   readonly #layers = new Map<number, readonly number[]>();
-  readonly #building = new Map<number, Promise<void>>();
+  readonly #metadata: ImageMetadata;
   /** Unmounts under way: the same image is mounted again only after its own has ended. */
   readonly #leaving = new Map<number, Promise<void>>();
-  /** Regions of the store that hold metadata of flat images, by image. */
-  readonly #regions = new Map<number, number>();
-  /** Images that could not be switched to the store, until when. */
-  readonly #retryDirectAt = new Map<number, number>();
-  #completing: Promise<void> | undefined;
-  /** Where the search for a free region begins. */
-  #nextRegion = 0;
+  readonly #regions: FlatRegions;
+  readonly #direct: DirectImages;
   #closed = false;
 
   constructor(options: MountTableOptions) {
     this.#options = options;
+    this.#metadata = new ImageMetadata(options);
+    this.#regions = new FlatRegions(options.loopOffsets);
+    this.#direct = new DirectImages(options, this.#mounted);
   }
 
   /**
@@ -165,33 +136,27 @@ export class MountTable {
     }
     const startedMs = performance.now();
     const metadata = paths.imageMetadata(id);
-    const flatOffset = layout === 'flat' ? this.#takeRegion(id) : undefined;
+    const flatOffset = layout === 'flat' ? this.#regions.take(id) : undefined;
     const layerIds = layers.map((layer) => layer.layerId);
     await images.pin(id, layerIds);
     this.#layers.set(id, layerIds);
     let direct = false;
     try {
-      // Metadata is renamed into place complete and synced; a key stands for addresses that stay as long as its layers. That of the
-      // flat layout counts from where it lies, which may be elsewhere each time.
-      await this.#built(id, layers, bottom, below, flatOffset);
+      await this.#metadata.built({ id, layers, bottom, below, flatOffset });
       if (flatOffset !== undefined) {
-        const { size } = await stat(metadata);
-        if (size > FLAT_REGION_BYTES) {
-          // It would lie over the metadata of another image, which may be mounted.
-          throw new DedupError('IMAGE_INVALID', `${size} bytes of metadata are more than ${FLAT_REGION_BYTES}`);
-        }
+        this.#regions.mustFit((await stat(metadata)).size);
         await images.placeMetadata(flatOffset, metadata);
       }
       const builtMs = performance.now();
       const path = paths.mountPoint(id);
       await mkdir(path, { recursive: true, mode: 0o700 });
       const spec: MountSpec = { imageId: id, metadata, layout, flatOffset, target: path };
-      direct = await this.#mountDirect(spec, layerIds);
+      direct = await this.#direct.mount(spec, layerIds);
       if (!direct) await transport.mount(spec);
       const mountMs = performance.now() - builtMs;
       log.debug({ image: id, layers: layers.length, direct, buildMs: builtMs - startedMs, mountMs }, 'image mounted');
     } catch (error) {
-      this.#regions.delete(id);
+      this.#regions.release(id);
       this.#layers.delete(id);
       await images.unpin(id);
       throw error;
@@ -212,75 +177,9 @@ export class MountTable {
     return image;
   }
 
-  /** Mounts an image that is here completely on the store itself; false when it must be mounted otherwise. */
-  async #mountDirect(spec: MountSpec, layers: readonly number[]): Promise<boolean> {
-    const { transport, images, direct, log } = this.#options;
-    if (!direct) return false;
-    const image = { imageId: spec.imageId, layers, metadataInStore: spec.layout === 'flat' };
-    try {
-      return await images.admitDirect(image, () => transport.mount({ ...spec, direct: true }));
-    } catch (error) {
-      // It is no less right with us in between, where what is wrong with it is told.
-      log.warn(
-        { err: error, image: spec.imageId },
-        'an image that is here completely is not mounted on the store itself',
-      );
-      return false;
-    }
-  }
-
   /** Has images that have become complete since they were mounted read the store without us. Errors: none. */
   completeImages(): Promise<void> {
-    this.#completing ??= this.#completeAll().finally(() => {
-      this.#completing = undefined;
-    });
-    return this.#completing;
-  }
-
-  async #completeAll(): Promise<void> {
-    for (const image of this.list()) {
-      const wait = (this.#retryDirectAt.get(image.id) ?? 0) > performance.now();
-      if (!image.direct && !wait && !this.#closed) await this.#complete(image);
-    }
-  }
-
-  async #complete(image: MountedImage): Promise<void> {
-    const { transport, images, layout, direct, log } = this.#options;
-    if (!direct || this.#mounted.get(image.id) !== image) return;
-    const wanted = { imageId: image.id, layers: image.layers.map(idOf), metadataInStore: layout === 'flat' };
-    try {
-      image.direct = await images.admitDirect(wanted, () => transport.complete(image.id));
-      this.#retryDirectAt.delete(image.id);
-      if (image.direct) await this.#options.onUnserved?.(image.id);
-    } catch (error) {
-      this.#retryDirectAt.set(image.id, performance.now() + RETRY_DIRECT_MS);
-      log.warn({ err: error, image: image.id }, 'an image that is here completely goes on being read through dedupd');
-    }
-  }
-
-  /** Forgets images read without us that are mounted no more, and whose devices are gone. Errors: none. */
-  #lookAtDirect(): Promise<void> {
-    return this.#options.images.lookAtDirect((id) => this.#mounted.get(id)?.direct === true);
-  }
-
-  /**
-   * A free region of the store's reserved part for the metadata of a flat image; one given back is taken again last,
-   * and never while a loop device lies over it: a process may still hold the detached mount that reads it.
-   * Errors: STORE_FULL.
-   */
-  #takeRegion(id: number): number {
-    const taken = new Set([...this.#regions.values(), ...(this.#options.loopOffsets ?? loopOffsets)()]);
-    for (let step = 0; step < FLAT_REGIONS; step++) {
-      const slot = (this.#nextRegion + step) % FLAT_REGIONS;
-      const offset = FLAT_FIRST + slot * FLAT_REGION_BYTES;
-      if (taken.has(offset)) continue;
-      this.#nextRegion = slot + 1;
-      this.#regions.set(id, offset);
-      return offset;
-    }
-    throw new DedupError('STORE_FULL', `more than ${FLAT_REGIONS} images are mounted at once`, {
-      hint: 'kernels from 5.16 on have no such limit',
-    });
+    return this.#direct.complete();
   }
 
   /**
@@ -292,59 +191,7 @@ export class MountTable {
     if (this.#closed || this.#options.layout === 'flat' || layers.length === 0) return undefined;
     const ids = layers.map(idOf);
     const id = await this.#options.images.imageFor(imageKey([this.#options.layout, true, ids]), ids);
-    await this.#built(id, layers, true, [], undefined);
-    return this.#options.paths.imageMetadata(id);
-  }
-
-  /** Resolves once the metadata file of an image is there; builds it at most once at a time. */
-  #built(
-    id: number,
-    layers: readonly MountableLayer[],
-    bottom: boolean,
-    below: readonly MountableBelow[],
-    flatOffset: number | undefined,
-  ): Promise<void> {
-    const output = this.#options.paths.imageMetadata(id);
-    let building = this.#building.get(id);
-    if (building === undefined) {
-      if (flatOffset === undefined && existsSync(output)) return Promise.resolve();
-      building = this.#build(output, layers, bottom, below, flatOffset).finally(() => this.#building.delete(id));
-      this.#building.set(id, building);
-    }
-    return building;
-  }
-
-  async #build(
-    output: string,
-    layers: readonly MountableLayer[],
-    bottom: boolean,
-    below: readonly MountableBelow[],
-    flatOffset: number | undefined,
-  ): Promise<void> {
-    const { images } = this.#options;
-    const sources: { index: string; addresses: Float64Array }[] = [];
-    for (const layer of layers) {
-      await images.checkIndex(layer.layerId);
-      sources.push({ index: layer.indexPath, addresses: await images.layerAddresses(layer.layerId) });
-    }
-    try {
-      await this.#options.build({
-        layers: sources,
-        bottom,
-        below: below.map((lower) =>
-          lower.kind === 'directory'
-            ? lower
-            : { kind: 'layers', indexes: lower.layers.map((layer) => layer.indexPath) },
-        ),
-        layout:
-          flatOffset !== undefined
-            ? { kind: 'flat', baseAddress: flatOffset }
-            : { kind: 'device', deviceBlocks: images.storeBytes / BLOCK_BYTES },
-        output,
-      });
-    } catch (error) {
-      throw wrapError(error, `building the file system of ${layers.map((layer) => layer.digest).join(' + ')}`);
-    }
+    return await this.#metadata.built({ id, layers, bottom: true, below: [], flatOffset: undefined });
   }
 
   list(): MountedImage[] {
@@ -370,7 +217,7 @@ export class MountTable {
       await this.#unmount(image);
       unmounted++;
     }
-    await this.#lookAtDirect();
+    await this.#direct.look();
     return unmounted;
   }
 
@@ -382,7 +229,7 @@ export class MountTable {
       await this.#unmount(image);
       unmounted++;
     }
-    await this.#lookAtDirect();
+    await this.#direct.look();
     return unmounted;
   }
 
@@ -401,9 +248,9 @@ export class MountTable {
       this.#mounted.set(image.id, image); // It still is.
       throw error;
     }
-    this.#regions.delete(image.id);
+    this.#regions.release(image.id);
     this.#layers.delete(image.id);
-    this.#retryDirectAt.delete(image.id);
+    this.#direct.forget(image.id);
     await rmdir(image.path).catch((error: NodeJS.ErrnoException) => {
       if (error.code !== 'ENOENT') throw error; // Whoever emptied the root has removed it.
     });
@@ -416,7 +263,7 @@ export class MountTable {
     const image = this.#mounted.get(id);
     if (image === undefined || image.holders.size > 0) return;
     await this.#unmount(image);
-    await this.#lookAtDirect();
+    await this.#direct.look();
   }
 
   /** Layers of an image that is mounted or being mounted (mount(2) itself reads through us). */
@@ -495,17 +342,18 @@ export class MountTable {
   /** Unmounts everything. Idempotent. */
   async close(): Promise<void> {
     this.#closed = true;
-    await Promise.allSettled([...this.#mounting.values(), this.#completing]);
+    await Promise.allSettled([...this.#mounting.values(), this.#direct.close()]);
     const failures: unknown[] = [];
     for (const image of this.list()) await this.#unmount(image).catch((error: unknown) => failures.push(error));
     // What a container still reads keeps its row: the next start looks again.
-    await this.#lookAtDirect();
+    await this.#direct.look();
     if (failures.length > 0) throw failures[0];
   }
 
   /** Leaves every mount where it is, for whoever serves this root now. */
   abandon(): void {
     this.#closed = true;
+    void this.#direct.close(); // Never rejects.
     this.#mounted.clear();
   }
 }
@@ -514,38 +362,7 @@ function idOf(layer: MountableLayer): number {
   return layer.layerId;
 }
 
-/** Where the loop devices of this machine begin in their files, bytes; ours go with their last user. */
-function loopOffsets(): number[] {
-  const offsets: number[] = [];
-  for (const name of readdirSync('/sys/block')) {
-    if (!name.startsWith('loop')) continue;
-    try {
-      offsets.push(Number(readFileSync(`/sys/block/${name}/loop/offset`, 'utf8')));
-    } catch {
-      // Not attached: no such file.
-    }
-  }
-  return offsets;
-}
-
 /** The same layers, layout and surroundings give the same key. */
 function imageKey(identity: readonly unknown[]): string {
   return createHash('sha256').update(JSON.stringify(identity)).digest('hex');
-}
-
-/** Owner of the root directory, from the metadata file itself: no path below a lazy mount is touched. */
-async function rootOwner(metadata: string): Promise<{ rootUid: number; rootGid: number }> {
-  const file = await open(metadata, 'r');
-  try {
-    // struct erofs_super_block at 1024: root_nid at 14, meta_blkaddr at 40; struct erofs_inode_extended: i_uid at 24,
-    // i_gid at 28 (fs/erofs/erofs_fs.h). An inode number counts slots of 32 bytes.
-    const superblock = Buffer.alloc(128);
-    await file.read(superblock, 0, superblock.length, 1024);
-    const inode = Buffer.alloc(64);
-    const at = superblock.readUInt32LE(40) * BLOCK_BYTES + superblock.readUInt16LE(14) * 32;
-    await file.read(inode, 0, inode.length, at);
-    return { rootUid: inode.readUInt32LE(24), rootGid: inode.readUInt32LE(28) };
-  } finally {
-    await file.close();
-  }
 }

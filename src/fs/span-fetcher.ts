@@ -1,27 +1,19 @@
-// Brings spans of layers into the node store: joins neighbouring wanted spans into one range request, tries sources in
-// turn, hands what came to SpanStorer. One flight per span. Called by LazyLoader only.
-import PQueue from 'p-queue';
+// Brings spans of layers into the node store: one flight per span, whoever wants it; sources in turn, what came to SpanStorer.
+// Called by LazyLoader, and for plans by the prefetch scheduler.
 import { DedupError, errorCode, wrapError } from '../errors.ts';
 import type { Logger } from '../log.ts';
 import { orAborted } from '../or-aborted.ts';
-import { type ByteRange, MiB } from '../units.ts';
-import { LinkEstimate } from './link-estimate.ts';
+import { MiB } from '../units.ts';
+import { FetchTurns, type TurnLimits } from './fetch-turns.ts';
+import { givenUp, LayerSources } from './layer-sources.ts';
 import { type LayerBlobSource, type LayerMap, nameOf } from './loadable-layer.ts';
-import type { BlobReader } from './registry/blob-reader.ts';
+import { type BatchOptions, SpanBatch } from './span-batch.ts';
 import { SpanEdges } from './span-edges.ts';
-import { type LedgerStats, Priority, SpanLedger, WANTED_PRIORITY } from './span-ledger.ts';
+import { type LedgerStats, SpanLedger, WANTED_PRIORITY } from './span-ledger.ts';
+import { droppedError, type Flight, gatherRun, isWanted, type Run, type RunLimits } from './span-run.ts';
 import { type LoaderNative, type LoaderStore, type RunOutput, SpanStorer } from './span-storer.ts';
 
-export interface FetchLimits {
-  /** Parallel range requests per host, for readers. */
-  readonly requestsPerHost: number;
-  /** As many more for what is fetched ahead. */
-  readonly aheadPerHost: number;
-  /** Runs that are decoded, verified and written at once. */
-  readonly decodes: number;
-  /** Limits of one joined request: compressed and decompressed bytes. */
-  readonly maxRunBytes: number;
-  readonly maxRunOutputBytes: number;
+export interface FetchLimits extends TurnLimits, RunLimits {
   /** Memory for ends of spans, bytes. */
   readonly edgeBytes: number;
   /** One source is given up after this time. */
@@ -38,28 +30,6 @@ export const DEFAULT_FETCH_LIMITS: FetchLimits = Object.freeze({
   attemptTimeoutMs: 25_000,
 });
 
-interface Flight {
-  readonly map: LayerMap;
-  readonly span: number;
-  readonly key: string;
-  priority: number;
-  queued: boolean;
-  /** Has what it waits for, if it is not queued itself, done before what is fetched ahead. */
-  hurry?: (() => void) | undefined;
-  readonly promise: Promise<RunOutput>;
-  resolve(output: RunOutput): void;
-  reject(error: unknown): void;
-}
-
-interface Run {
-  readonly map: LayerMap;
-  readonly first: number;
-  /** Consecutive spans from `first`. */
-  readonly flights: readonly Flight[];
-  /** Aborted when the layer is dropped. */
-  readonly dropped: AbortController;
-}
-
 export interface FetchStats extends LedgerStats {
   /** Range requests that were begun: of layer data and of windows that were not here, repeated ones included. */
   readonly requests: number;
@@ -70,21 +40,6 @@ export interface FetchStats extends LedgerStats {
   readonly waiting: number;
 }
 
-/** Longest request in which a reader's spans travel with others that are fetched ahead: it waits for all of them. */
-const MAX_MIXED_BYTES = MiB;
-
-/** After a read that no plan foresaw more are expected for this long, milliseconds. */
-const POLITE_MS = 1_000;
-
-/** Neighbours are asked for together if so few others are needed between them. */
-const NEAR_RANK = 4;
-
-/** What is fetched ahead is decoded after this time all the same, milliseconds. */
-const YIELD_MS = 100;
-
-/** How long a source is tried last, after it failed for a layer. */
-const DISTRUST_MS = 30_000;
-
 export class SpanFetcher {
   readonly edges: SpanEdges;
   readonly ledger = new SpanLedger();
@@ -92,45 +47,49 @@ export class SpanFetcher {
   foresees: ((map: LayerMap, span: number) => boolean) | undefined;
   /** Told of a span that a reader wants and that is not under way, before it is asked for: fetchBatch() may have it. */
   onWanted: ((map: LayerMap, span: number) => void) | undefined;
+  /** Which source of a layer is asked, and what the way there carries. */
+  readonly sources: LayerSources;
+  readonly #turns: FetchTurns;
   readonly #storer: SpanStorer;
   readonly #limits: FetchLimits;
   readonly #log: Logger;
+  /** By layer and span. */
   readonly #flights = new Map<string, Flight>();
-  /** By host: what a reader waits for, and what is fetched ahead. Neither takes a place of the other. */
-  readonly #queues = new Map<string, { readonly wanted: PQueue; readonly ahead: PQueue }>();
-  readonly #decodes: PQueue;
-  /** Decodes of what a plan foresees: a reader does not queue behind them. */
-  readonly #aheadDecodes: PQueue;
-  /** Spans that readers wait for, and who waits until there are none. */
-  #wanted = 0;
-  #unwanted = Promise.withResolvers<void>();
-  /** By host. */
-  readonly #links = new Map<string, LinkEstimate>();
-  readonly #distrusted = new Map<string, number>();
   /** Layers that were dropped; a number is never used twice. */
   readonly #dropped = new Set<number>();
   readonly #abort = new AbortController();
   /** Runs whose bytes are on their way, until they are stored or given up. */
   readonly #runs = new Set<Run>();
+  readonly #batches: BatchOptions;
   #starting: Flight[] = [];
-  #lastReadMs = Number.NEGATIVE_INFINITY;
-  #requests = 0;
-  #wireBytes = 0;
 
   constructor(store: LoaderStore, native: LoaderNative, limits: FetchLimits, log: Logger) {
     this.#limits = limits;
     this.#log = log;
-    this.#decodes = new PQueue({ concurrency: limits.decodes });
-    this.#aheadDecodes = new PQueue({ concurrency: limits.decodes });
+    this.sources = new LayerSources(log);
+    this.#turns = new FetchTurns(limits);
     this.edges = new SpanEdges(limits.edgeBytes);
     this.#storer = new SpanStorer(store, native, this.edges, log);
+    this.#batches = {
+      runs: {
+        store: (run, source, data, windows) => this.#process(run, source, [], data, windows),
+        fetchElsewhere: (run, failed, error) => this.#nextSource(run, failed, [], error),
+        fetchAgain: (run, source) =>
+          this.#turns.request(source.host, WANTED_PRIORITY, () => this.#attempt(run, source, [])),
+      },
+      sources: this.sources,
+      turns: this.#turns,
+      limits,
+      closed: this.#abort.signal,
+      log,
+    };
   }
 
   stats(): FetchStats {
     return {
       ...this.ledger.stats(),
-      requests: this.#requests,
-      wireBytes: this.#wireBytes,
+      requests: this.sources.requests,
+      wireBytes: this.sources.wireBytes,
       storedPieces: this.#storer.storedPieces,
       badPieces: this.#storer.badPieces,
       waiting: this.#flights.size,
@@ -155,7 +114,7 @@ export class SpanFetcher {
       return known.promise;
     }
     const flight = this.#newFlight(map, span, key, priority, true);
-    if (priority >= WANTED_PRIORITY) this.#countWanted(flight);
+    if (priority >= WANTED_PRIORITY) this.#turns.readerWaits(flight.promise);
     // Started together with everything else that is wanted in this turn of the loop, so that neighbours are joined.
     if (this.#starting.push(flight) === 1) setImmediate(() => this.#startAll());
     return flight.promise;
@@ -183,196 +142,40 @@ export class SpanFetcher {
     const promises = flights.map(({ promise }) => promise);
     // Whoever joins one sees its failure; nobody else is interested.
     for (const promise of promises) promise.catch(() => undefined);
-    const [source] = this.#sources(map);
+    const [source] = this.sources.of(map);
     if (source === undefined) for (const flight of flights) flight.reject(droppedError(map));
-    else if (flights.length > 0) await this.#startBatch(flights, source, onBytes);
+    else if (flights.length > 0) {
+      const batch = new SpanBatch(this.#batches, flights, source);
+      for (const run of batch.runs) this.#follow(run);
+      await batch.bring(onBytes);
+    }
     const ended = await Promise.allSettled(promises);
     return spans.length - ended.filter(({ status }) => status === 'rejected').length;
   }
 
   #newFlight(map: LayerMap, span: number, key: string, priority: number, queued: boolean): Flight {
-    const flight: Flight = { map, span, key, priority, queued, ...Promise.withResolvers<RunOutput>() };
+    const flight: Flight = { map, span, priority, queued, ...Promise.withResolvers<RunOutput>() };
     this.#flights.set(key, flight);
     const settled = (): void => void this.#flights.delete(key);
     flight.promise.then(settled, settled);
     return flight;
   }
 
-  /** Consecutive spans together, as far as they are decoded at once. */
-  #runsOf(map: LayerMap, flights: readonly Flight[], rank?: ReadonlyMap<number, number>): Run[] {
-    const dropped = new AbortController();
-    const runs: (Run & { flights: Flight[] })[] = [];
-    for (const flight of flights) {
-      const last = runs.at(-1);
-      const count = (last?.flights.length ?? 0) + 1;
-      const joins =
-        last !== undefined &&
-        last.first + last.flights.length === flight.span &&
-        // A neighbour that is needed much later would hold up what is needed before it.
-        (rank === undefined || Math.abs(rank.get(flight.span)! - rank.get(flight.span - 1)!) <= NEAR_RANK) &&
-        map.spanEnd(flight.span) - map.spanStart(last.first) <= this.#limits.maxRunOutputBytes &&
-        map.compressedRange(last.first, count).length <= this.#limits.maxRunBytes;
-      if (joins) last.flights.push(flight);
-      else runs.push({ map, first: flight.span, flights: [flight], dropped });
-    }
-    return runs;
-  }
-
-  /**
-   * Begins the request of several spans of one layer, which is to bring them in this order; resolves when its last byte is
-   * here, or it has failed. Never rejects.
-   */
-  async #startBatch(
-    wanted: readonly Flight[],
-    source: LayerBlobSource,
-    onBytes: (bytes: number) => void,
-  ): Promise<void> {
-    const rank = new Map(wanted.map(({ span }, i) => [span, i]));
-    const map = wanted[0]!.map;
-    const runs = this.#runsOf(
-      map,
-      wanted.toSorted((a, b) => a.span - b.span),
-      rank,
-    );
-    for (const run of runs) this.#follow(run);
-    const { dropped } = runs[0]!;
-    const whole = runs.map(({ first, flights }) => map.compressedRange(first, flights.length));
-    const ranges = withoutOverlap(whole);
-    // Each part has the time of a request of its own: readers may wait for it who have another source.
-    const stalled = new AbortController();
-    let timer: NodeJS.Timeout | undefined;
-    const goesOn = (): void => {
-      clearTimeout(timer);
-      timer = setTimeout(() => stalled.abort(), this.#limits.attemptTimeoutMs).unref();
-    };
-    goesOn();
-    const failed = new AbortController();
-    const signal = AbortSignal.any([stalled.signal, this.#abort.signal, failed.signal, dropped.signal]);
-    const reader = this.#counted(source);
-    map.layer.windows.expect?.([...rank.keys()], reader, signal);
-    const firstRank = runs.map(({ flights }) => Math.min(...flights.map(({ span }) => rank.get(span)!)));
-    const order = [...runs.keys()].sort((a, b) => firstRank[a]! - firstRank[b]!);
-    const parts: Buffer[] = [];
-    const begun = new Set<number>();
-    const begin = (i: number): void => {
-      const [data, before] = [parts[i], parts[i - 1]];
-      if (data === undefined || begun.has(i)) return;
-      const shared = whole[i]!.offset < ranges[i]!.offset;
-      if (shared && before === undefined) return; // Its first bits are still to come.
-      begun.add(i);
-      const bytes = shared ? Buffer.concat([before!.subarray(-1), data]) : data;
-      void this.#processLater(runs[i]!, source, bytes, reader, signal);
-    };
-    const take = (i: number, data: Buffer): void => {
-      if (failed.signal.aborted) return;
-      if (data.length !== ranges[i]?.length) throw wrongLength(source, data.length, ranges[i]?.length ?? 0);
-      goesOn();
-      parts[i] = data;
-      onBytes(data.length);
-      begin(i);
-      begin(i + 1);
-    };
-    try {
-      const inOrder = order.map((i) => ranges[i]!);
-      const reading = reader.readRanges(map.blob, inOrder, signal, (place, data) => take(order[place]!, data));
-      await orAborted(reading, signal, givenUp);
-      if (begun.size < runs.length) throw wrongLength(source, begun.size, runs.length);
-    } catch (error) {
-      failed.abort();
-      const late = new DedupError('DEADLINE', `${source.host} gave no answer in time`, { cause: error });
-      const failure = stalled.signal.aborted ? late : error;
-      if (!this.#abort.signal.aborted && !dropped.signal.aborted)
-        this.#log.warn({ err: failure, layer: map.blob.digest, source: nameOf(source) }, 'fetching ahead failed');
-      for (const [i, run] of runs.entries()) if (!begun.has(i)) this.#afterBatch(run, source, failure);
-    }
-  }
-
-  /**
-   * Goes on with a run of a batch that failed. Readers may have joined it, who would have asked by themselves, with attempts
-   * of their own: where no other source is left, what they wait for is asked of the same one again, and nothing else.
-   */
-  #afterBatch(run: Run, source: LayerBlobSource, error: unknown): void {
-    const others = this.#sources(run.map).some((other) => nameOf(other) !== nameOf(source));
-    const gone = this.#abort.signal.aborted || run.dropped.signal.aborted;
-    if (others || gone) {
-      this.#nextSource(run, source, [], error);
-      return;
-    }
-    const [wanted, rest] = [[], []] as [Flight[], Flight[]];
-    for (const flight of run.flights) (flight.priority >= WANTED_PRIORITY ? wanted : rest).push(flight);
-    if (rest.length > 0) this.#nextSource({ ...run, flights: rest }, source, [], error);
-    for (const { first, flights } of this.#runsOf(run.map, wanted)) {
-      const again = { ...run, first, flights };
-      void this.#queueOf(source.host, WANTED_PRIORITY).add(() => this.#attempt(again, source, []), {
-        priority: WANTED_PRIORITY,
-      });
-    }
-  }
-
-  /** Decodes a run of a batch once its windows are here. Never rejects. */
-  async #processLater(
-    run: Run,
-    source: LayerBlobSource,
-    data: Buffer,
-    reader: BlobReader,
-    signal: AbortSignal,
-  ): Promise<void> {
-    try {
-      const reading = run.map.layer.windows.readWindows(run.first, run.flights.length, reader, signal);
-      const own = await orAborted(reading, signal, givenUp);
-      const priority = Math.max(...run.flights.map((flight) => flight.priority));
-      if (priority >= Priority.onDemand - 1) {
-        await this.#decodes.add(() => this.#process(run, source, [], data, own), { priority });
-        return;
-      }
-      const decode = this.#once(run, this.#decodes, () => this.#process(run, source, [], data, own));
-      await this.#aheadDecodes.add(async () => {
-        // Unless a reader has joined it meanwhile.
-        if (run.flights.every((flight) => flight.priority < WANTED_PRIORITY)) await this.#untilUnwanted();
-        await decode();
-      });
-    } catch (error) {
-      this.#afterBatch(run, source, error);
-    }
-  }
-
   /** Has the windows of spans that will be asked for brought here together. */
   expectWindows(map: LayerMap, spans: readonly number[]): void {
-    const [source] = this.#sources(map);
+    const [source] = this.sources.of(map);
     if (source === undefined || this.#abort.signal.aborted || this.#dropped.has(map.layerId)) return;
-    map.layer.windows.expect?.(spans, this.#counted(source), this.#abort.signal);
-  }
-
-  /** Resolves once no reader waits for a span that no plan foresaw, or after a moment all the same. */
-  async #untilUnwanted(): Promise<void> {
-    // Both cores are the readers' then.
-    this.#aheadDecodes.concurrency = this.isPolite ? 1 : this.#limits.decodes;
-    if (this.#wanted === 0) return;
-    const timer = Promise.withResolvers<void>();
-    const timeout = setTimeout(timer.resolve, YIELD_MS);
-    await Promise.race([this.#unwanted.promise, timer.promise]);
-    clearTimeout(timeout);
+    map.layer.windows.expect?.(spans, this.sources.counted(source), this.#abort.signal);
   }
 
   /** True while readers want what no plan foresaw: the link and the processors are theirs. */
   get isPolite(): boolean {
-    return performance.now() - this.#lastReadMs < POLITE_MS;
+    return this.#turns.isPolite;
   }
 
   /** True while a reader waits for what no plan foresaw. */
   get isWanted(): boolean {
-    return this.#wanted > 0;
-  }
-
-  #countWanted(flight: Flight): void {
-    this.#lastReadMs = performance.now();
-    this.#wanted++;
-    const settled = (): void => {
-      if (--this.#wanted > 0) return;
-      this.#unwanted.resolve();
-      this.#unwanted = Promise.withResolvers<void>();
-    };
-    flight.promise.then(settled, settled);
+    return this.#turns.isWanted;
   }
 
   /** Moves a span that waits further ahead. */
@@ -386,7 +189,7 @@ export class SpanFetcher {
     // On its way: it is decoded sooner, and asked for once more when it does not come.
     if (priority >= WANTED_PRIORITY) flight.hurry?.();
     if (!flight.queued || this.#starting.includes(flight)) return;
-    const [source] = this.#sources(flight.map);
+    const [source] = this.sources.of(flight.map);
     if (source === undefined) return;
     // Queued a second time, further ahead: whichever task comes first takes the flight, the other finds it taken.
     this.#enqueue(flight, source);
@@ -396,7 +199,7 @@ export class SpanFetcher {
     const flights = this.#starting;
     this.#starting = [];
     for (const flight of flights) {
-      const [source] = this.#sources(flight.map);
+      const [source] = this.sources.of(flight.map);
       if (source === undefined) {
         flight.reject(new DedupError('UNAVAILABLE', `no source is known for layer ${flight.map.blob.digest}`));
       } else {
@@ -407,41 +210,13 @@ export class SpanFetcher {
 
   #enqueue(flight: Flight, source: LayerBlobSource): void {
     const task = async (): Promise<void> => {
-      if (flight.queued) await this.#start(this.#gather(flight), source);
+      if (!flight.queued) return;
+      const run = gatherRun(flight, (span) => this.#flights.get(`${flight.map.layerId}:${span}`), this.#limits);
+      this.#follow(run);
+      await this.#attempt(run, source, []);
     };
     // attempt() never rejects: every failure goes to the flights.
-    void this.#queueOf(source.host, flight.priority).add(task, { priority: flight.priority });
-  }
-
-  #queueOf(host: string, priority: number): PQueue {
-    let queues = this.#queues.get(host);
-    if (queues === undefined) {
-      const { requestsPerHost, aheadPerHost } = this.#limits;
-      queues = {
-        wanted: new PQueue({ concurrency: requestsPerHost }),
-        ahead: new PQueue({ concurrency: aheadPerHost }),
-      };
-      this.#queues.set(host, queues);
-    }
-    return priority >= WANTED_PRIORITY ? queues.wanted : queues.ahead;
-  }
-
-  /** Sources of a layer, those that failed lately last. None when the layer was dropped meanwhile. */
-  #sources(map: LayerMap): LayerBlobSource[] {
-    const now = performance.now();
-    const distrusted = (source: LayerBlobSource): number =>
-      Number((this.#distrusted.get(`${map.layerId} ${nameOf(source)}`) ?? 0) > now);
-    try {
-      return map.layer.sources().toSorted((a, b) => distrusted(a) - distrusted(b));
-    } catch (error) {
-      this.#log.warn({ err: error, layer: map.blob.digest }, 'the sources of a layer are not known');
-      return [];
-    }
-  }
-
-  /** Tries this source of the layer last for a while. */
-  distrust(map: LayerMap, source: string): void {
-    this.#distrusted.set(`${map.layerId} ${source}`, performance.now() + DISTRUST_MS);
+    this.#turns.request(source.host, flight.priority, task);
   }
 
   /** True for a layer that was dropped. */
@@ -461,42 +236,10 @@ export class SpanFetcher {
       flight.reject(droppedError(flight.map));
     }
     for (const run of this.#runs) if (layerIds.includes(run.map.layerId)) run.dropped.abort();
-    const now = performance.now();
-    for (const [key, until] of this.#distrusted) if (until <= now) this.#distrusted.delete(key);
+    this.sources.sweep();
   }
 
-  /** Takes a flight and its wanted neighbours that wait too, as far as one request may reach. */
-  #gather(seed: Flight): Run {
-    const { map } = seed;
-    const flights = [seed];
-    seed.queued = false;
-    let mixed = false;
-    const tryAdd = (span: number, atFront: boolean): boolean => {
-      const flight = this.#flights.get(`${map.layerId}:${span}`);
-      if (flight?.queued !== true || flight.map !== map) return false;
-      const joins = mixed || flight.priority >= WANTED_PRIORITY !== seed.priority >= WANTED_PRIORITY;
-      const first = atFront ? span : flights[0]!.span;
-      const last = atFront ? flights.at(-1)!.span : span;
-      const maxBytes = joins ? Math.min(MAX_MIXED_BYTES, this.#limits.maxRunBytes) : this.#limits.maxRunBytes;
-      if (map.compressedRange(first, last - first + 1).length > maxBytes) return false;
-      if (map.spanEnd(last) - map.spanStart(first) > this.#limits.maxRunOutputBytes) return false;
-      flight.queued = false;
-      mixed = joins;
-      if (atFront) flights.unshift(flight);
-      else flights.push(flight);
-      return true;
-    };
-    for (let span = seed.span + 1; tryAdd(span, false); ) span++;
-    for (let span = seed.span - 1; tryAdd(span, true); ) span--;
-    return { map, first: flights[0]!.span, flights, dropped: new AbortController() };
-  }
-
-  /** Begins a run and follows it to its end: a flight of it settles when what it brought is stored, or is not to be. */
-  async #start(run: Run, source: LayerBlobSource): Promise<void> {
-    this.#follow(run);
-    await this.#attempt(run, source, []);
-  }
-
+  /** Follows a run to its end: a flight of it settles when what it brought is stored, or is not to be. */
   #follow(run: Run): void {
     this.#runs.add(run);
     void Promise.allSettled(run.flights.map(({ promise }) => promise)).then(() => this.#runs.delete(run));
@@ -513,13 +256,12 @@ export class SpanFetcher {
     try {
       fetched = await this.#download(run, source);
       // Holds its place in the host's queue while decoding lags behind: bounds the bytes in memory.
-      await this.#decodes.onSizeLessThan(this.#limits.decodes);
+      await this.#turns.decodesKeepUp();
     } catch (error) {
       this.#nextSource(run, source, failures, error);
       return;
     }
-    const priority = Math.max(...run.flights.map((flight) => flight.priority));
-    void this.#decodes.add(() => this.#process(run, source, failures, fetched.data, fetched.windows), { priority });
+    void this.#turns.decode(run, () => this.#process(run, source, failures, fetched.data, fetched.windows));
   }
 
   #nextSource(run: Run, failed: LayerBlobSource, failures: readonly string[], error: unknown): void {
@@ -538,11 +280,10 @@ export class SpanFetcher {
       for (const flight of run.flights) flight.reject(wrapped);
       return;
     }
-    this.distrust(run.map, nameOf(failed));
-    const next = this.#sources(run.map).find((source) => !tried.includes(nameOf(source)));
+    this.sources.distrust(run.map, nameOf(failed));
+    const next = this.sources.of(run.map).find((source) => !tried.includes(nameOf(source)));
     // What nobody waits for fails quietly: a batch has many runs, and whoever wants one asks again and is told.
-    const wanted = run.flights.some((flight) => flight.priority >= WANTED_PRIORITY);
-    this.#log[wanted ? 'warn' : 'debug'](
+    this.#log[isWanted(run) ? 'warn' : 'debug'](
       { err: error, layer: run.map.blob.digest, source: nameOf(failed), next: next && nameOf(next) },
       'a layer source failed',
     );
@@ -554,27 +295,7 @@ export class SpanFetcher {
       for (const flight of run.flights) flight.reject(wrapped);
       return;
     }
-    const priority = Math.max(...run.flights.map((flight) => flight.priority));
-    const attempt = this.#once(run, this.#queueOf(next.host, WANTED_PRIORITY), () => this.#attempt(run, next, tried));
-    void this.#queueOf(next.host, priority).add(attempt, { priority });
-  }
-
-  /** Work on a run that a reader who joins it has done in `sooner`, too: whichever comes first does it. */
-  #once(run: Run, sooner: PQueue, work: () => Promise<void>): () => Promise<void> {
-    let begun = false;
-    const once = async (): Promise<void> => {
-      if (begun) return;
-      begun = true;
-      for (const flight of run.flights) flight.hurry = undefined;
-      await work();
-    };
-    for (const flight of run.flights) {
-      flight.hurry = () => {
-        flight.hurry = undefined;
-        void sooner.add(once, { priority: WANTED_PRIORITY });
-      };
-    }
-    return once;
+    this.#turns.requestRun(next.host, run, () => this.#attempt(run, next, tried));
   }
 
   async #download(run: Run, source: LayerBlobSource): Promise<{ data: Buffer; windows: readonly Uint8Array[] }> {
@@ -584,7 +305,7 @@ export class SpanFetcher {
     const timeout = AbortSignal.timeout(this.#limits.attemptTimeoutMs);
     const failed = new AbortController();
     const signal = AbortSignal.any([timeout, this.#abort.signal, failed.signal, run.dropped.signal]);
-    const reader = this.#counted(source);
+    const reader = this.sources.counted(source);
     const { windowLength } = map.layer.index.spans;
     let windowBytes = 0;
     for (let span = first; span < first + count; span++) windowBytes += windowLength[span]!;
@@ -629,46 +350,7 @@ export class SpanFetcher {
 
   /** What the way to the first source of a layer carries; zeros as long as that is not known. */
   link(map: LayerMap): { roundTripBytes: number; bytesPerMs: number } {
-    const [source] = this.#sources(map);
-    if (source === undefined) return { roundTripBytes: 0, bytesPerMs: 0 };
-    const link = this.#linkTo(source.host);
-    const nowMs = performance.now();
-    return { roundTripBytes: link.roundTripBytes(nowMs), bytesPerMs: link.bytesPerMs(nowMs) };
-  }
-
-  #linkTo(host: string): LinkEstimate {
-    let link = this.#links.get(host);
-    if (link === undefined) this.#links.set(host, (link = new LinkEstimate()));
-    return link;
-  }
-
-  /** The reader with its requests and bytes counted. */
-  #counted({ host, reader }: LayerBlobSource): BlobReader {
-    return {
-      readRange: async (blob, range, signal) => {
-        this.#requests++;
-        const startedMs = performance.now();
-        const bytes = await reader.readRange(blob, range, signal);
-        const nowMs = performance.now();
-        this.#linkTo(host).add(nowMs - startedMs, bytes.length, nowMs);
-        this.#wireBytes += bytes.length;
-        return bytes;
-      },
-      readRanges: async (blob, ranges, signal, onPart) => {
-        this.#requests++;
-        const startedMs = performance.now();
-        let length = 0;
-        await reader.readRanges(blob, ranges, signal, (index, bytes) => {
-          length += bytes.length;
-          this.#wireBytes += bytes.length;
-          this.#linkTo(host).received(bytes.length, performance.now());
-          onPart(index, bytes);
-        });
-        const nowMs = performance.now();
-        this.#linkTo(host).add(nowMs - startedMs, length, nowMs);
-      },
-      readAll: (blob, signal) => reader.readAll(blob, signal),
-    };
+    return this.sources.link(map);
   }
 
   /** Decodes, verifies and stores a run. Never rejects. */
@@ -682,7 +364,7 @@ export class SpanFetcher {
     try {
       // A layer that was dropped while its bytes came: nothing must be written where they belonged.
       if (run.dropped.signal.aborted || isDropped(run.map)) throw droppedError(run.map);
-      const wanted = run.flights.some(({ priority }) => priority >= WANTED_PRIORITY);
+      const wanted = isWanted(run);
       // A plan brings many spans whose neighbours nobody wants: their ends would drive out those that are needed.
       const keeps = (span: number): boolean =>
         wanted || this.isUnderWay(run.map, span) || (this.foresees?.(run.map, span) ?? true);
@@ -709,36 +391,10 @@ export class SpanFetcher {
   close(): void {
     if (this.#abort.signal.aborted) return;
     this.#abort.abort();
-    for (const { wanted, ahead } of this.#queues.values()) {
-      wanted.clear();
-      ahead.clear();
-    }
+    this.#turns.clear();
     for (const flight of [...this.#flights.values()]) flight.reject(new DedupError('CLOSED', 'the loader is closed'));
     this.edges.clear();
   }
-}
-
-function wrongLength(source: LayerBlobSource, got: number, wanted: number): DedupError {
-  return new DedupError('REGISTRY_PROTOCOL', `${source.host} answered with ${got} instead of ${wanted}`);
-}
-
-/** Spans begin within the last byte of the one before: that byte is asked for once. */
-function withoutOverlap(ranges: readonly ByteRange[]): ByteRange[] {
-  return ranges.map(({ offset, length }, i) => {
-    const before = ranges[i - 1];
-    const cut = before === undefined ? 0 : Math.max(0, before.offset + before.length - offset);
-    return { offset: offset + cut, length: length - cut };
-  });
-}
-
-/** For those who wait for a layer that is dropped: another one with the same chunk may still be asked. */
-function droppedError(map: LayerMap): DedupError {
-  return new DedupError('UNAVAILABLE', `layer ${map.blob.digest} was dropped`);
-}
-
-/** For a reader that ignores its signal: it must not hold a place. */
-function givenUp(): DedupError {
-  return new DedupError('CANCELLED', 'the request was given up');
 }
 
 /** True when the layer is not known to the node any more. */

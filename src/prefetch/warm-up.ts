@@ -12,11 +12,11 @@ import type {
   WarmProgressMessage,
   WarmRequestMessage,
 } from '../fs/control-server.ts';
+import type { MountableLayer } from '../fs/image-metadata.ts';
 import type { LayerIdentity } from '../fs/layer-book.ts';
 import type { WantedLayer } from '../fs/layer-intake.ts';
 import type { LazyLoader } from '../fs/lazy-loader.ts';
 import type { LayerMap, PieceRef } from '../fs/loadable-layer.ts';
-import type { MountableLayer } from '../fs/mount-table.ts';
 import type { Repository } from '../fs/registry/blob-reader.ts';
 import { formatPlatform, hostPlatform, parsePlatform } from '../fs/registry/image-manifest.ts';
 import { formatReference, type ImageReference, parseReference } from '../fs/registry/reference.ts';

@@ -1,6 +1,6 @@
 // Indexes that this node made of layers which nobody had indexed, and keeps when the layers have gone: the next pull of
 // such a layer is lazy. One small file per layer names its blobs, which lie beside those of layers in use. Owned by
-// LayerIntake; data-plane.ts asks it before it deletes files that no row names.
+// LayerIntake; retention.ts asks it before it deletes files that no row names.
 import { mkdir, readdir, readFile, rm, writeFile } from 'node:fs/promises';
 import { join } from 'node:path';
 import { z } from 'zod';
