@@ -13,6 +13,8 @@ export interface Agreement {
   readonly generation: number;
   /** The database is new. */
   readonly fresh: boolean;
+  /** The last process that wrote it closed it: nothing that it committed can be missing. */
+  readonly closed: boolean;
   /** The database is of another history than the store: another file's, or a copy of before or after. */
   readonly replaced: boolean;
   /** No address has meant two chunks since the two parted. */
@@ -23,7 +25,7 @@ export interface Agreement {
 export function compare(settings: Settings, request: OpenRequest): Agreement {
   const storeId = settings.get('store_id');
   if (storeId === undefined) {
-    return { dropped: '', generation: 0, fresh: true, replaced: false, addressesKept: true };
+    return { dropped: '', generation: 0, fresh: true, closed: true, replaced: false, addressesKept: true };
   }
   const generation = settings.number('generation');
   // The header announces a generation before the database commits it and confirms it afterwards; whoever died in
@@ -39,7 +41,8 @@ export function compare(settings: Settings, request: OpenRequest): Agreement {
   const addressesKept =
     !replaced || (storeId === request.storeId && announced && request.reuseGeneration <= generation);
   if (!replaced && !request.summed) dropped = 'the sums of its blocks are missing';
-  return { dropped, generation, fresh: false, replaced, addressesKept };
+  const closed = settings.get('clean') === 1;
+  return { dropped, generation, fresh: false, closed, replaced, addressesKept };
 }
 
 /** Makes the database agree. To be called in a transaction that is on the disk before anything is read or written. */
@@ -63,16 +66,22 @@ export function makeAgree(
   settings.set('store_bytes', request.storeBytes);
   settings.set('generation', Math.max(generation, request.nextGeneration));
   // Addresses given after this copy of the database was taken may still be mapped by a mounted image.
-  const end = Math.min(Math.max(next, request.highWater), request.storeBytes - STORE_TAIL_BYTES);
+  const end = Math.max(next, endOfAddresses(request));
   const inUse = fresh || replaced || mayBeInUse(db, request.livingImages);
   settings.set('next_address', inUse ? Math.max(next, end) : next);
   settings.set('clean', 0);
   if (replaced) forgetFreed(db);
-  else if (!fresh && inUse) quarantineAnew(db, next, end, nowSeconds);
+  // Of a store whose database is new nobody can read what lies there but who reads it without us.
+  else if (inUse) quarantineAnew(db, next, end, nowSeconds);
   // What is read without us there is another history's, and must be written by nobody.
   if (!addressesKept && request.directReaders) forgetChunks(db, FIRST_CHUNK_ADDRESS, end, nowSeconds);
   const last = neverNumber(db, request.livingImages ?? []);
   if (!addressesKept) settings.set('foreign_images', last);
+}
+
+/** No address from there on was ever given. */
+export function endOfAddresses({ highWater, storeBytes }: OpenRequest): number {
+  return Math.min(highWater, storeBytes - STORE_TAIL_BYTES);
 }
 
 /** True unless every image that is in use has a row: then what has no chunk is mapped by none. */

@@ -60,6 +60,15 @@ export function toPunch(db: Database.Database): StoreRange[] {
   return rangesIn(db, 'to-punch');
 }
 
+/**
+ * Where no chunk lies, and bytes may lie all the same: those of chunks whose rows were lost with the last commits before a
+ * crash. `end`: no address from there on was ever given.
+ */
+export function unowned(db: Database.Database, next: number, end: number): StoreRange[] {
+  const ranges = [...rangesIn(db, 'free'), ...rangesIn(db, 'quarantine')];
+  return end > next ? [...ranges, { address: next, length: end - next }] : ranges;
+}
+
 function rangesIn(db: Database.Database, state: string): StoreRange[] {
   const rows = db.prepare('SELECT block, blocks FROM freed WHERE state = ? ORDER BY block').raw().all(state);
   return (rows as [number, number][]).map(([block, blocks]) => ({

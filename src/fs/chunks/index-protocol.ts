@@ -106,6 +106,8 @@ export interface OpenAnswer {
   /** Durable block ranges: first block and count, alternating, ascending and joined. */
   readonly durable: Float64Array;
   /** Ranges whose rows are gone but which may not be punched yet. */
+  /** Ranges without a chunk in which a crash may have left bytes. */
+  readonly unowned: readonly StoreRange[];
   readonly toPunch: readonly StoreRange[];
   /** Ranges of pieces that were evicted but may not be punched yet. */
   readonly evicted: readonly StoreRange[];

@@ -5,12 +5,12 @@ import type Database from 'better-sqlite3';
 import { DedupError } from '../../errors.ts';
 import { addLayer } from './add-layer.ts';
 import { AddressSpace } from './address-space.ts';
-import { compare, makeAgree } from './agreement.ts';
+import { compare, endOfAddresses, makeAgree } from './agreement.ts';
 import * as direct from './direct-rows.ts';
 import { deleteImage, dropLayers } from './drop-layers.ts';
 import { durableRanges, evictedRanges, markDurable } from './durable-rows.ts';
 import { coldChunks, evict, evictedPunched } from './evictable.ts';
-import { addressSpaceUse, beginQuarantine, endQuarantine, quarantined, toPunch } from './free-space.ts';
+import { addressSpaceUse, beginQuarantine, endQuarantine, quarantined, toPunch, unowned } from './free-space.ts';
 import { ChunkHolds, countUnreferenced, dropUnreferenced, holdChunks } from './hold-chunks.ts';
 import { createImage, imageReady, imageRecords } from './image-rows.ts';
 import { imageUse } from './image-use.ts';
@@ -98,6 +98,7 @@ export class IndexWriter {
         movedTo,
         durable: durableRanges(writer.#db),
         toPunch: toPunch(writer.#db),
+        unowned: agreement.closed ? [] : unowned(db, writer.#settings.number('next_address'), endOfAddresses(request)),
         evicted: evictedRanges(writer.#db),
         foreignImages: (writer.#settings.get('foreign_images') as number | undefined) ?? 0,
       },

@@ -162,6 +162,7 @@ export class NodeStore {
       store.#direct = await DirectMounts.open(store.#directTarget(options.devices), log);
       await store.#space.punchFreed(answer.toPunch);
       await store.#space.punchEvicted(answer.evicted);
+      await store.#space.punchUnowned(answer.unowned);
       if (!(await store.#reserve.fill())) log.warn('the disk has no room for the space that cleaning a full one takes');
       store.#space.start();
       return store;

@@ -163,6 +163,13 @@ export class StoreSpace {
     if (done.length > 0) await db.call('evictedPunched', { blocks: Float64Array.from(done) });
   }
 
+  /** Frees what a crash left where no chunk lies; at a start, before any address is given. */
+  async punchUnowned(ranges: readonly StoreRange[]): Promise<void> {
+    // The next start tries again.
+    if (this.#parts.hasStrangers()) return;
+    for (const range of ranges) await this.#punch(range);
+  }
+
   /** Makes a range absent, for good: what waits to be recorded as durable there is not. */
   #takeAway({ address, length }: StoreRange): void {
     const { presence, durability } = this.#parts;

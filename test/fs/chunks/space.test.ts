@@ -3,7 +3,7 @@
 import assert from 'node:assert/strict';
 import { execFileSync } from 'node:child_process';
 import { copyFileSync, statfsSync, writeFileSync } from 'node:fs';
-import { mkdir, mkdtemp, open, rm, stat } from 'node:fs/promises';
+import { cp, mkdir, mkdtemp, open, rm, stat, writeFile } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterEach, describe, it } from 'node:test';
@@ -683,5 +683,35 @@ describe('a crash', () => {
       assert.ok(blocks * 512 <= presentBytes + 64 * KiB, 'nothing that was punched or evicted is left on the disk');
     }
     assert.ok(present > 0);
+  });
+
+  it('leaves nothing on the disk of chunks whose rows it took, nor of a database that was damaged', async () => {
+    const test = await rig();
+    const kept = await addRead(test, await layerOf([{ name: 'kept', content: noise('kept', 300 * KiB) }], sizes));
+    await addRead(test, await layerOf([{ name: 'gone', content: noise('gone', 900 * KiB) }], sizes));
+    await drop(test, kept);
+    await rest(test);
+    await test.node.store.flush();
+    const before = await crashCopy(test.node.root);
+    // One takes a range that was free, the other goes upwards.
+    for (const bytes of [900, 2500])
+      await addRead(test, await layerOf([{ name: 'lost', content: noise(`lost ${bytes}`, bytes * KiB) }], sizes));
+    await test.node.store.flush();
+    const copy = await crashCopy(test.node.root);
+    for (const suffix of ['', '-wal', '-shm'])
+      await cp(join(before, `index.db${suffix}`), join(copy, `index.db${suffix}`));
+    const onDisk = async (of: LoaderRig): Promise<number> => (await stat(of.node.paths.store)).blocks * 512;
+    assert.ok((await stat(join(copy, 'chunks/store'))).blocks * 512 > 3000 * KiB, 'the copy has what was lost');
+    const after = await rig({}, copy);
+    const { presentBytes } = await after.node.store.stats();
+    assert.ok(presentBytes >= 300 * KiB);
+    assert.ok((await onDisk(after)) <= presentBytes + 64 * KiB, `${await onDisk(after)} for ${presentBytes}`);
+    after.layers.set(kept.layerId, kept);
+    after.sources.set(kept.layerId, source(kept.layer));
+    await after.mustEqual(kept);
+    await after.node.store.close();
+    await writeFile(after.node.paths.indexDb, 'no database');
+    await after.node.open(EVERYTHING_GOES);
+    assert.ok((await onDisk(after)) <= 64 * KiB);
   });
 });
