@@ -7,7 +7,8 @@ import { connectDaemon } from './daemon-client.ts';
 
 const HELP = `
 "disk" is what du(1) says of the folder chunks/. "deduplication" is what the layers would take if each had its chunks to
-itself, over what the distinct chunks take. Of an image, "shared" is what another image uses too.
+itself, over what the distinct chunks take. Of an image, "shared" is what another image uses too; lower layers of it that
+are mounted by themselves are none.
 
 Examples:
   dedup-snapshotter stats

@@ -627,6 +627,31 @@ describe('eviction', () => {
   });
 });
 
+describe('what an image needs', () => {
+  it('is shared with other images only, not with a part of itself that was mounted before it was here whole', async () => {
+    const test = await rig();
+    const [a, b, c] = await Promise.all(['a', 'b', 'c'].map(async (seed) => oneFile(seed, 100 * KiB)));
+    const [bottom, top, other] = [await addRead(test, a!), await addRead(test, b!), await addRead(test, c!)];
+    const { store } = test.node;
+    const part = await store.createImage('part', [bottom.layerId]);
+    await store.pin(part.id, [bottom.layerId]);
+    const whole = await store.createImage('whole', [bottom.layerId, top.layerId]);
+    const use = async (): Promise<number[][]> =>
+      (await store.imageUse()).map(({ id, totalBytes, sharedBytes }) => [id, totalBytes / KiB, sharedBytes / KiB]);
+    assert.deepEqual(await use(), [
+      [part.id, 100, 100],
+      [whole.id, 200, 0],
+    ]);
+    await store.unpin(part.id);
+    assert.deepEqual(await use(), [[whole.id, 200, 0]]);
+    const third = await store.createImage('other', [bottom.layerId, other.layerId]);
+    assert.deepEqual(await use(), [
+      [whole.id, 200, 100],
+      [third.id, 200, 100],
+    ]);
+  });
+});
+
 describe('a crash', () => {
   it('at any punch or write leaves a store in which what is present is right', async () => {
     const copies: string[] = [];
