@@ -1,6 +1,7 @@
 // `repair`: removes containerd's records of snapshots that the snapshotter has lost, in every namespace.
 import type { Command } from 'commander';
-import { ContainerdClient, type ContainerdClientOptions } from '../pull/containerd-client.ts';
+import type { ContainerdClientOptions } from '../pull/containerd-calls.ts';
+import { ContainerdClient } from '../pull/containerd-client.ts';
 import type { CliContext } from './context.ts';
 import { removeStaleRecords } from './stale-records.ts';
 

@@ -3,7 +3,8 @@
 import { type Digest, parseDigest } from '../digest.ts';
 import { parseConfig, parseImageIndex, parseManifest } from '../fs/index/manifests.ts';
 import { chainIds } from '../fs/registry/image-manifest.ts';
-import { type ContainerdClient, hasCode } from '../pull/containerd-client.ts';
+import { hasCode } from '../pull/containerd-calls.ts';
+import type { ContainerdClient } from '../pull/containerd-client.ts';
 import { MiB } from '../units.ts';
 
 export interface RepairReport {

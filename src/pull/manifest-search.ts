@@ -4,7 +4,8 @@ import { LRUCache } from 'lru-cache';
 import type { Digest } from '../digest.ts';
 import { MAX_JSON_BYTES, parseManifest } from '../fs/registry/image-manifest.ts';
 import { LABEL_INDEX } from '../snapshotter/labels.ts';
-import { type CallScope, ContainerdClient, type ContentInfo, hasCode, type Labels } from './containerd-client.ts';
+import { type CallScope, hasCode } from './containerd-calls.ts';
+import { ContainerdClient, type ContentInfo, type Labels } from './containerd-client.ts';
 
 /** containerd gives it to image manifests while it pulls, before it prepares their layers (images/handlers.go). */
 const MANIFESTS = 'labels."containerd.io/gc.ref.content.config"';

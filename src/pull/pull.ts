@@ -27,14 +27,8 @@ import {
   LABEL_MANIFEST_DIGEST,
   LABEL_SNAPSHOT_REF,
 } from '../snapshotter/labels.ts';
-import {
-  type ContainerdClient,
-  type Descriptor,
-  hasCode,
-  type Labels,
-  type LeaseResource,
-  type Mount,
-} from './containerd-client.ts';
+import { hasCode } from './containerd-calls.ts';
+import type { ContainerdClient, Descriptor, Labels, LeaseResource, Mount } from './containerd-client.ts';
 import { PullLease } from './pull-lease.ts';
 import { fitsLabel, PulledContent } from './pulled-content.ts';
 

@@ -3,7 +3,8 @@
 import { setTimeout as sleep } from 'node:timers/promises';
 import type { Digest } from '../digest.ts';
 import type { ImageReference } from '../fs/registry/reference.ts';
-import { type ContainerdClient, hasCode, type Labels, type LeaseResource } from './containerd-client.ts';
+import { hasCode } from './containerd-calls.ts';
+import type { ContainerdClient, Labels, LeaseResource } from './containerd-client.ts';
 import type { PullLease } from './pull-lease.ts';
 
 /** containerd refuses labels whose name and value together are longer (containerd labels/validate.go). */
