@@ -28,6 +28,7 @@ import type {
   LayerKeyMessage,
   MountProgressMessage,
   PrepareLayerMessage,
+  RetainedMessage,
   SpaceMessage,
   StatsMessage,
 } from './control-server.ts';
@@ -226,6 +227,7 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
       ahead: this.#ahead,
       mounts: this.#mounts,
       warmed: () => this.warmUp.kept(),
+      suspend: (layerIds) => parts.loader.suspend(layerIds),
     });
     this.#ordinary = new OrdinaryLayers({
       store,
@@ -542,7 +544,7 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
     return this.#retention.releaseImages(inUse);
   }
 
-  retainLayers(layers: readonly LayerKeyMessage[]): Promise<number> {
+  retainLayers(layers: readonly LayerKeyMessage[]): Promise<RetainedMessage> {
     return this.#retention.retainLayers(layers);
   }
 
