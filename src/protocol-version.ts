@@ -5,3 +5,6 @@ export const DEDUPD_PROTOCOL = 2;
 
 /** Metadata of a failed call: what to do about it, as UTF-8. */
 export const HINT_METADATA = 'dedup-hint-bin';
+
+/** Metadata of an answered Cleanup: why what nobody uses was not released, as UTF-8; absent when it was. */
+export const NOT_RELEASED_METADATA = 'dedup-not-released-bin';

@@ -63,8 +63,13 @@ export function registerGcCommand(program: Command, context: CliContext): void {
         const before = await daemon.space();
         const timer = setTimeout(() => progress('removing what snapshots left'), SHOW_AFTER_MS + 1);
         try {
-          if (await somebodyListens(address)) await requestCleanup(address);
-          else say('the snapshots service does not run: what its snapshots used is dropped when it does\n');
+          if (await somebodyListens(address)) {
+            const notReleased = await requestCleanup(address);
+            if (notReleased !== undefined) {
+              process.stderr.write(`what removed images used was not released: ${notReleased}\n`);
+              process.exitCode = 1;
+            }
+          } else say('the snapshots service does not run: what its snapshots used is dropped when it does\n');
         } catch (error) {
           process.stderr.write(`the snapshots service did not clean up [${errorCode(error)}]\n`);
           process.exitCode = 1;

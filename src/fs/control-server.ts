@@ -95,6 +95,13 @@ export interface SpaceMessage {
   readonly images: readonly SpaceImageMessage[];
 }
 
+/** proto/dedupd.proto, RetainLayersResponse. */
+export interface RetainedMessage {
+  readonly dropped: number;
+  readonly waiting: number;
+  readonly again_ms: number;
+}
+
 /** proto/dedupd.proto, GcProgress. */
 export interface GcProgressMessage {
   readonly step: string;
@@ -194,7 +201,7 @@ export interface ControlledPlane {
     below: readonly BelowMessage[],
   ): Promise<{ path: string; mountId: number; rootUid: number; rootGid: number }>;
   releaseImages(inUse: readonly number[]): Promise<number>;
-  retainLayers(layers: readonly LayerKeyMessage[]): Promise<number>;
+  retainLayers(layers: readonly LayerKeyMessage[]): Promise<RetainedMessage>;
   /** Errors: LAYER_NOT_LAZY when it can never be done; UNIMPLEMENTED, CANCELLED, STORE_FULL, STORE_IO. */
   convertLayer(
     request: ConvertLayerMessage,
@@ -395,9 +402,9 @@ export async function startControlServer(options: ControlServerOptions): Promise
     ReleaseImages: unary('ReleaseImages', log, async (request: { in_use: number[] }) => ({
       unmounted: await plane.releaseImages(request.in_use),
     })),
-    RetainLayers: unary('RetainLayers', log, async (request: { layers: LayerKeyMessage[] }) => ({
-      dropped: await plane.retainLayers(request.layers),
-    })),
+    RetainLayers: unary('RetainLayers', log, (request: { layers: LayerKeyMessage[] }) =>
+      plane.retainLayers(request.layers),
+    ),
     ConfirmLayer: unary('ConfirmLayer', log, async (request: { layer: LayerKeyMessage }) => {
       await plane.confirmLayer(request.layer);
       return {};

@@ -15,6 +15,7 @@ import type {
   LayerKeyMessage,
   MountProgressMessage,
   PrepareLayerMessage,
+  RetainedMessage,
   SpaceMessage,
   StatsMessage,
 } from './control-server.ts';
@@ -182,7 +183,7 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
     return this.#services.retention.releaseImages(inUse);
   }
 
-  retainLayers(layers: readonly LayerKeyMessage[]): Promise<number> {
+  retainLayers(layers: readonly LayerKeyMessage[]): Promise<RetainedMessage> {
     return this.#services.retention.retainLayers(layers);
   }
 

@@ -48,6 +48,13 @@ export class ExpectedLayers {
     return this.#expected.has(layerId);
   }
 
+  /** How long it is kept at most, milliseconds; undefined when that cannot be told, as for a pull that goes on. */
+  endsInMs(layerId: number): number | undefined {
+    const expectation = this.#expected.get(layerId);
+    if (expectation === undefined || expectation.image.length > 0) return undefined;
+    return Math.max(1, Math.ceil(expectation.untilMs - performance.now()));
+  }
+
   /** Something else keeps it now. */
   arrived(layerId: number): void {
     this.#expected.delete(layerId);

@@ -232,6 +232,23 @@ export class LazyLoader {
   }
 
   /**
+   * Until the answer is called, nothing is fetched for these layers and what was under way is given up: whoever reads them
+   * gets an error instead of waiting, and nothing of it is remembered afterwards.
+   */
+  suspend(layerIds: readonly number[]): () => void {
+    const forgetFailures = (): void => {
+      this.#drops++;
+      this.#failed.clear();
+    };
+    forgetFailures();
+    const resume = this.#fetcher.suspend(layerIds);
+    return () => {
+      resume();
+      forgetFailures();
+    };
+  }
+
+  /**
    * Resolves once everything that is being read or stored now has ended. After forget(): nobody here reads or writes for
    * the layers that were dropped any more. Never rejects.
    */

@@ -92,6 +92,7 @@ export class PlaneServices {
       ahead: this.ahead,
       mounts: this.mounts,
       warmed: () => this.warmUp.kept(),
+      suspend: (layerIds) => loader.suspend(layerIds),
     });
     this.ordinary = new OrdinaryLayers({
       store,

@@ -5,7 +5,7 @@ import { join } from 'node:path';
 import { type Digest, isDigest } from '../digest.ts';
 import type { RootPaths } from '../paths.ts';
 import type { NodeStore } from './chunks/node-store.ts';
-import type { LayerKeyMessage } from './control-server.ts';
+import type { LayerKeyMessage, RetainedMessage } from './control-server.ts';
 import type { ImagesAhead } from './image-ahead.ts';
 import type { KeptIndexes } from './index/kept-indexes.ts';
 import type { LayerBook } from './layer-book.ts';
@@ -28,6 +28,8 @@ export interface RetentionOptions {
   readonly mounts: MountTable;
   /** Layers that were brought here ahead of everybody who might name them. */
   readonly warmed: () => ReadonlySet<number>;
+  /** Has reads of these layers fail instead of waiting for a registry, until the answer is called. */
+  readonly suspend: (layerIds: readonly number[]) => () => void;
 }
 
 export class Retention {
@@ -47,9 +49,12 @@ export class Retention {
     return await this.#options.mounts.release(this.#inUse, () => true);
   }
 
-  /** Drops layers that are not among these and that nobody is about to use; how many. Errors: KERNEL, STORE_IO. */
-  async retainLayers(layers: readonly LayerKeyMessage[]): Promise<number> {
-    const { book, intake, mounts } = this.#options;
+  /**
+   * Drops layers that are not among these and that nobody is about to use; how many, and how many of those not named
+   * stay. Errors: KERNEL, STORE_IO.
+   */
+  async retainLayers(layers: readonly LayerKeyMessage[]): Promise<RetainedMessage> {
+    const { book, intake } = this.#options;
     const startedMs = performance.now();
     // The list was made before this call: what somebody is about to name is not judged by it, however long it is kept.
     const expected = new Set(intake.expected.still(this.#idsOf(layers)));
@@ -61,7 +66,37 @@ export class Retention {
     );
     intake.forgetPromisesBefore(startedMs);
     this.#named = { layers, before };
-    return await this.#retain(this.#named, (kept) => mounts.release(this.#inUse, kept));
+    const dropped = await this.#retain(this.#named, (kept) => this.#unmount(kept));
+    return { dropped, ...this.#waiting(layers) };
+  }
+
+  /**
+   * Unmounts images that nobody uses, at once those whose layers go. A read of such a layer that nobody can want any more
+   * holds the kernel's unmount up for as long as a registry makes it wait: it ends first.
+   */
+  async #unmount(kept: (layerId: number) => boolean): Promise<void> {
+    const { book, intake, mounts, suspend } = this.#options;
+    const used = mounts.list().filter(({ id, holders }) => this.#inUse.has(id) || holders.size > 0);
+    const stays = new Set(used.flatMap(({ layers }) => layers.map(({ layerId }) => layerId)));
+    const going = book.all().filter(({ id }) => !kept(id) && !stays.has(id) && !intake.expected.has(id));
+    const resume = suspend(going.map(({ id }) => id));
+    try {
+      await mounts.release(this.#inUse, kept);
+    } finally {
+      resume();
+    }
+  }
+
+  /** What is here, not named, and not kept for good either. */
+  #waiting(layers: readonly LayerKeyMessage[]): { waiting: number; again_ms: number } {
+    const { book, intake, mounts } = this.#options;
+    const kept = new Set([...this.#idsOf(layers), ...this.#options.warmed()]);
+    // Those of a directory of the CLI; an image that is only kept mounted for the next container goes with its layers.
+    for (const image of mounts.list())
+      if (image.holders.size > 0) for (const layer of image.layers) kept.add(layer.layerId);
+    const waiting = book.all().filter(({ id }) => !kept.has(id));
+    const ends = waiting.map(({ id }) => intake.expected.endsInMs(id) ?? 0);
+    return { waiting: waiting.length, again_ms: ends.length === 0 ? 0 : Math.min(...ends) };
   }
 
   /** The same again by the list that came last. Which images are in use is told together with a list only. */

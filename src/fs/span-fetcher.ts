@@ -57,6 +57,8 @@ export class SpanFetcher {
   readonly #flights = new Map<string, Flight>();
   /** Layers that were dropped; a number is never used twice. */
   readonly #dropped = new Set<number>();
+  /** Layers for which nothing is fetched at the moment, with how many want it so. */
+  readonly #suspended = new Map<number, number>();
   readonly #abort = new AbortController();
   /** Runs whose bytes are on their way, until they are stored or given up. */
   readonly #runs = new Set<Run>();
@@ -103,7 +105,7 @@ export class SpanFetcher {
   fetch(map: LayerMap, span: number, priority: number): Promise<RunOutput> {
     if (this.#abort.signal.aborted) return Promise.reject(new DedupError('CLOSED', 'the loader is closed'));
     // Also for who had begun to read before: nothing may come to be under way after `drained` was asked.
-    if (this.#dropped.has(map.layerId)) return Promise.reject(droppedError(map));
+    if (this.#refuses(map)) return Promise.reject(droppedError(map));
     const key = `${map.layerId}:${span}`;
     // A reader that has caught up with a plan: the plan goes on from there, and the reader waits for its part of that.
     if (priority >= WANTED_PRIORITY && !this.#flights.has(key)) this.onWanted?.(map, span);
@@ -131,7 +133,7 @@ export class SpanFetcher {
     priority: number,
     onBytes: (bytes: number) => void = () => undefined,
   ): Promise<number> {
-    if (this.#abort.signal.aborted || this.#dropped.has(map.layerId)) return 0;
+    if (this.#abort.signal.aborted || this.#refuses(map)) return 0;
     const flights: Flight[] = [];
     for (const span of spans) {
       const key = `${map.layerId}:${span}`;
@@ -164,7 +166,7 @@ export class SpanFetcher {
   /** Has the windows of spans that will be asked for brought here together. */
   expectWindows(map: LayerMap, spans: readonly number[]): void {
     const [source] = this.sources.of(map);
-    if (source === undefined || this.#abort.signal.aborted || this.#dropped.has(map.layerId)) return;
+    if (source === undefined || this.#abort.signal.aborted || this.#refuses(map)) return;
     map.layer.windows.expect?.(spans, this.sources.counted(source), this.#abort.signal);
   }
 
@@ -230,13 +232,34 @@ export class SpanFetcher {
       this.ledger.forget(layerId);
       this.#dropped.add(layerId);
     }
+    this.#giveUp(layerIds);
+    this.sources.sweep();
+  }
+
+  /** Ends requests for these layers at once, and begins none for them until the answer is called. */
+  suspend(layerIds: readonly number[]): () => void {
+    for (const id of layerIds) this.#suspended.set(id, (this.#suspended.get(id) ?? 0) + 1);
+    this.#giveUp(layerIds);
+    return () => {
+      for (const id of layerIds) {
+        const others = (this.#suspended.get(id) ?? 1) - 1;
+        if (others === 0) this.#suspended.delete(id);
+        else this.#suspended.set(id, others);
+      }
+    };
+  }
+
+  #refuses({ layerId }: LayerMap): boolean {
+    return this.#dropped.has(layerId) || this.#suspended.has(layerId);
+  }
+
+  #giveUp(layerIds: readonly number[]): void {
     for (const flight of this.#flights.values()) {
       if (!flight.queued || !layerIds.includes(flight.map.layerId)) continue;
       flight.queued = false;
       flight.reject(droppedError(flight.map));
     }
     for (const run of this.#runs) if (layerIds.includes(run.map.layerId)) run.dropped.abort();
-    this.sources.sweep();
   }
 
   /** Follows a run to its end: a flight of it settles when what it brought is stored, or is not to be. */

@@ -38,7 +38,7 @@ export interface ConverterOptions extends ConverterSettings {
   readonly sourceOf: (reference: string) => Source;
   /** Writes what is known of a snapshot beside it. */
   readonly describe: (snapshot: SnapshotRecord) => Promise<void>;
-  /** Called when a layer was converted: its directory may go. */
+  /** Called when a layer was converted: its directory may go, or the layer, when its snapshot was removed meanwhile. */
   readonly onConverted: () => void;
   readonly log: Logger;
 }
@@ -254,7 +254,9 @@ export class Converter {
       this.#failures.delete(id);
       await this.#switch(snapshot, layer, args, abort.signal);
     } catch (error) {
-      if (!abort.signal.aborted) await this.#failed(snapshot, error);
+      if (abort.signal.aborted)
+        this.#options.onConverted(); // dedupd may have stored it all the same.
+      else await this.#failed(snapshot, error);
     } finally {
       this.#current = undefined;
     }
@@ -304,7 +306,7 @@ export class Converter {
   ): Promise<void> {
     const { metastore, describe, onConverted, log } = this.#options;
     const converted = await metastore.convert(id, layer);
-    if (converted === undefined) return; // Removed meanwhile: nobody names the layer, dedupd drops it.
+    if (converted === undefined) return onConverted(); // Removed meanwhile: nobody names the layer, dedupd drops it.
     await describe(converted);
     if (args.layer === layer.digest)
       for (const source of args.sources) await metastore.addSource(layer.digest, source, true);

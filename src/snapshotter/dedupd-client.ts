@@ -20,6 +20,7 @@ import type {
   MountImageArgs,
   PrepareLayerArgs,
   PrepareLayerResult,
+  WaitingLayers,
 } from './images.ts';
 
 export interface DedupdHello {
@@ -209,6 +210,10 @@ export class DedupdClient implements ImageMounter {
     return hello;
   }
 
+  async answers(): Promise<void> {
+    await this.hello();
+  }
+
   async prepareLayer(args: PrepareLayerArgs): Promise<PrepareLayerResult> {
     const { layer, sources, manifest, siblings, budgetMs } = args;
     const budget_ms = Math.max(1, budgetMs - ANSWER_MS);
@@ -229,8 +234,9 @@ export class DedupdClient implements ImageMounter {
     await this.#call('ReleaseImages', { in_use: inUse });
   }
 
-  async retainLayers(layers: readonly LayerKey[]): Promise<void> {
-    await this.#call('RetainLayers', { layers });
+  async retainLayers(layers: readonly LayerKey[]): Promise<WaitingLayers> {
+    const { waiting, again_ms } = await this.#call<{ waiting: number; again_ms: number }>('RetainLayers', { layers });
+    return { waiting, againMs: again_ms };
   }
 
   async confirmLayer(layer: LayerKey): Promise<void> {

@@ -77,6 +77,13 @@ export interface ConvertLayerArgs {
   readonly parentChainId: string;
 }
 
+/** Layers that no snapshot names and that dedupd keeps for the time being: proto/dedupd.proto, RetainLayersResponse. */
+export interface WaitingLayers {
+  readonly waiting: number;
+  /** When to ask again, milliseconds from now; 0: nobody can tell. */
+  readonly againMs: number;
+}
+
 /** How far a conversion has come: what was read so far. */
 export interface ConvertProgress {
   readonly bytes: number;
@@ -84,6 +91,8 @@ export interface ConvertProgress {
 }
 
 export interface ImageMounter {
+  /** Errors: UNAVAILABLE, DEADLINE when nobody would answer a call now. */
+  answers(): Promise<void>;
   /** Errors: UNAVAILABLE, DEADLINE and those of the registry. A layer that is not lazily loadable is not an error. */
   prepareLayer(args: PrepareLayerArgs): Promise<PrepareLayerResult>;
   /**
@@ -93,8 +102,8 @@ export interface ImageMounter {
   mountImage(args: MountImageArgs): Promise<MountedImage>;
   /** Unmounts every merged image but these. */
   releaseImages(inUse: readonly number[]): Promise<void>;
-  /** Drops every layer but these. */
-  retainLayers(layers: readonly LayerKey[]): Promise<void>;
+  /** Drops every layer but these, and those that somebody is about to use: answers with them. */
+  retainLayers(layers: readonly LayerKey[]): Promise<WaitingLayers>;
   /** Bytes and inodes that the layer stands for. Errors: NOT_FOUND for a layer that dedupd does not know. */
   confirmLayer(layer: LayerKey): Promise<void>;
   layerUsage(layer: LayerKey): Promise<{ bytes: number; inodes: number }>;
@@ -118,10 +127,11 @@ export function noImages(reason: string): ImageMounter {
     throw new DedupError('UNAVAILABLE', `lazily loaded layers are not available: ${reason}`);
   };
   return {
+    answers: async () => {},
     prepareLayer: async ({ layer }) => ({ lazy: false, reason, layer }),
     mountImage: unavailable,
     releaseImages: async () => {},
-    retainLayers: async () => {},
+    retainLayers: async () => ({ waiting: 0, againMs: 0 }),
     confirmLayer: unavailable,
     layerUsage: unavailable,
     convertLayer: unavailable,

@@ -9,6 +9,7 @@ import {
 } from '@grpc/grpc-js';
 import type { Logger } from 'pino';
 import { DedupError, ERROR_CODES, GrpcStatus } from '../errors.ts';
+import { NOT_RELEASED_METADATA } from '../protocol-version.ts';
 import type { Mount } from './mounts.ts';
 import type { SnapshotKind, SnapshotRecord } from './snapshot-record.ts';
 import type { Snapshotter } from './snapshotter.ts';
@@ -136,10 +137,17 @@ export function snapshotsService(snapshotter: Snapshotter, log: Logger): Untyped
       const { bytes, inodes } = await snapshotter.usage(key);
       return { size: bytes, inodes };
     }),
-    Cleanup: unary<object, object>('Cleanup', async () => {
-      await snapshotter.cleanup();
-      return {};
-    }),
+    Cleanup: (_call: ServerUnaryCall<object, object>, answer: sendUnaryData<object>): void => {
+      snapshotter.cleanup().then(
+        (notReleased) => {
+          // containerd could do nothing about it; `gc` says it.
+          const metadata = new Metadata();
+          if (notReleased !== undefined) metadata.set(NOT_RELEASED_METADATA, Buffer.from(notReleased));
+          answer(null, {}, metadata);
+        },
+        (error: unknown) => answer(failed('Cleanup', error)),
+      );
+    },
   };
 }
 

@@ -17,6 +17,7 @@ import { LeftoverDirectories } from './leftover-directories.ts';
 import { isTakenBack, LowerMounts } from './lower-mounts.ts';
 import type { Metastore } from './metastore-client.ts';
 import { type Lower, type Mount, mountsOf, overlayOptions, segments } from './mounts.ts';
+import { Release } from './release.ts';
 import { type LayerFinder, RemoteLayers } from './remote-layers.ts';
 import { restore } from './restore.ts';
 import { type NewSnapshot, requireMove, type SnapshotKind, type SnapshotRecord } from './snapshot-record.ts';
@@ -59,6 +60,7 @@ export class Snapshotter {
   readonly #paths: RootPaths;
   readonly #log: Logger;
   readonly #gate = new Gate();
+  readonly #release: Release;
   readonly #cleaner: Cleaner;
   readonly #remote: RemoteLayers;
   readonly #lowers: LowerMounts;
@@ -95,7 +97,15 @@ export class Snapshotter {
     const takeBack = (layers: readonly LayerKey[]): Promise<number> => this.converter.takeBack(layers);
     this.leftovers = new LeftoverDirectories({ paths, metastore, images, gate, describe, takeBack, log });
     const onLeftovers = (): void => this.#scheduleCleanup(options.leftoverDelayMs ?? LEFTOVER_DELAY_MS);
-    this.#cleaner = new Cleaner({ paths, metastore, images, gate, leftovers: this.leftovers, onLeftovers, log });
+    this.#release = new Release({ metastore, images, gate, log });
+    this.#cleaner = new Cleaner({
+      paths,
+      metastore,
+      release: this.#release,
+      leftovers: this.leftovers,
+      onLeftovers,
+      log,
+    });
     const budgetMs = options.networkBudgetMs ?? NETWORK_BUDGET_MS;
     this.#remote = new RemoteLayers({ metastore, images, sourceOf, finder, budgetMs, log });
     this.#lowers = new LowerMounts({ paths, metastore, images, remote: this.#remote, takeBack, log });
@@ -106,6 +116,8 @@ export class Snapshotter {
     this.#lastId = await restore(this.#paths, this.#metastore, this.#log);
     const left = [await this.#metastore.removedIds(), await this.#metastore.leftoverDirectories()];
     if (left.some((list) => list.length > 0)) this.#scheduleCleanup();
+    // What an earlier service had still to release, and whatever came up without one.
+    void this.#release.now();
     await this.converter.start();
   }
 
@@ -215,8 +227,11 @@ export class Snapshotter {
     return (await this.#metastore.setUsage(snapshot.id, usage.bytes, usage.inodes)) ?? usage;
   }
 
-  /** Deletes what removed snapshots left and lets dedupd release what nobody uses. Errors: STORE_IO. */
-  cleanup(): Promise<void> {
+  /**
+   * Deletes what removed snapshots left and lets dedupd release what nobody uses. Answers why that was not released,
+   * undefined when it was; it is tried again. Errors: STORE_IO.
+   */
+  cleanup(): Promise<string | undefined> {
     clearTimeout(this.#cleanupTimer);
     this.#cleanupAtMs = Number.POSITIVE_INFINITY;
     return this.#cleaner.run();
@@ -226,6 +241,7 @@ export class Snapshotter {
   async close(): Promise<void> {
     this.#closed = true;
     clearTimeout(this.#cleanupTimer);
+    await this.#release.close();
     await this.converter.close();
     while (this.#background.size > 0) await Promise.all(this.#background);
   }
@@ -390,11 +406,14 @@ export class Snapshotter {
     this.#inBackground(() => written, 'describing a snapshot');
   }
 
-  #inBackground(work: () => Promise<void>, doing: string): void {
-    const task = work().catch((error: unknown) => {
-      // The answer has been given; what is missing is written or told again later.
-      this.#log.warn({ err: error }, `${doing} failed`);
-    });
+  #inBackground(work: () => Promise<unknown>, doing: string): void {
+    const task = work().then(
+      () => {},
+      (error: unknown) => {
+        // The answer has been given; what is missing is written or told again later.
+        this.#log.warn({ err: error }, `${doing} failed`);
+      },
+    );
     this.#background.add(task);
     // `task` never rejects, so neither does this.
     void task.finally(() => this.#background.delete(task));

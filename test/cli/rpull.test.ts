@@ -6,7 +6,7 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { after, before, describe, test } from 'node:test';
 import { hostPlatform } from '../../src/fs/registry/image-manifest.ts';
-import type { ImageMounter, LayerKey } from '../../src/snapshotter/images.ts';
+import type { ImageMounter, LayerKey, WaitingLayers } from '../../src/snapshotter/images.ts';
 import { LABEL_IMAGE_LAYERS, LABEL_INDEX } from '../../src/snapshotter/labels.ts';
 import { rpullSuite } from '../suites/rpull.ts';
 import { type CommandResult, run, TestContainerd, waitFor } from '../support/containerd.ts';
@@ -62,6 +62,7 @@ class UnpackingMounter implements ImageMounter {
     this.#dir = dir;
   }
 
+  async answers(): Promise<void> {}
   async prepareLayer({ layer }: { layer: LayerKey }): Promise<{ lazy: boolean; reason: string; layer: LayerKey }> {
     const lazy = layer.index === SOME_INDEX;
     return { lazy, reason: lazy ? '' : 'it has no index', layer };
@@ -75,7 +76,9 @@ class UnpackingMounter implements ImageMounter {
     return { path, mountId: this.#mounts };
   }
   async releaseImages(): Promise<void> {}
-  async retainLayers(): Promise<void> {}
+  async retainLayers(): Promise<WaitingLayers> {
+    return { waiting: 0, againMs: 0 };
+  }
   async confirmLayer(): Promise<void> {}
   async layerUsage(): Promise<{ bytes: number; inodes: number }> {
     return { bytes: 4096, inodes: 1 };

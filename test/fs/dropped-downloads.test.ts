@@ -70,4 +70,30 @@ describe('the downloads of a layer that is dropped', () => {
       await test.remove();
     }
   });
+
+  it('end at once as well while nothing may be fetched for it, and begin again afterwards', async () => {
+    const test = await LoaderRig.create({ limits: { requestsPerHost: 2, maxRunBytes: MiB } });
+    try {
+      const reader = pool.repository({ host: proxy.host, path: 'app' });
+      const stored = await test.add(layer, [{ host: proxy.host, reader }]);
+      proxy.reset();
+      proxy.setRules({ path: /blobs/, fault: { kind: 'stall', afterBytes: 64 * KiB } });
+      const reads = layer.files.map(({ name }) => test.readFile(stored, name));
+      const outcomes = Promise.allSettled(reads);
+      while (proxy.active < 2) await new Promise((resolve) => setTimeout(resolve, 5));
+      // Two who want it, as two calls of which one was given up.
+      const resumes = [test.loader.suspend([stored.layerId]), test.loader.suspend([stored.layerId])];
+      for (const one of await outcomes) assert.ok(one.status === 'rejected' && one.reason instanceof DedupError);
+      while (proxy.active > 0) await new Promise((resolve) => setTimeout(resolve, 5));
+      proxy.reset();
+      resumes[0]!();
+      await assert.rejects(test.readFile(stored, 'f0'));
+      assert.equal(proxy.count().requests, 0, 'nothing is asked for');
+      resumes[1]!();
+      const { content } = layer.files.find(({ name }) => name === 'f0')!;
+      assert.ok((await test.readFile(stored, 'f0')).equals(content), 'no failure is remembered');
+    } finally {
+      await test.remove();
+    }
+  });
 });

@@ -62,7 +62,10 @@ describe('the client of dedupd', () => {
         return { path: '/r/mounts/7', mountId: 7, rootUid: 1000, rootGid: 4294967294 };
       },
       releaseImages: async (inUse) => seen.push(inUse),
-      retainLayers: async (layers) => seen.push(layers),
+      retainLayers: async (layers) => {
+        seen.push(layers);
+        return { dropped: 2, waiting: 1, again_ms: 9_000 };
+      },
       confirmLayer: async () => {},
       layerUsage: async () => ({ bytes: 2 ** 40, inodes: 3 }),
     });
@@ -78,7 +81,7 @@ describe('the client of dedupd', () => {
     const mounted = await dedupd.mountImage({ layers: [layer], bottom: false, below });
     assert.deepEqual(mounted, { path: '/r/mounts/7', mountId: 7, rootUid: 1000, rootGid: 4294967294 });
     await dedupd.releaseImages([7, 8]);
-    await dedupd.retainLayers([layer]);
+    assert.deepEqual(await dedupd.retainLayers([layer]), { waiting: 1, againMs: 9_000 });
     const belowMessages = [
       { directory: '/r/snapshots/3/fs', layers: [] },
       { directory: '', layers: [layer] },
@@ -150,7 +153,7 @@ describe('the client of dedupd', () => {
 
   test('a daemon of another root is refused before anything is asked of it', async () => {
     let asked = 0;
-    await serve({ retainLayers: async () => ++asked });
+    await serve({ retainLayers: async () => ({ dropped: ++asked, waiting: 0, again_ms: 0 }) });
     await assert.rejects(connect('/other').retainLayers([]), code('FAILED_PRECONDITION', /serves \/r, not \/other/));
     assert.equal(asked, 0);
   });

@@ -14,6 +14,7 @@ import type {
   MountImageArgs,
   PrepareLayerArgs,
   PrepareLayerResult,
+  WaitingLayers,
 } from '../../src/snapshotter/images.ts';
 
 const COPY = { recursive: true, verbatimSymlinks: true };
@@ -28,6 +29,8 @@ export class FakeImages implements ImageMounter {
   readonly below: MountImageArgs['below'][] = [];
   readonly released: (readonly number[])[] = [];
   readonly retained: string[][] = [];
+  /** What the next calls of retainLayers answer; then that nothing waits. */
+  readonly waiting: WaitingLayers[] = [];
   readonly converted: ConvertLayerArgs[] = [];
   readonly prebuilt: string[][] = [];
   /** Thrown by prebuildImage. */
@@ -66,6 +69,10 @@ export class FakeImages implements ImageMounter {
     if (this.forgotten.has(digest)) throw new DedupError('NOT_FOUND', `layer ${digest} is not known`);
   }
 
+  async answers(): Promise<void> {
+    this.#requireUp();
+  }
+
   async prepareLayer(args: PrepareLayerArgs): Promise<PrepareLayerResult> {
     this.#requireUp();
     this.prepared.push(args);
@@ -96,9 +103,10 @@ export class FakeImages implements ImageMounter {
     this.released.push(inUse);
   }
 
-  async retainLayers(layers: readonly LayerKey[]): Promise<void> {
+  async retainLayers(layers: readonly LayerKey[]): Promise<WaitingLayers> {
     this.#requireUp();
     this.retained.push(layers.map(({ digest }) => digest).sort());
+    return this.waiting.shift() ?? { waiting: 0, againMs: 0 };
   }
 
   /** The directory becomes a layer, named by its digest if it has one. */

@@ -131,6 +131,11 @@ export class FaultProxy {
     this.#rules = rules.map((rule) => ({ rule, matched: 0 }));
   }
 
+  /** Requests that are being answered now: their clients are still there. */
+  get active(): number {
+    return this.#active;
+  }
+
   /** Forgets counts and rules. */
   reset(): void {
     this.setRules();
