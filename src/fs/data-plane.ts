@@ -441,10 +441,10 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
     config: Promise<Buffer>,
     source: RepositoryName & { readonly tag?: string | undefined },
     onRead: ReadProgress,
-    ours: Promise<boolean>,
+    wholeFrom: Promise<number>,
   ): ImageAhead {
     const from = { host: source.host, repository: source.path, tag: source.tag };
-    return this.#ahead.ofPull(manifest, layers, config, from, onRead, ours);
+    return this.#ahead.ofPull(manifest, layers, config, from, onRead, wholeFrom);
   }
 
   /** Builds an image's file system ahead of its mount, and has the files of its start fetched. Errors: those of the layers. */

@@ -4,6 +4,7 @@ import { LRUCache } from 'lru-cache';
 import type { Digest } from '../digest.ts';
 import { DedupError, errorCode } from '../errors.ts';
 import type { Logger } from '../log.ts';
+import { orAborted } from '../or-aborted.ts';
 import type { LayerRecord, LayerSourceName } from './chunks/index-protocol.ts';
 import { EagerLayers } from './eager-layers.ts';
 import { EXPECTED_MS } from './expected-layers.ts';
@@ -117,14 +118,17 @@ export class ImagesAhead {
     fetchAhead().catch((error: unknown) => this.#aheadFailed(manifest, source, error));
   }
 
-  /** The same for a pull of our own, which has the manifest in its hands and waits for each layer without a budget. */
+  /**
+   * The same for a pull of our own, which has the manifest in its hands and waits for each layer without a budget. Layers
+   * are read whole from the position on that `wholeFrom` resolves to.
+   */
   ofPull(
     manifest: Digest,
     layers: readonly ManifestLayer[],
     config: Promise<Buffer>,
     source: LayerSourceName & { readonly tag?: string | undefined },
     onRead: ReadProgress,
-    ours: Promise<boolean>,
+    wholeFrom: Promise<number>,
   ): ImageAhead {
     const end = new AbortController();
     const underWay = (): boolean => !end.signal.aborted;
@@ -137,7 +141,9 @@ export class ImagesAhead {
       const progress = (bytesDone: number): void => onRead(position, bytesDone);
       const signal = AbortSignal.any([end.signal, this.#options.stop]);
       const readWhole = async (): Promise<LayerRecord> => {
-        if (!(await ours)) throw new DedupError('LAYER_NOT_LAZY', 'it is for another snapshotter');
+        // A pull that has ended says no more.
+        const from = await orAborted(wholeFrom, signal, () => signal.reason);
+        if (position < from) throw new DedupError('LAYER_NOT_LAZY', 'it is here, or for another snapshotter');
         stored.add(position);
         return this.#eager.read(wanted, { digest, size }, this.#options.repository(source), progress, signal);
       };

@@ -259,6 +259,38 @@ describe('an image without an index', () => {
     for (const table of ['chunks', 'held_chunks']) assert.equal(node.indexCount(`SELECT COUNT(*) FROM ${table}`), 0);
   });
 
+  test('is read only from the lowest layer on that is not here, whatever brought those below', async () => {
+    const layers = async (mark: string): Promise<LayerSource[]> => [
+      {
+        entries: [...(await busyboxEntries(['sh', 'sha256sum'])), { name: 'base', content: noise(FILE_BYTES, 'base') }],
+      },
+      { entries: [{ name: 'mark', content: noise(FILE_BYTES, mark) }] },
+    ];
+    const one = await node.publish('team/base-one', await layers('one'));
+    const byAnnotation = async () => {
+      await node.rpull(one.lazy);
+      return one.lazy;
+    };
+    const byContainerd = async () => {
+      await node.containerd.ctr(['images', 'pull', '--plain-http', '--snapshotter', 'dedup', one.plain]);
+      return one.plain;
+    };
+    for (const bring of [byAnnotation, byContainerd]) {
+      const brought = await bring();
+      const two = await node.publish(`team/${bring.name.toLowerCase()}`, await layers(bring.name));
+      node.proxy.reset();
+      const { stdout, stderr } = await node.rpull(two.plain);
+      assert.deepEqual(node.fetched(two.image), [0, two.image.layers[1]?.size]);
+      assert.match(stdout, /2 layers: 0 lazy, 1 read and stored .*0 fetched and unpacked, 1 already here/);
+      assert.doesNotMatch(stderr, /layer 1\/2 \S+: fetching/);
+      const sums = await node.runScript(two.plain, 'sha256sum /base /mark');
+      const said = noiseSum(FILE_BYTES, 'base', '/base') + noiseSum(FILE_BYTES, bring.name, '/mark');
+      assert.equal(sums.stdout, said);
+      for (const name of [two.plain, brought]) await node.containerd.ctr(['image', 'rm', '--sync', name]);
+      await assertNothingLeft(node);
+    }
+  });
+
   test('is found lazy by the next node when its indexes were pushed beside it', async () => {
     const config = { publish_index: 'registry' };
     const { plain: pushed } = await node.publish('team/published', await smallLayers('published'));
