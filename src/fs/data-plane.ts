@@ -36,7 +36,7 @@ import { IdleGate } from './idle-gate.ts';
 import { buildImage, prepareBuilder } from './image/build-image.ts';
 import { type ImageAhead, ImagesAhead, type ManifestLayer, type ReadProgress } from './image-ahead.ts';
 import { IndexCatalog } from './index/discovery.ts';
-import { IndexPublisher } from './index/index-publisher.ts';
+import { IndexPublisher, knownIndexes } from './index/index-publisher.ts';
 import { KeptIndexes } from './index/kept-indexes.ts';
 import type { LayerIndex } from './index/layer-index.ts';
 import { RestartReader, WindowCache } from './index/restart-reader.ts';
@@ -239,7 +239,7 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
     });
     this.#publisher = new IndexPublisher({
       paths: options.paths,
-      find: (digest) => parts.book.all().find((row) => row.digest === digest && row.trust === 'local'),
+      find: (digest) => knownIndexes(digest, parts.book.all(), parts.kept.find(digest), options.config.index_trust),
       stop: this.#stop.signal,
       log: options.log,
     });

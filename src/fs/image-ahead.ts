@@ -65,7 +65,7 @@ export interface ImagesAheadOptions {
   readonly prebuild: (layers: readonly MountableLayer[], config: Promise<Buffer>) => Promise<void>;
   /** Told of an image whose layers are all known, before its file system is built. */
   readonly known: (layers: readonly LayerRecord[], about: ImageName) => void;
-  /** Told of an image of which layers were indexed here. */
+  /** Told of an image of which layers were indexed here, with every pull of it. */
   readonly indexed: (manifest: Digest, source: LayerSourceName) => void;
   /** Aborted when the daemon stops. */
   readonly stop: AbortSignal;
@@ -113,6 +113,7 @@ export class ImagesAhead {
       const configuration = this.#options
         .repository(source)
         .readBlob(config.digest, MAX_JSON_BYTES, this.#options.stop);
+      void this.#tellIndexed(rows, manifest, source);
       await this.#build(rows, configuration, { manifest, source });
     };
     fetchAhead().catch((error: unknown) => this.#aheadFailed(manifest, source, error));
@@ -156,10 +157,7 @@ export class ImagesAhead {
     this.#prepared.set(imageKey(manifest, source), true);
     const building = this.#build(rows, config, { manifest, source, tag: source.tag });
     building.catch((error: unknown) => this.#aheadFailed(manifest, source, error));
-    Promise.all(rows).then(
-      () => stored.size > 0 && this.#options.indexed(manifest, source),
-      () => undefined, // Told by its layer.
-    );
+    void this.#tellIndexed(rows, manifest, source);
     return {
       layers: rows.map((row, position) =>
         row?.then(
@@ -173,6 +171,20 @@ export class ImagesAhead {
       ),
       ended: () => end.abort(new DedupError('CANCELLED', 'the pull has ended')),
     };
+  }
+
+  /**
+   * Once nothing is awaited any more: of an image that has a layer indexed here, now or by an earlier pull, which may not have
+   * come to publish it. Never rejects.
+   */
+  async #tellIndexed(
+    layers: readonly (Promise<LayerRecord> | undefined)[],
+    manifest: Digest,
+    source: LayerSourceName,
+  ): Promise<void> {
+    const rows = await Promise.allSettled(layers);
+    const made = rows.some((row) => row.status === 'fulfilled' && row.value?.trust === 'local');
+    if (made && !this.#options.stop.aborted) this.#options.indexed(manifest, source);
   }
 
   /** Nothing depends on it: every Prepare asks for its own layer, and says why if that fails too. */

@@ -10,10 +10,10 @@ import { setTimeout as sleep } from 'node:timers/promises';
 import { isDeepStrictEqual } from 'node:util';
 import { RootPaths } from '../../src/paths.ts';
 import { LABEL_INDEX, LABEL_MANIFEST_DIGEST } from '../../src/snapshotter/labels.ts';
-import { TestContainerd, waitFor } from '../support/containerd.ts';
+import { waitFor } from '../support/containerd.ts';
 import { busyboxEntries, type LayerSource, makeImage, pushLayout, type TestImage } from '../support/images.ts';
 import { FILE_BYTES, LazyNode, NOTHING_LEFT, noise, noiseSum, smallLayers } from '../support/lazy-node.ts';
-import { PROGRAM, Product } from '../support/product.ts';
+import { PROGRAM } from '../support/product.ts';
 import { RegistryProcess, TEST_LOGIN } from '../support/registry.ts';
 
 /** More than a frame may hold to be one that can be started in: such a layer is not lazily loadable. */
@@ -288,33 +288,6 @@ describe('an image without an index', () => {
       assert.equal(sums.stdout, said);
       for (const name of [two.plain, brought]) await node.containerd.ctr(['image', 'rm', '--sync', name]);
       await assertNothingLeft(node);
-    }
-  });
-
-  test('is found lazy by the next node when its indexes were pushed beside it', async () => {
-    const config = { publish_index: 'registry' };
-    const { plain: pushed } = await node.publish('team/published', await smallLayers('published'));
-    const reference = pushed.replace(node.proxy.host, node.registry.host);
-    const product = await Product.create(config);
-    try {
-      await product.start();
-      const containerd = await TestContainerd.start({ proxies: { dedup: product.address } });
-      try {
-        await product.cli(['rpull', '-a', containerd.address, '-n', containerd.namespace, reference]);
-        await waitFor('the indexes to be pushed', () => /the indexes of an image were pushed/.test(product.log()));
-      } finally {
-        await containerd.stop();
-      }
-    } finally {
-      await product.stop();
-    }
-    const next = await LazyNode.start({ config: { index_trust: ['annotation', 'local', 'referrer'] } });
-    try {
-      const { stdout } = await next.rpull(reference);
-      assert.match(stdout, /2 layers: 2 lazy/);
-      assert.equal((await next.runScript(reference, 'cat /mark')).stdout, 'published');
-    } finally {
-      await next.stop();
     }
   });
 });
