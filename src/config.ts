@@ -131,12 +131,14 @@ const schema = z.strictObject({
   index_trust: z
     .array(z.enum(['annotation', 'local', 'referrer']))
     .default(['annotation', 'local'])
-    .describe('where a layer index may come from'),
+    .describe(
+      'where a layer index may come from. annotation: the image names it; local: made on this node; referrer: found beside the image in its registry, where whoever may push to the repository can put one',
+    ),
   publish_index: z
     .enum(['off', 'local', 'registry'])
     .default('local')
     .describe(
-      'what becomes of the index of a layer that this node had to read whole: kept for the next pull here, or pushed beside the image for all nodes, too',
+      'what becomes of the index of a layer that this node read whole, for rpull or after containerd unpacked it. off: nothing; local: kept, so that the image is lazy when it is pulled here again; registry: pushed beside the image, too, with the credentials that dedupd has: other nodes find it if their index_trust has "referrer"',
     ),
   registry_traces: z
     .boolean()

@@ -100,10 +100,10 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
     config: Promise<Buffer>,
     source: RepositoryName & { readonly tag?: string | undefined },
     onRead: ReadProgress,
-    ours: Promise<boolean>,
+    wholeFrom: Promise<number>,
   ): ImageAhead {
     const from = { host: source.host, repository: source.path, tag: source.tag };
-    return this.#services.ahead.ofPull(manifest, layers, config, from, onRead, ours);
+    return this.#services.ahead.ofPull(manifest, layers, config, from, onRead, wholeFrom);
   }
 
   async mountReference(

@@ -4,6 +4,7 @@ import { LRUCache } from 'lru-cache';
 import type { Digest } from '../digest.ts';
 import { DedupError, errorCode } from '../errors.ts';
 import type { Logger } from '../log.ts';
+import { orAborted } from '../or-aborted.ts';
 import type { LayerRecord, LayerSourceName } from './chunks/index-protocol.ts';
 import { EagerLayers } from './eager-layers.ts';
 import { EXPECTED_MS } from './expected-layers.ts';
@@ -64,7 +65,7 @@ export interface ImagesAheadOptions {
   readonly prebuild: (layers: readonly MountableLayer[], config: Promise<Buffer>) => Promise<void>;
   /** Told of an image whose layers are all known, before its file system is built. */
   readonly known: (layers: readonly LayerRecord[], about: ImageName) => void;
-  /** Told of an image of which layers were indexed here. */
+  /** Told of an image of which layers were indexed here, with every pull of it. */
   readonly indexed: (manifest: Digest, source: LayerSourceName) => void;
   /** Aborted when the daemon stops. */
   readonly stop: AbortSignal;
@@ -112,19 +113,23 @@ export class ImagesAhead {
       const configuration = this.#options
         .repository(source)
         .readBlob(config.digest, MAX_JSON_BYTES, this.#options.stop);
+      void this.#tellIndexed(rows, manifest, source);
       await this.#build(rows, configuration, { manifest, source });
     };
     fetchAhead().catch((error: unknown) => this.#aheadFailed(manifest, source, error));
   }
 
-  /** The same for a pull of our own, which has the manifest in its hands and waits for each layer without a budget. */
+  /**
+   * The same for a pull of our own, which has the manifest in its hands and waits for each layer without a budget. Layers
+   * are read whole from the position on that `wholeFrom` resolves to.
+   */
   ofPull(
     manifest: Digest,
     layers: readonly ManifestLayer[],
     config: Promise<Buffer>,
     source: LayerSourceName & { readonly tag?: string | undefined },
     onRead: ReadProgress,
-    ours: Promise<boolean>,
+    wholeFrom: Promise<number>,
   ): ImageAhead {
     const end = new AbortController();
     const underWay = (): boolean => !end.signal.aborted;
@@ -137,7 +142,9 @@ export class ImagesAhead {
       const progress = (bytesDone: number): void => onRead(position, bytesDone);
       const signal = AbortSignal.any([end.signal, this.#options.stop]);
       const readWhole = async (): Promise<LayerRecord> => {
-        if (!(await ours)) throw new DedupError('LAYER_NOT_LAZY', 'it is for another snapshotter');
+        // A pull that has ended says no more.
+        const from = await orAborted(wholeFrom, signal, () => signal.reason);
+        if (position < from) throw new DedupError('LAYER_NOT_LAZY', 'it is here, or for another snapshotter');
         stored.add(position);
         return this.#eager.read(wanted, { digest, size }, this.#options.repository(source), progress, signal);
       };
@@ -150,10 +157,7 @@ export class ImagesAhead {
     this.#prepared.set(imageKey(manifest, source), true);
     const building = this.#build(rows, config, { manifest, source, tag: source.tag });
     building.catch((error: unknown) => this.#aheadFailed(manifest, source, error));
-    Promise.all(rows).then(
-      () => stored.size > 0 && this.#options.indexed(manifest, source),
-      () => undefined, // Told by its layer.
-    );
+    void this.#tellIndexed(rows, manifest, source);
     return {
       layers: rows.map((row, position) =>
         row?.then(
@@ -167,6 +171,20 @@ export class ImagesAhead {
       ),
       ended: () => end.abort(new DedupError('CANCELLED', 'the pull has ended')),
     };
+  }
+
+  /**
+   * Once nothing is awaited any more: of an image that has a layer indexed here, now or by an earlier pull, which may not have
+   * come to publish it. Never rejects.
+   */
+  async #tellIndexed(
+    layers: readonly (Promise<LayerRecord> | undefined)[],
+    manifest: Digest,
+    source: LayerSourceName,
+  ): Promise<void> {
+    const rows = await Promise.allSettled(layers);
+    const made = rows.some((row) => row.status === 'fulfilled' && row.value?.trust === 'local');
+    if (made && !this.#options.stop.aborted) this.#options.indexed(manifest, source);
   }
 
   /** Nothing depends on it: every Prepare asks for its own layer, and says why if that fails too. */

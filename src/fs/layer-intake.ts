@@ -189,7 +189,8 @@ export class LayerIntake {
       try {
         const indexDigest = annotated
           ? parseDigest(key.index)
-          : (await this.#catalog.referrerIndexes(parseDigest(wanted.manifest), repository, signal)).get(digest);
+          : ((await this.#catalog.referrerIndexes(parseDigest(wanted.manifest), repository, signal)).get(digest) ??
+            (source === wanted.sources[0] ? await this.#knownIn(repository, key, signal) : undefined));
         if (indexDigest === undefined)
           throw new DedupError('LAYER_NOT_LAZY', 'no artifact in the registry has its index');
         const index = await this.#catalog.load({ layerDigest: digest, indexDigest }, repository, signal);
@@ -200,6 +201,21 @@ export class LayerIntake {
       }
     }
     throw failure;
+  }
+
+  /**
+   * The index by which a layer of another image is known here, if it lies in this image's repository, too: whoever put it
+   * there might have made it a referrer of this image, and those are trusted.
+   */
+  async #knownIn(repository: Repository, key: LayerKeyMessage, signal: AbortSignal): Promise<Digest | undefined> {
+    const { index_trust } = this.#options.config;
+    for (const row of this.#book.all()) {
+      if (row.digest !== key.digest || row.scope !== key.scope) continue;
+      if (row.condemned || !index_trust.includes(row.trust)) continue;
+      const blobs = [row.indexDigest, row.restartDigest].map((blob) => repository.hasBlob(parseDigest(blob), signal));
+      if ((await Promise.all(blobs)).every((has) => has)) return parseDigest(row.indexDigest);
+    }
+    return undefined;
   }
 
   /** The index that this node once made of a layer, if it is still here and right. */

@@ -17,7 +17,7 @@ import { IdleGate } from './idle-gate.ts';
 import { buildImage, prepareBuilder } from './image/build-image.ts';
 import { ImagesAhead } from './image-ahead.ts';
 import type { MountableLayer } from './image-metadata.ts';
-import { IndexPublisher } from './index/index-publisher.ts';
+import { IndexPublisher, knownIndexes } from './index/index-publisher.ts';
 import { LayerIntake } from './layer-intake.ts';
 import { MountTable } from './mount-table.ts';
 import { OrdinaryLayers } from './ordinary-layers.ts';
@@ -106,7 +106,7 @@ export class PlaneServices {
     });
     this.#publisher = new IndexPublisher({
       paths,
-      find: (digest) => book.all().find((row) => row.digest === digest && row.trust === 'local'),
+      find: (digest) => knownIndexes(digest, book.all(), kept.find(digest), config.index_trust),
       stop,
       log,
     });

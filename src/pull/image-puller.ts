@@ -23,7 +23,7 @@ export interface PullPlane {
     config: Promise<Buffer>,
     source: ImageReference,
     onRead: (position: number, bytesDone: number) => void,
-    ours: Promise<boolean>,
+    wholeFrom: Promise<number>,
   ): { readonly layers: readonly (Promise<Readiness> | undefined)[]; ended(): void };
 }
 
@@ -87,9 +87,9 @@ async function pull(
         known: ours.get(`${address} ${snapshotter}`),
         learned: (isOurs) => ours.set(`${address} ${snapshotter}`, isOurs),
       },
-      makeReady: (manifest, layers, config, onRead, isOurs) => {
+      makeReady: (manifest, layers, config, onRead, wholeFrom) => {
         remember();
-        ahead = plane.imageAhead(manifest, layers, config, reference, onRead, isOurs);
+        ahead = plane.imageAhead(manifest, layers, config, reference, onRead, wholeFrom);
         return ahead.layers;
       },
       leaseLifetimeMs: request.lease_ms === 0 ? DEFAULT_LEASE_LIFETIME_MS : request.lease_ms,

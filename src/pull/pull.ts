@@ -68,14 +68,15 @@ export interface PullOptions {
   /**
    * Asked to make the layers that the manifest lists ready to be offered, as early as possible; not for an image that
    * containerd has. `config`: the bytes of its configuration, once they are here. `onRead` is told of layers that are read
-   * whole; they may be where `ours` resolves to true. Answers for each layer with a promise, which never rejects, of what became of it; or nothing.
+   * whole, which only those may be from the position on that `wholeFrom` resolves to: what lies below is here. Answers for
+   * each layer with a promise, which never rejects, of what became of it; or nothing.
    */
   readonly makeReady?: (
     manifest: Digest,
     layers: readonly ManifestLayer[],
     config: Promise<Buffer>,
     onRead: (position: number, bytesDone: number) => void,
-    ours: Promise<boolean>,
+    wholeFrom: Promise<number>,
   ) => readonly (Promise<Readiness> | undefined)[];
   /**
    * Where the snapshotter that goes with this process has its directories, and whether `snapshotter` is that one, if that
@@ -154,6 +155,8 @@ class Pull {
   readonly #content: PulledContent;
   readonly #underWay: Promise<unknown>[] = [];
   readonly #config = Promise.withResolvers<Buffer>();
+  /** The lowest layer that containerd lacks, by its position; that of none when it has all. */
+  readonly #missing = Promise.withResolvers<number>();
 
   constructor(options: PullOptions, lease: PullLease) {
     this.#options = options;
@@ -197,8 +200,13 @@ class Pull {
     const onRead = (layer: number, bytes: number): void => {
       this.#emit({ kind: 'fetching', layer, bytes, totalBytes: parsed.layers[layer]?.size ?? 0 });
     };
-    const makeReady = () =>
-      this.#options.makeReady?.(manifest.digest, parsed.layers, this.#config.promise, onRead, this.#isOurs()) ?? [];
+    const makeReady = () => {
+      const wholeFrom = Promise.all([this.#isOurs(), this.#missing.promise]).then(([ours, missing]) =>
+        ours ? missing : parsed.layers.length,
+      );
+      wholeFrom.catch(() => undefined); // nobody may be interested
+      return this.#options.makeReady?.(manifest.digest, parsed.layers, this.#config.promise, onRead, wholeFrom) ?? [];
+    };
     const ready = isKnown ? undefined : makeReady();
     // Of an image that containerd has it has the configuration, too.
     const config = isKnown ? undefined : this.#fetchConfig(parsed.config);
@@ -337,6 +345,7 @@ class Pull {
   ): Promise<LayerOutcome[]> {
     const outcomes: LayerOutcome[] = layers.map(() => 'present');
     let next = await this.#firstMissing(layers);
+    this.#missing.resolve(next);
     const ready = next < layers.length ? makeReady() : [];
     // Held before they exist: the lease need not be touched between one layer and the next.
     const held = layers.map((layer, position) => {

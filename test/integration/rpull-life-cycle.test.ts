@@ -10,10 +10,10 @@ import { setTimeout as sleep } from 'node:timers/promises';
 import { isDeepStrictEqual } from 'node:util';
 import { RootPaths } from '../../src/paths.ts';
 import { LABEL_INDEX, LABEL_MANIFEST_DIGEST } from '../../src/snapshotter/labels.ts';
-import { TestContainerd, waitFor } from '../support/containerd.ts';
+import { waitFor } from '../support/containerd.ts';
 import { busyboxEntries, type LayerSource, makeImage, pushLayout, type TestImage } from '../support/images.ts';
 import { FILE_BYTES, LazyNode, NOTHING_LEFT, noise, noiseSum, smallLayers } from '../support/lazy-node.ts';
-import { PROGRAM, Product } from '../support/product.ts';
+import { PROGRAM } from '../support/product.ts';
 import { RegistryProcess, TEST_LOGIN } from '../support/registry.ts';
 
 /** More than a frame may hold to be one that can be started in: such a layer is not lazily loadable. */
@@ -251,38 +251,43 @@ describe('an image without an index', () => {
     const { address, namespace } = node.containerd;
     const args = ['--config', node.product.configFile, 'rpull', '-a', address, '-n', namespace, fresh.plain];
     const child = spawn(PROGRAM, args, { stdio: 'ignore' });
-    await waitFor('chunks of it to be stored', () => node.indexCount('SELECT COUNT(*) FROM chunks') > 0);
+    await waitFor('chunks of it to be stored', () => node.indexCount('SELECT COUNT(*) FROM held_chunks') > 0);
     child.kill('SIGINT');
     assert.deepEqual(await once(child, 'close'), [1, null]);
     node.proxy.reset();
     await assertNothingLeft(node);
-    assert.equal(node.indexCount('SELECT COUNT(*) FROM chunks'), 0);
+    for (const table of ['chunks', 'held_chunks']) assert.equal(node.indexCount(`SELECT COUNT(*) FROM ${table}`), 0);
   });
 
-  test('is found lazy by the next node when its indexes were pushed beside it', async () => {
-    const config = { publish_index: 'registry' };
-    const { plain: pushed } = await node.publish('team/published', await smallLayers('published'));
-    const reference = pushed.replace(node.proxy.host, node.registry.host);
-    const product = await Product.create(config);
-    try {
-      await product.start();
-      const containerd = await TestContainerd.start({ proxies: { dedup: product.address } });
-      try {
-        await product.cli(['rpull', '-a', containerd.address, '-n', containerd.namespace, reference]);
-        await waitFor('the indexes to be pushed', () => /the indexes of an image were pushed/.test(product.log()));
-      } finally {
-        await containerd.stop();
-      }
-    } finally {
-      await product.stop();
-    }
-    const next = await LazyNode.start({ config: { index_trust: ['annotation', 'local', 'referrer'] } });
-    try {
-      const { stdout } = await next.rpull(reference);
-      assert.match(stdout, /2 layers: 2 lazy/);
-      assert.equal((await next.runScript(reference, 'cat /mark')).stdout, 'published');
-    } finally {
-      await next.stop();
+  test('is read only from the lowest layer on that is not here, whatever brought those below', async () => {
+    const layers = async (mark: string): Promise<LayerSource[]> => [
+      {
+        entries: [...(await busyboxEntries(['sh', 'sha256sum'])), { name: 'base', content: noise(FILE_BYTES, 'base') }],
+      },
+      { entries: [{ name: 'mark', content: noise(FILE_BYTES, mark) }] },
+    ];
+    const one = await node.publish('team/base-one', await layers('one'));
+    const byAnnotation = async () => {
+      await node.rpull(one.lazy);
+      return one.lazy;
+    };
+    const byContainerd = async () => {
+      await node.containerd.ctr(['images', 'pull', '--plain-http', '--snapshotter', 'dedup', one.plain]);
+      return one.plain;
+    };
+    for (const bring of [byAnnotation, byContainerd]) {
+      const brought = await bring();
+      const two = await node.publish(`team/${bring.name.toLowerCase()}`, await layers(bring.name));
+      node.proxy.reset();
+      const { stdout, stderr } = await node.rpull(two.plain);
+      assert.deepEqual(node.fetched(two.image), [0, two.image.layers[1]?.size]);
+      assert.match(stdout, /2 layers: 0 lazy, 1 read and stored .*0 fetched and unpacked, 1 already here/);
+      assert.doesNotMatch(stderr, /layer 1\/2 \S+: fetching/);
+      const sums = await node.runScript(two.plain, 'sha256sum /base /mark');
+      const said = noiseSum(FILE_BYTES, 'base', '/base') + noiseSum(FILE_BYTES, bring.name, '/mark');
+      assert.equal(sums.stdout, said);
+      for (const name of [two.plain, brought]) await node.containerd.ctr(['image', 'rm', '--sync', name]);
+      await assertNothingLeft(node);
     }
   });
 });

@@ -14,12 +14,12 @@ export interface CriNode {
   stop(): Promise<void>;
 }
 
-/** Starts one; snapshot annotations are on. */
-export async function startCriNode(): Promise<CriNode> {
+/** Starts one; snapshot annotations are on. `config`: more of the product's. */
+export async function startCriNode(config: Readonly<Record<string, unknown>> = {}): Promise<CriNode> {
   let sandboxImage = '';
   const node = await LazyNode.start({
     // Bytes are counted: only what is read counts here.
-    config: { prefetch: { enabled: false } },
+    config: { prefetch: { enabled: false }, ...config },
     // CRI works in this namespace whatever it is told.
     containerd: { namespace: 'k8s.io' },
     prepare: async ({ registry }) => {

@@ -1,6 +1,6 @@
 // The manifest that holds the index blobs of one image, and the reports that `index` gives. Shared by publish.ts, which
 // indexes, and annotate.ts, which pushes re-annotated copies.
-import type { Digest } from '../../digest.ts';
+import { type Digest, isDigest } from '../../digest.ts';
 import {
   type Artifact,
   type ArtifactBlob,
@@ -16,7 +16,10 @@ import {
   INDEXED_LAYER_ANNOTATION,
   RESTART_LAYER_MEDIA_TYPE,
 } from './layer-index.ts';
-import type { Json, ManifestDescriptor, ParsedManifest } from './manifests.ts';
+import { type Json, type ManifestDescriptor, type ParsedManifest, parseManifest } from './manifests.ts';
+
+/** Referrers of one image that are looked at; more are somebody's mistake or attack. */
+const MAX_REFERRERS = 8;
 
 export interface ImageLocation {
   readonly repository: Repository;
@@ -111,4 +114,39 @@ export async function pushReferrer(
   const artifact = await pushArtifactManifest(repository, content, signal);
   await listAsReferrer(repository, artifact, content, signal);
   return artifact.digest;
+}
+
+/** What is listed of one layer. */
+export type ListedIndex = Required<Pick<LayerReport, 'index'>> & Pick<LayerReport, 'restart'>;
+
+/**
+ * The index blobs that artifacts beside the image manifest `subject` list, by layer; of several for one layer the first.
+ * Errors: those of Repository; REGISTRY_PROTOCOL for an artifact that is no manifest.
+ */
+export async function listedIndexes(
+  repository: Repository,
+  subject: Digest,
+  signal: AbortSignal,
+): Promise<Map<Digest, ListedIndex>> {
+  const found = new Map<Digest, ListedIndex>();
+  const referrers = await repository.referrers(subject, INDEX_ARTIFACT_TYPE, signal);
+  for (const { digest: artifact } of referrers.slice(0, MAX_REFERRERS)) {
+    const manifest = await repository.getManifest(artifact, signal);
+    const { layers } = parseManifest(manifest.bytes, `reading artifact ${artifact} from ${repository.name}`);
+    const ofLayers = (mediaType: string): Map<Digest, { digest: Digest; size: number }> => {
+      const blobs = new Map<Digest, { digest: Digest; size: number }>();
+      for (const { mediaType: type, digest, size, annotations } of layers) {
+        const layer = annotations?.[INDEXED_LAYER_ANNOTATION];
+        if (type !== mediaType || layer === undefined || !isDigest(layer) || blobs.has(layer)) continue;
+        blobs.set(layer, { digest, size });
+      }
+      return blobs;
+    };
+    const restarts = ofLayers(RESTART_LAYER_MEDIA_TYPE);
+    for (const [layer, index] of ofLayers(INDEX_LAYER_MEDIA_TYPE)) {
+      const restart = restarts.get(layer);
+      if (!found.has(layer)) found.set(layer, restart === undefined ? { index } : { index, restart });
+    }
+  }
+  return found;
 }

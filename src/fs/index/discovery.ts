@@ -2,20 +2,15 @@
 // per root. It decides from `index_trust` whether referrers are asked; it never reads a layer itself.
 import { mkdir, open, readFile, rename, rm } from 'node:fs/promises';
 import { dirname } from 'node:path';
-import { type Digest, digestOf, isDigest } from '../../digest.ts';
+import { type Digest, digestOf } from '../../digest.ts';
 import { DedupError, wrapError } from '../../errors.ts';
 import { orAborted } from '../../or-aborted.ts';
 import type { RootPaths } from '../../paths.ts';
 import type { Repository } from '../registry/blob-reader.ts';
+import { listedIndexes } from './artifact.ts';
 import { decodeLayerIndex } from './format.ts';
 import { MAX_INDEX_BYTES } from './format-limits.ts';
-import {
-  INDEX_ARTIFACT_TYPE,
-  INDEX_LAYER_MEDIA_TYPE,
-  INDEXED_LAYER_ANNOTATION,
-  type LayerIndex,
-} from './layer-index.ts';
-import { parseManifest } from './manifests.ts';
+import type { LayerIndex } from './layer-index.ts';
 
 /** A layer whose index is wanted. */
 export interface WantedIndex {
@@ -25,9 +20,6 @@ export interface WantedIndex {
 }
 
 export type IndexTrust = 'annotation' | 'local' | 'referrer';
-
-/** Referrers of one image that are looked at; more are somebody's mistake or attack. */
-const MAX_REFERRERS = 8;
 
 interface Fetch {
   readonly promise: Promise<LayerIndex>;
@@ -135,19 +127,9 @@ export class IndexCatalog {
    * trusted. Errors: those of Repository; REGISTRY_PROTOCOL for an artifact that is no manifest.
    */
   async referrerIndexes(subject: Digest, repository: Repository, signal: AbortSignal): Promise<Map<Digest, Digest>> {
-    const found = new Map<Digest, Digest>();
-    if (!this.#trust.has('referrer')) return found;
-    const referrers = await repository.referrers(subject, INDEX_ARTIFACT_TYPE, signal);
-    for (const { digest } of referrers.slice(0, MAX_REFERRERS)) {
-      const manifest = await repository.getManifest(digest, signal);
-      const { layers } = parseManifest(manifest.bytes, `reading artifact ${digest} from ${repository.name}`);
-      for (const blob of layers) {
-        const layer = blob.annotations?.[INDEXED_LAYER_ANNOTATION];
-        if (blob.mediaType !== INDEX_LAYER_MEDIA_TYPE || layer === undefined || !isDigest(layer)) continue;
-        if (!found.has(layer)) found.set(layer, blob.digest);
-      }
-    }
-    return found;
+    if (!this.#trust.has('referrer')) return new Map();
+    const listed = await listedIndexes(repository, subject, signal);
+    return new Map([...listed].map(([layer, { index }]) => [layer, index.digest]));
   }
 
   async #loadOnce(wanted: WantedIndex, repository: Repository, signal: AbortSignal): Promise<LayerIndex> {
