@@ -184,13 +184,15 @@ export class LayerIntake {
       throw new DedupError('LAYER_NOT_LAZY', reason);
     }
     let failure: unknown;
-    for (const source of wanted.sources) {
+    // An annotation names its index by digest, wherever that lies. A referrer is believed because it is in the image's own
+    // repository, which comes first; other repositories with the same layer are other people's.
+    for (const source of annotated ? wanted.sources : wanted.sources.slice(0, 1)) {
       const repository = this.#repository(source);
       try {
         const indexDigest = annotated
           ? parseDigest(key.index)
           : ((await this.#catalog.referrerIndexes(parseDigest(wanted.manifest), repository, signal)).get(digest) ??
-            (source === wanted.sources[0] ? await this.#knownIn(repository, key, signal) : undefined));
+            (await this.#knownIn(repository, key, signal)));
         if (indexDigest === undefined)
           throw new DedupError('LAYER_NOT_LAZY', 'no artifact in the registry has its index');
         const index = await this.#catalog.load({ layerDigest: digest, indexDigest }, repository, signal);

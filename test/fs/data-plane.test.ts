@@ -25,11 +25,13 @@ describe('DataPlane', { skip }, () => {
   /** Ends the registry's silence: everything is answered with 404. */
   const speak = Promise.withResolvers<void>();
   const asked = Promise.withResolvers<void>();
+  const paths: string[] = [];
 
   before(async () => {
     dir = await mkdtemp(join(tmpdir(), 'dedup-plane-'));
     registry = createServer((request, response) => {
       if (request.url !== '/v2/') asked.resolve();
+      paths.push(request.url ?? '');
       void speak.promise.then(() => response.writeHead(404).end());
     });
     await new Promise<void>((resolve) => registry.listen(0, '127.0.0.1', resolve));
@@ -108,6 +110,37 @@ describe('DataPlane', { skip }, () => {
     await plane.releaseImages([]);
     await plane.retainLayers([]);
     await assert.rejects(plane.prebuildImage([layer]), { code: 'NOT_FOUND' });
+  });
+
+  it('believes referrers of the repository that an image is pulled from, and of no other that has its layers', async () => {
+    speak.resolve();
+    const root = await mkdtemp(join(dir, 'referrers-'));
+    const config = parseConfig({
+      root: join(root, 'root'),
+      run_dir: join(root, 'run'),
+      index_trust: ['annotation', 'referrer'],
+    });
+    const trusting = await DataPlane.open({
+      config,
+      paths: new RootPaths(config.root),
+      run: new RunPaths(config.run_dir),
+      log: quiet,
+    });
+    try {
+      const answer = await trusting.prepareLayer({
+        layer: { digest: digestOf('a layer'), index: '', scope: '' },
+        sources: ['own', 'elsewhere'].map((repository) => ({ host, repository })),
+        manifest: digestOf('a manifest'),
+        siblings: [],
+        budget_ms: 5000,
+        size: 0,
+      });
+      assert.equal(answer.lazy, false);
+      assert.ok(paths.some((path) => path.startsWith('/v2/own/')));
+      assert.ok(!paths.some((path) => path.startsWith('/v2/elsewhere/')));
+    } finally {
+      await trusting.close();
+    }
   });
 
   it('numbers what is in the store and mounted, for the exporter', async () => {
