@@ -55,6 +55,7 @@ import type { LocalBlobs } from './registry/local-blobs.ts';
 import { RegistryPool, type RepositoryName } from './registry/pool.ts';
 import { Retention } from './retention.ts';
 import { collectGarbage, reportSpace } from './space-report.ts';
+import { SpareRoom } from './spare-room.ts';
 import { dataDeviceName, detachOrphans, imageDevices, imagesInUse } from './transport/erofs-mount.ts';
 import { inspectMachine } from './transport/machine.ts';
 import { chooseTransport, openTransport, type TransportChoice } from './transport/select.ts';
@@ -227,6 +228,11 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
       mounts: this.#mounts,
       warmed: () => this.warmUp.kept(),
     });
+    const spare = new SpareRoom({
+      directory: options.paths.chunks,
+      quotaBytes: store.quotaBytes,
+      presentBytes: () => store.presentBytes(),
+    });
     this.#ordinary = new OrdinaryLayers({
       store,
       intake: this.#intake,
@@ -235,6 +241,7 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
       leaveIndex: options.config.publish_index !== 'off',
       indexed: (manifest, source) => this.#indexed(manifest, source),
       gate: (signal) => idle.pass(signal),
+      requireRoom: (bytes) => spare.require(bytes),
       log: options.log,
     });
     this.#publisher = new IndexPublisher({
@@ -520,7 +527,8 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
     progress: (message: ConvertProgressMessage) => void,
     signal: AbortSignal,
   ): Promise<LayerKeyMessage> {
-    const { snapshot, directory, bottom, layer, manifest, sources, namespace, chain_id, parent_chain_id } = request;
+    const { snapshot, directory, bottom, layer, manifest, sources, namespace, chain_id, parent_chain_id, bytes } =
+      request;
     const row = await this.#ordinary.convert(
       {
         directory,
@@ -531,8 +539,9 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
         namespace,
         chainId: chain_id,
         parentChainId: bottom ? undefined : parent_chain_id,
+        bytes,
       },
-      (bytes, entries) => progress({ bytes, entries }),
+      progress,
       AbortSignal.any([signal, this.#stop.signal]),
     );
     return { digest: row.digest, index: row.indexDigest, scope: row.scope };
