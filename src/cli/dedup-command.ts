@@ -11,6 +11,10 @@ distinct chunk is kept once, whatever image brought it, and new containers read 
 layer is deleted once nothing uses it any more. "pause" ends the conversion under way, which starts over after "resume";
 it lasts over restarts. Both answer as "status" does.
 
+A layer for which there is no room waits until there is: 15 % of the disk, at least 256 MiB, are left for others, and so
+is what "quota_bytes" allows. Layers that are left as they are stay so over restarts; "resume" tries them again, too:
+after an upgrade of the kernel, say, or when there is more memory.
+
 Examples:
   dedup-snapshotter dedup status
   dedup-snapshotter dedup status --json | jq .pending
@@ -22,7 +26,7 @@ const METHODS = { status: 'Status', pause: 'Pause', resume: 'Resume' } as const;
 const DESCRIPTIONS: Readonly<Record<keyof typeof METHODS, string>> = {
   status: 'how many layers were converted, which one is under way, and what stays as it is',
   pause: 'convert nothing until "resume"',
-  resume: 'go on, and try again what was given up',
+  resume: 'go on, and try again what was given up or left as it is',
 };
 
 /** The status for people, a line each. */
@@ -30,7 +34,11 @@ export function statusLines(status: ConversionStatus): string[] {
   const { paused, waiting, pending, later, done, left, failed, current, directories } = status;
   const lines = [`conversions: ${paused ? 'paused' : waiting === '' ? 'on' : `waiting: ${waiting}`}`];
   if (current !== null) {
-    lines.push(`under way: ${current.name}, ${formatBytes(current.bytes)} in ${current.entries} entries so far`);
+    const { name, bytes, total, entries, held } = current;
+    const of = total === 0 ? '' : ` of about ${formatBytes(total)}`;
+    const inEntries = entries === 0 ? '' : ` in ${entries} entries`;
+    lines.push(`under way: ${name}, ${formatBytes(bytes)}${of} read${inEntries}`);
+    if (held !== '') lines.push(`  held up for a moment: ${held}`);
   }
   lines.push(`pending: ${pending}`, `done: ${done}`);
   if (later > 0) lines.push(`after the next start of the machine, because committed by hand: ${later}`);
@@ -38,7 +46,7 @@ export function statusLines(status: ConversionStatus): string[] {
     if (items.length > 0) lines.push(`${title}: ${items.length}`, ...items.map((item) => `  ${item}`));
   };
   list(
-    'left as they are',
+    'left as they are, until "resume"',
     left.map(({ name, reason }) => `${name}: ${reason}`),
   );
   list(

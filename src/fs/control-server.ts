@@ -16,6 +16,7 @@ import type { Logger } from '../log.ts';
 import { loadProto, serveOn } from '../protocol.ts';
 import { DEDUPD_PROTOCOL, HINT_METADATA } from '../protocol-version.ts';
 import { MiB } from '../units.ts';
+import { isNoSpareRoom } from './spare-room.ts';
 
 export interface LayerKeyMessage {
   readonly digest: string;
@@ -128,11 +129,14 @@ export interface ConvertLayerMessage {
   readonly namespace: string;
   readonly chain_id: string;
   readonly parent_chain_id: string;
+  readonly bytes: number;
 }
 
 export interface ConvertProgressMessage {
   readonly bytes: number;
   readonly entries: number;
+  readonly total: number;
+  readonly held: string;
 }
 
 /** proto/dedupd.proto, Below: a directory, or the layers of a merged image (bottom to top). */
@@ -368,7 +372,8 @@ function streaming<Request>(
         call.end();
       },
       (error: unknown) => {
-        log[abort.signal.aborted ? 'info' : 'warn']({ call: name, err: error }, 'call failed');
+        const level = isNoSpareRoom(error) ? 'debug' : abort.signal.aborted ? 'info' : 'warn';
+        log[level]({ call: name, err: error }, 'call failed');
         call.emit('error', toStatus(error));
       },
     );

@@ -161,7 +161,8 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
     progress: (message: ConvertProgressMessage) => void,
     signal: AbortSignal,
   ): Promise<LayerKeyMessage> {
-    const { snapshot, directory, bottom, layer, manifest, sources, namespace, chain_id, parent_chain_id } = request;
+    const { snapshot, directory, bottom, layer, manifest, sources, namespace, chain_id, parent_chain_id, bytes } =
+      request;
     const row = await this.#services.ordinary.convert(
       {
         directory,
@@ -172,8 +173,9 @@ export class DataPlane implements ControlledPlane, AsyncDisposable {
         namespace,
         chainId: chain_id,
         parentChainId: bottom ? undefined : parent_chain_id,
+        bytes,
       },
-      (bytes, entries) => progress({ bytes, entries }),
+      progress,
       AbortSignal.any([signal, this.#stop.signal]),
     );
     return { digest: row.digest, index: row.indexDigest, scope: row.scope };

@@ -8,7 +8,7 @@ import type { Logger } from '../log.ts';
 import { orAborted } from '../or-aborted.ts';
 import type { RootPaths } from '../paths.ts';
 import type { LayerRecord, LayerSourceName, LayerTrust } from './chunks/index-protocol.ts';
-import type { NodeStore } from './chunks/node-store.ts';
+import type { KeepChunksOptions, NodeStore } from './chunks/node-store.ts';
 import type { LayerKeyMessage, PrepareLayerMessage } from './control-server.ts';
 import { ExpectedLayers } from './expected-layers.ts';
 import type { MountableLayer } from './image-metadata.ts';
@@ -308,18 +308,29 @@ export class LayerIntake {
     return this.takeInBuilt(wanted, build, { forSnapshot, ofRegistry: true });
   }
 
-  /** The same for what `build` reads, in whatever form; `ofRegistry`: a layer that a registry may have. */
+  /**
+   * The same for what `build` reads, in whatever form; `ofRegistry`: a layer that a registry may have; `requireRoom`: nobody
+   * waits for it (KeepChunksOptions).
+   */
   async takeInBuilt(
     wanted: WantedLayer,
     build: BuildLayer,
-    { forSnapshot, ofRegistry }: { readonly forSnapshot: boolean; readonly ofRegistry: boolean },
+    {
+      forSnapshot,
+      ofRegistry,
+      requireRoom,
+    }: {
+      readonly forSnapshot: boolean;
+      readonly ofRegistry: boolean;
+      readonly requireRoom?: KeepChunksOptions['requireRoom'];
+    },
   ): Promise<LayerRecord> {
     const chunkBytes = this.#options.config.chunk_size;
     const sizes = { chunkBytes, pieceBytes: pieceBytesFor(chunkBytes) };
     // Files in one run each have no place before their size in the store is known.
     const keeper = this.#options.contiguousFiles
       ? undefined
-      : this.#store.keepChunks({ scope: wanted.key.scope, ...sizes });
+      : this.#store.keepChunks({ scope: wanted.key.scope, ...sizes, requireRoom });
     try {
       const { index, indexBlob, restartBlob } = await build(sizes, keeper?.onPiece);
       await keeper?.settled();

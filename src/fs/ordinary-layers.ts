@@ -14,6 +14,8 @@ import type { LocalBlobs } from './registry/local-blobs.ts';
 
 /** An unpacked layer, with what its client said of it; "" where it said nothing. */
 export interface OrdinaryLayer {
+  /** What its directory takes on the disk, and storing it may take; 0 when not known. */
+  readonly bytes: number;
   /** What containerd unpacked it into. */
   readonly directory: string;
   /** Names the snapshot: no other directory of this root ever has it. */
@@ -27,6 +29,18 @@ export interface OrdinaryLayer {
   readonly chainId: string;
   readonly parentChainId: string | undefined;
 }
+
+/** How far a layer has come; `total` is what `bytes` may come to, 0 when not known. */
+export interface OrdinaryLayerProgress {
+  readonly bytes: number;
+  readonly total: number;
+  /** Of the directory; 0 while a blob is read. */
+  readonly entries: number;
+  /** Why nothing is done at the moment; "" while something is. */
+  readonly held: string;
+}
+
+type Show = (change: Partial<OrdinaryLayerProgress>) => void;
 
 export type DirectoryReader = (options: {
   readonly directory: string;
@@ -51,8 +65,13 @@ export interface OrdinaryLayersOptions {
   readonly indexed: (manifest: Digest, source: LayerSourceName) => void;
   /** Holds the work back while somebody waits for this node. */
   readonly gate: (signal: AbortSignal) => Promise<void> | undefined;
+  /** Rejects where so many bytes more would take what is left for others. Errors: STORE_FULL. */
+  readonly requireRoom: (bytes: number) => Promise<void>;
   readonly log: Logger;
 }
+
+const NODE_IN_USE = 'somebody pulls, mounts or waits for a read';
+const ASKS_CONTAINERD = 'containerd is asked for its copy';
 
 export class OrdinaryLayers {
   readonly #options: OrdinaryLayersOptions;
@@ -63,19 +82,25 @@ export class OrdinaryLayers {
 
   /**
    * Stores the layer; when this returns all of it is on the disk, its row too, and the directory is needed no more. An
-   * interrupted call leaves nothing that counts: the next one begins anew, and writes only what is missing.
+   * interrupted call leaves nothing that counts: the next one begins anew, and writes only what is missing. Where there is no
+   * room for it nothing is read, and it takes nobody's.
    * Errors: LAYER_NOT_LAZY when it must stay as it is, NOT_FOUND for the directory, STORE_IO, STORE_FULL, CANCELLED.
    */
   async convert(
     layer: OrdinaryLayer,
-    progress: (bytes: number, entries: number) => void,
+    progress: (progress: OrdinaryLayerProgress) => void,
     signal: AbortSignal,
   ): Promise<LayerRecord> {
-    const { store } = this.#options;
+    const { store, requireRoom } = this.#options;
+    await requireRoom(layer.bytes);
+    let latest: OrdinaryLayerProgress = { bytes: 0, total: layer.bytes, entries: 0, held: '' };
+    const show: Show = (change) => {
+      latest = { ...latest, held: '', ...change };
+      progress(latest);
+    };
     // A piece that was here may have been taken away before the layer counted it: the second reading brings it back.
     for (let attempt = 1; ; attempt++) {
-      const row =
-        (await this.#fromBlob(layer, progress, signal)) ?? (await this.#fromDirectory(layer, progress, signal));
+      const row = (await this.#fromBlob(layer, show, signal)) ?? (await this.#fromDirectory(layer, show, signal));
       await store.flush();
       if (await store.confirmLayer(row.id)) {
         this.#options.intake.expected.forAMoment(row.id);
@@ -86,18 +111,16 @@ export class OrdinaryLayers {
   }
 
   /** Undefined when containerd does not have the layer, or it cannot be indexed. */
-  async #fromBlob(
-    layer: OrdinaryLayer,
-    progress: (bytes: number, entries: number) => void,
-    signal: AbortSignal,
-  ): Promise<LayerRecord | undefined> {
-    const { leaveIndex, blobs, intake, log } = this.#options;
+  async #fromBlob(layer: OrdinaryLayer, show: Show, signal: AbortSignal): Promise<LayerRecord | undefined> {
+    const { leaveIndex, blobs, intake, requireRoom, log } = this.#options;
     const { digest, namespace, sources, manifest } = layer;
     const [source] = sources;
     if (!leaveIndex || blobs === undefined || !isDigest(digest) || source === undefined) return undefined;
     try {
+      show({ held: ASKS_CONTAINERD });
       await using blob = await blobs(namespace, digest, signal);
       if (blob === undefined) return undefined;
+      show({ bytes: 0, total: blob.size });
       const wanted: WantedLayer = {
         key: { digest, index: '', scope: intake.scopeOf(source) },
         // Nobody has read from them yet.
@@ -109,19 +132,19 @@ export class OrdinaryLayers {
         wanted,
         async (sizes, onPiece) => {
           const built = await buildLayerIndex({
-            stream: this.#held(blob.stream, signal),
+            stream: this.#held(blob.stream, show, signal),
             layerDigest: digest,
             layerBytes: blob.size,
             ...sizes,
             onPiece,
-            onProgress: (bytes) => progress(bytes, 0),
+            onProgress: (bytes) => show({ bytes }),
             signal,
           });
           requireUnpacked(built, layer);
           requireSelfContained(built);
           return built;
         },
-        { forSnapshot: true, ofRegistry: true },
+        { forSnapshot: true, ofRegistry: true, requireRoom },
       );
       void intake.addProvenSources(row, sources); // Nobody waits for registries here.
       if (isDigest(manifest)) this.#options.indexed(manifest, source);
@@ -134,19 +157,23 @@ export class OrdinaryLayers {
     }
   }
 
-  async *#held(stream: AsyncIterable<Buffer>, signal: AbortSignal): AsyncGenerator<Buffer> {
+  /** As the gate; says so while it holds the work back. */
+  #gate(show: Show, signal: AbortSignal): Promise<void> | undefined {
+    const open = this.#options.gate(signal);
+    if (open !== undefined) show({ held: NODE_IN_USE });
+    return open;
+  }
+
+  async *#held(stream: AsyncIterable<Buffer>, show: Show, signal: AbortSignal): AsyncGenerator<Buffer> {
     for await (const bytes of stream) {
-      await this.#options.gate(signal);
+      await this.#gate(show, signal);
       yield bytes;
     }
   }
 
-  async #fromDirectory(
-    layer: OrdinaryLayer,
-    progress: (bytes: number, entries: number) => void,
-    signal: AbortSignal,
-  ): Promise<LayerRecord> {
-    const { intake } = this.#options;
+  async #fromDirectory(layer: OrdinaryLayer, show: Show, signal: AbortSignal): Promise<LayerRecord> {
+    const { intake, requireRoom } = this.#options;
+    show({ bytes: 0, total: layer.bytes });
     // Never the name of a blob of a registry: this content has no source.
     const identity = digestOf(`directory ${layer.name}`);
     const [source] = layer.sources;
@@ -157,7 +184,7 @@ export class OrdinaryLayers {
       reference: '',
     };
     const { directory } = layer;
-    const gate = (): Promise<void> | undefined => this.#options.gate(signal);
+    const gate = (): Promise<void> | undefined => this.#gate(show, signal);
     const build: BuildLayer = (sizes, onPiece) => {
       if (onPiece === undefined) throw new DedupError('LAYER_NOT_LAZY', 'kernels before 5.16 keep ordinary layers');
       return this.#options.readDirectory({
@@ -165,12 +192,12 @@ export class OrdinaryLayers {
         identity,
         ...sizes,
         onPiece,
-        onProgress: progress,
+        onProgress: (bytes, entries) => show({ bytes, entries }),
         gate,
         signal,
       });
     };
-    return await intake.takeInBuilt(wanted, build, { forSnapshot: true, ofRegistry: false });
+    return await intake.takeInBuilt(wanted, build, { forSnapshot: true, ofRegistry: false, requireRoom });
   }
 }
 

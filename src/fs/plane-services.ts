@@ -25,6 +25,7 @@ import type { PlaneResources } from './plane-resources.ts';
 import { ReferenceMounts } from './reference-mounts.ts';
 import type { LocalBlobs } from './registry/local-blobs.ts';
 import { Retention } from './retention.ts';
+import { SpareRoom } from './spare-room.ts';
 import { dataDeviceName } from './transport/erofs-mount.ts';
 
 /** A trace that its registry does not give by then comes too late for the start, milliseconds. */
@@ -94,6 +95,11 @@ export class PlaneServices {
       warmed: () => this.warmUp.kept(),
       suspend: (layerIds) => loader.suspend(layerIds),
     });
+    const spare = new SpareRoom({
+      directory: paths.chunks,
+      quotaBytes: store.quotaBytes,
+      presentBytes: () => store.presentBytes(),
+    });
     this.ordinary = new OrdinaryLayers({
       store,
       intake: this.intake,
@@ -102,6 +108,7 @@ export class PlaneServices {
       leaveIndex: config.publish_index !== 'off',
       indexed: (manifest, source) => this.#indexed(manifest, source),
       gate: (signal) => this.idle.pass(signal),
+      requireRoom: (bytes) => spare.require(bytes),
       log,
     });
     this.#publisher = new IndexPublisher({

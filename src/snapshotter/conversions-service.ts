@@ -2,6 +2,7 @@
 // grpc-server.ts on the socket of the snapshots service; keeps no state.
 import type { ServerUnaryCall, sendUnaryData, UntypedServiceImplementation } from '@grpc/grpc-js';
 import type { Logger } from 'pino';
+import type { ConverterStatus } from './converter.ts';
 import { serviceError } from './snapshots-service.ts';
 import type { Snapshotter } from './snapshotter.ts';
 
@@ -24,8 +25,14 @@ export interface ConversionStatus {
     readonly name: string;
     readonly bytes: number;
     readonly entries: number;
+    readonly total: number;
+    readonly held: string;
   } | null;
   readonly directories: readonly { readonly snapshot: number; readonly name: string; readonly reason: string }[];
+}
+
+function currentMessage({ id, ...progress }: NonNullable<ConverterStatus['current']>): ConversionStatus['current'] {
+  return { snapshot: id, ...progress };
 }
 
 async function statusMessage({ converter, leftovers }: Snapshotter): Promise<ConversionStatus> {
@@ -39,10 +46,7 @@ async function statusMessage({ converter, leftovers }: Snapshotter): Promise<Con
     ...status,
     left: left.map(named),
     failed: failed.map(({ id, attempts, reason, givenUp }) => ({ snapshot: id, attempts, reason, given_up: givenUp })),
-    current:
-      current === undefined
-        ? null
-        : { snapshot: current.id, name: current.name, bytes: current.bytes, entries: current.entries },
+    current: current === undefined ? null : currentMessage(current),
     directories: (await leftovers.waiting()).map(named),
   };
 }

@@ -1,11 +1,11 @@
 // Converts ordinary layers in the background, one at a time: dedupd cuts the directory that containerd unpacked into chunks,
 // and from then on new keys are given the layer instead. Started by Commit and at start; never called inside one of
 // containerd's transactions. Deletes nothing: leftover-directories.ts does.
-import { existsSync } from 'node:fs';
 import { lstat } from 'node:fs/promises';
 import type { Logger } from 'pino';
 import { DedupError, type ErrorCode, errorCode } from '../errors.ts';
 import type { RootPaths } from '../paths.ts';
+import { ConvertedChains } from './converted-chains.ts';
 import { diskUsage } from './disk-tree.ts';
 import { isErrno } from './errno.ts';
 import type { ConvertLayerArgs, ConvertProgress, ImageMounter, LayerKey, Source } from './images.ts';
@@ -19,6 +19,7 @@ import {
 } from './labels.ts';
 import type { Metastore } from './metastore-client.ts';
 import type { ConversionCounts } from './metastore-conversions.ts';
+import { RoomWaits } from './room-waits.ts';
 import type { SnapshotRecord } from './snapshot-record.ts';
 
 export interface ConverterSettings {
@@ -38,7 +39,7 @@ export interface ConverterOptions extends ConverterSettings {
   readonly sourceOf: (reference: string) => Source;
   /** Writes what is known of a snapshot beside it. */
   readonly describe: (snapshot: SnapshotRecord) => Promise<void>;
-  /** Called when a layer was converted: its directory may go, or the layer, when its snapshot was removed meanwhile. */
+  /** Called when a layer was converted and an image made of it: its directory may go; or the layer, removed meanwhile. */
   readonly onConverted: () => void;
   readonly log: Logger;
 }
@@ -48,7 +49,7 @@ export interface ConverterStatus extends ConversionCounts {
   /** Why nothing is under way although something is pending; "" when there is no reason. */
   readonly waiting: string;
   readonly current: (ConvertProgress & { readonly id: number; readonly name: string }) | undefined;
-  /** Pending ones that failed: tried again later, or at the next start of the service when `givenUp`. */
+  /** Layers, or images of converted ones, that failed: tried again later, or at the next start when `givenUp`. */
   readonly failed: readonly {
     readonly id: number;
     readonly attempts: number;
@@ -71,22 +72,20 @@ const LONGEST_RETRY_MS = 60_000;
 const ATTEMPTS = 5;
 const PAUSED = 'conversions.paused';
 
-/** Failures that say nothing of the layer: dedupd is away, stopping, older than us, or has no room. */
+/** Failures that say nothing of any layer: dedupd is away, stopping, or older than us. */
 const NOT_ITS_FAULT: ReadonlySet<ErrorCode> = new Set([
   'UNAVAILABLE',
   'CANCELLED',
   'DEADLINE',
   'CLOSED',
   'UNIMPLEMENTED',
-  'STORE_FULL',
 ]);
-
-/** Failures of building an image that say that it can never be built. */
-const UNUSABLE: ReadonlySet<ErrorCode> = new Set(['IMAGE_INVALID', 'INDEX_INVALID', 'LAYER_INVALID']);
 
 export class Converter {
   readonly #options: ConverterOptions;
   readonly #failures = new Map<number, Failure>();
+  readonly #room: RoomWaits;
+  readonly #chains: ConvertedChains;
   #running: Promise<void> | undefined;
   /** Something may have come up while a round was ending. */
   #again = false;
@@ -99,23 +98,34 @@ export class Converter {
   #closed = false;
 
   constructor(options: ConverterOptions) {
+    const { paths, metastore, images, describe, onConverted, retryMs = RETRY_MS, log } = options;
     this.#options = options;
+    this.#room = new RoomWaits(retryMs);
+    this.#chains = new ConvertedChains({ paths, metastore, images, describe, onProven: onConverted, retryMs, log });
   }
 
   /** Goes on where an earlier service ended. Errors: STORE_IO. */
   async start(): Promise<void> {
     this.#paused = (await this.#options.metastore.setting(PAUSED)) === '1';
-    this.kick();
+    // Also where nothing is converted any more: what was may still have its directory.
+    this.#wakeIn(this.#options.delayMs ?? DELAY_MS);
   }
 
   /** Says that there may be something to convert; it is looked for a little later. */
   kick(): void {
-    this.#wakeIn(this.#options.delayMs ?? DELAY_MS);
+    if (this.#options.off === undefined) this.#wakeIn(this.#options.delayMs ?? DELAY_MS);
+  }
+
+  /** Room may have come up on the disk. */
+  spaceGivenBack(): void {
+    if (this.#room.lookAgain()) this.kick();
   }
 
   /** Ends the conversion of a snapshot that was removed. */
   removed(id: number): void {
     this.#failures.delete(id);
+    this.#room.forget(id);
+    this.#chains.removed(id);
     if (this.#current?.id === id) this.#current.abort.abort();
   }
 
@@ -123,15 +133,18 @@ export class Converter {
   async pause(): Promise<void> {
     await this.#options.metastore.changeSetting(PAUSED, '1');
     this.#paused = true;
-    this.#current?.abort.abort();
+    this.#abort();
     await this.#running;
   }
 
-  /** Goes on; what was given up is tried again. Errors: STORE_IO. */
+  /** Goes on; what was given up is tried again, and what was left: its reason may have passed. Errors: STORE_IO. */
   async resume(): Promise<void> {
     await this.#options.metastore.changeSetting(PAUSED, '0');
+    await this.#options.metastore.retryLeft();
     this.#paused = false;
     this.#failures.clear();
+    this.#room.clear();
+    this.#chains.retry();
     this.#away = undefined;
     this.#wakeIn(0);
   }
@@ -141,7 +154,7 @@ export class Converter {
    * their directories are there. They are converted anew. Answers how many. Errors: STORE_IO.
    */
   async takeBack(layers: readonly LayerKey[]): Promise<number> {
-    const count = await this.#makeOrdinary(layers, ({ id, name }) => {
+    const count = await this.#chains.makeOrdinary(layers, ({ id, name }) => {
       this.#options.log.warn({ id, name }, 'dedupd has forgotten a converted layer, it is an ordinary one again');
     });
     if (count > 0) this.kick();
@@ -154,14 +167,17 @@ export class Converter {
     return {
       ...counts,
       paused: this.#paused,
-      waiting: this.#options.off ?? this.#away?.reason ?? '',
+      waiting: this.#options.off ?? this.#away?.reason ?? (current === undefined ? this.#room.reason : ''),
       current: current === undefined ? undefined : { id: current.id, name: current.name, ...current.progress },
-      failed: [...this.#failures].map(([id, { attempts, reason }]) => ({
-        id,
-        attempts,
-        reason,
-        givenUp: attempts >= ATTEMPTS,
-      })),
+      failed: [
+        ...[...this.#failures].map(([id, { attempts, reason }]) => ({
+          id,
+          attempts,
+          reason,
+          givenUp: attempts >= ATTEMPTS,
+        })),
+        ...[...this.#chains.unbuilt].map(([id, { attempts, reason, givenUp }]) => ({ id, attempts, reason, givenUp })),
+      ],
     };
   }
 
@@ -169,13 +185,18 @@ export class Converter {
   async close(): Promise<void> {
     this.#closed = true;
     clearTimeout(this.#timer);
-    this.#current?.abort.abort();
+    this.#abort();
     await this.#running;
+  }
+
+  #abort(): void {
+    this.#current?.abort.abort();
+    this.#chains.abort();
   }
 
   #wakeIn(delayMs: number): void {
     const atMs = performance.now() + delayMs;
-    if (this.#closed || this.#options.off !== undefined || atMs >= this.#timerAtMs) return;
+    if (this.#closed || atMs >= this.#timerAtMs) return;
     clearTimeout(this.#timer);
     this.#timerAtMs = atMs;
     this.#timer = setTimeout(() => {
@@ -192,12 +213,19 @@ export class Converter {
     });
   }
 
+  #stopped(): boolean {
+    return this.#closed || this.#paused;
+  }
+
   async #rounds(): Promise<void> {
     while (this.#again && !this.#closed) {
       this.#again = false;
       try {
-        while (!this.#closed && !this.#paused) {
-          const next = await this.#next();
+        while (!this.#stopped()) {
+          // While the directories are there, and so that the next Prepare does not pay for it.
+          const againMs = await this.#chains.prove(() => this.#stopped());
+          if (againMs !== undefined) this.#wakeIn(againMs);
+          const next = this.#stopped() || this.#options.off !== undefined ? undefined : await this.#next();
           if (next === undefined) break;
           await this.#convert(next);
         }
@@ -220,8 +248,9 @@ export class Converter {
     for (const { id, parentId } of await this.#options.metastore.pendingConversions()) {
       const failure = this.#failures.get(id);
       if (failure !== undefined && failure.attempts >= ATTEMPTS) continue;
-      const early = failure !== undefined && failure.notBeforeMs > now;
-      if (early) this.#wakeIn(failure.notBeforeMs - now);
+      const notBeforeMs = Math.max(failure?.notBeforeMs ?? 0, this.#room.notBeforeMs(id) ?? 0);
+      const early = notBeforeMs > now;
+      if (early) this.#wakeIn(notBeforeMs - now);
       if (early || (parentId !== undefined && waiting.has(parentId))) {
         waiting.add(id);
         continue;
@@ -236,12 +265,14 @@ export class Converter {
     const { id, name } = snapshot;
     const { log } = this.#options;
     const abort = new AbortController();
-    const current = { id, name, abort, progress: { bytes: 0, entries: 0 } };
+    const progress: ConvertProgress = { bytes: 0, entries: 0, total: 0, held: '' };
+    const current = { id, name, abort, progress };
     this.#current = current;
     try {
-      await this.#rememberUsage(snapshot);
-      if (this.#closed || this.#paused) return;
-      const args = this.#arguments(snapshot);
+      const bytes = await this.#rememberUsage(snapshot);
+      current.progress = { ...progress, total: bytes };
+      if (this.#stopped()) return;
+      const args = this.#arguments(snapshot, this.#room.needed(id, bytes));
       log.debug({ id, name }, 'conversion of an ordinary layer begins');
       const layer = await this.#options.images.convertLayer(
         args,
@@ -252,30 +283,32 @@ export class Converter {
       );
       this.#away = undefined;
       this.#failures.delete(id);
-      await this.#switch(snapshot, layer, args, abort.signal);
+      this.#room.forget(id);
+      await this.#switch(snapshot, layer, args);
     } catch (error) {
       if (abort.signal.aborted)
         this.#options.onConverted(); // dedupd may have stored it all the same.
-      else await this.#failed(snapshot, error);
+      else await this.#failed(snapshot, error, current.progress.bytes > 0);
     } finally {
       this.#current = undefined;
     }
   }
 
-  /** What Usage answers must not change; containerd may not have asked yet. Errors: LAYER_NOT_LAZY without a directory. */
-  async #rememberUsage({ id, usage }: SnapshotRecord): Promise<void> {
+  /** What Usage answers must not change; containerd may not have asked yet. Its bytes. Errors: LAYER_NOT_LAZY without a directory. */
+  async #rememberUsage({ id, usage }: SnapshotRecord): Promise<number> {
     const { paths, metastore } = this.#options;
     const directory = paths.snapshotFs(id);
     await lstat(directory).catch((error: unknown) => {
       if (!isErrno(error, 'ENOENT')) throw error;
       throw new DedupError('LAYER_NOT_LAZY', `its directory ${directory} is gone`);
     });
-    if (usage !== undefined) return;
+    if (usage !== undefined) return usage.bytes;
     const { bytes, inodes } = await diskUsage(directory);
     await metastore.setUsage(id, bytes, inodes);
+    return bytes;
   }
 
-  #arguments({ id, name, parentId, parent, labels }: SnapshotRecord): ConvertLayerArgs {
+  #arguments({ id, name, parentId, parent, labels }: SnapshotRecord, bytes: number): ConvertLayerArgs {
     const { paths, sourceOf, log } = this.#options;
     const sources: Source[] = [];
     const reference = labels[LABEL_IMAGE_REF] ?? '';
@@ -294,16 +327,12 @@ export class Converter {
       namespace: namespaceOf(name) ?? '',
       chainId: chainIdOf(name) ?? '',
       parentChainId: chainIdOf(parent) ?? '',
+      bytes,
     };
   }
 
   /** From here on new keys are given the layer. Errors: STORE_IO. */
-  async #switch(
-    { id, name }: SnapshotRecord,
-    layer: LayerKey,
-    args: ConvertLayerArgs,
-    signal: AbortSignal,
-  ): Promise<void> {
+  async #switch({ id, name }: SnapshotRecord, layer: LayerKey, args: ConvertLayerArgs): Promise<void> {
     const { metastore, describe, onConverted, log } = this.#options;
     const converted = await metastore.convert(id, layer);
     if (converted === undefined) return onConverted(); // Removed meanwhile: nobody names the layer, dedupd drops it.
@@ -311,62 +340,24 @@ export class Converter {
     if (args.layer === layer.digest)
       for (const source of args.sources) await metastore.addSource(layer.digest, source, true);
     log.info({ id, name, layer: layer.digest }, 'ordinary layer converted, new containers read it from the store');
-    // While the directories are there.
-    for (const layers of await metastore.lazyChainsWith(id)) await this.#prebuild(layers, signal);
-    onConverted();
   }
 
-  /** So that the next Prepare does not pay for it. Nobody waits for it once the signal is aborted. */
-  async #prebuild(layers: readonly LayerKey[], signal: AbortSignal): Promise<void> {
-    if (signal.aborted) return;
-    const { promise: ended, resolve } = Promise.withResolvers<void>();
-    signal.addEventListener('abort', () => resolve(), { once: true });
-    try {
-      await Promise.race([this.#options.images.prebuildImage(layers), ended]);
-    } catch (error) {
-      if (UNUSABLE.has(errorCode(error))) {
-        await this.#leaveAll(layers, error instanceof Error ? error.message : String(error));
-        return;
-      }
-      // It is built when it is mounted, and whoever mounts it is told.
-      this.#options.log.debug({ err: error }, 'the image of converted layers could not be built ahead');
-    }
-  }
-
-  /** No image can be made of these layers: those that were converted are the ordinary ones again that they were. */
-  async #leaveAll(layers: readonly LayerKey[], reason: string): Promise<void> {
-    const { metastore, log } = this.#options;
-    await this.#makeOrdinary(layers, async ({ id, name }) => {
-      await metastore.leave(id, reason);
-      log.error({ id, name, reason }, 'no image can be made of a converted layer, it is left as it was');
-    });
-  }
-
-  /** Makes those of these layers that were converted, and whose directories are there, ordinary again; how many. */
-  async #makeOrdinary(
-    layers: readonly LayerKey[],
-    made: (ordinary: SnapshotRecord) => void | Promise<void>,
-  ): Promise<number> {
-    const { metastore, paths, describe } = this.#options;
-    let count = 0;
-    for (const { id } of await metastore.convertedAs(layers)) {
-      const ordinary = existsSync(paths.snapshotFs(id)) ? await metastore.takeBack(id) : undefined;
-      if (ordinary === undefined) continue;
-      count++;
-      await made(ordinary);
-      await describe(ordinary);
-    }
-    return count;
-  }
-
-  async #failed({ id, name }: SnapshotRecord, error: unknown): Promise<void> {
+  /** `begun`: some of it had been read. */
+  async #failed({ id, name }: SnapshotRecord, error: unknown, begun: boolean): Promise<void> {
     const { metastore, retryMs = RETRY_MS, log } = this.#options;
     const code = errorCode(error);
     const reason = error instanceof Error ? error.message : String(error);
     if (code === 'LAYER_NOT_LAZY') {
       this.#failures.delete(id);
+      this.#room.forget(id);
       await metastore.leave(id, reason);
       log.info({ id, name, reason }, 'an ordinary layer is left as it is');
+      return;
+    }
+    if (code === 'STORE_FULL') {
+      this.#away = undefined;
+      const fresh = this.#room.add(id, reason.replace(/^dedupd: /u, ''), begun);
+      if (fresh || begun) log.info({ id, name, reason, begun }, 'an ordinary layer waits for room');
       return;
     }
     const nowMs = performance.now();

@@ -259,9 +259,9 @@ export class DedupdClient implements ImageMounter {
       { ...args, chain_id: chainId, parent_chain_id: parentChainId },
       signal,
     );
-    for await (const { bytes, entries, done, layer } of messages) {
+    for await (const { done, layer, ...progress } of messages) {
       if (done && layer !== null) return layer;
-      onProgress({ bytes, entries });
+      onProgress(progress);
     }
     throw new DedupError('INTERNAL', 'dedupd ended a conversion without an answer');
   }

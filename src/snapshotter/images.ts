@@ -75,6 +75,8 @@ export interface ConvertLayerArgs {
   readonly chainId: string;
   /** Of those below it; "" when there are none, or it is not known. */
   readonly parentChainId: string;
+  /** There must be room for so many bytes, or nothing is read. */
+  readonly bytes: number;
 }
 
 /** Layers that no snapshot names and that dedupd keeps for the time being: proto/dedupd.proto, RetainLayersResponse. */
@@ -87,7 +89,12 @@ export interface WaitingLayers {
 /** How far a conversion has come: what was read so far. */
 export interface ConvertProgress {
   readonly bytes: number;
+  /** Of the directory; 0 while a compressed layer is read. */
   readonly entries: number;
+  /** What `bytes` comes to, about; 0 when not known. */
+  readonly total: number;
+  /** Why nothing is done at the moment; "" while something is. */
+  readonly held: string;
 }
 
 export interface ImageMounter {
@@ -109,7 +116,8 @@ export interface ImageMounter {
   layerUsage(layer: LayerKey): Promise<{ bytes: number; inodes: number }>;
   /**
    * Reads an unpacked layer, stores its content, and answers what it is from now on: once all of it is on the disk, since
-   * the directory is deleted afterwards. The signal ends it and leaves nothing.
+   * the directory is deleted afterwards. The signal ends it and leaves nothing. STORE_FULL without any progress: nothing was
+   * read, because there is no room.
    * Errors: LAYER_NOT_LAZY when it can never be done; STORE_FULL, STORE_IO, UNAVAILABLE, CANCELLED, UNIMPLEMENTED.
    */
   convertLayer(

@@ -11,7 +11,7 @@ import type { ImageMounter, LayerKey } from './images.ts';
 import { syncInfoFile } from './info-file.ts';
 import type { Metastore } from './metastore-client.ts';
 import { mountedDirectories } from './mount-users.ts';
-import type { SnapshotRecord } from './snapshot-record.ts';
+import type { DirectoryState, SnapshotRecord } from './snapshot-record.ts';
 
 export interface LeftoverDirectoriesOptions {
   readonly paths: RootPaths;
@@ -32,6 +32,13 @@ export interface WaitingDirectory {
   readonly reason: string;
 }
 
+/** Why it is still there, where nothing else is known. */
+const STATES: Readonly<Record<DirectoryState, string>> = {
+  unproven: 'stays until an image was made of the layer',
+  waits: 'is looked at in the next Cleanup',
+  goes: 'is being deleted',
+};
+
 /** How long a pass waits for a moment in which nobody prepares a snapshot, milliseconds. */
 const GATE_PATIENCE_MS = 10_000;
 
@@ -50,10 +57,7 @@ export class LeftoverDirectories {
     return left.map(({ id, name, state, heldBy }) => ({
       id,
       name,
-      reason:
-        heldBy === undefined
-          ? (this.#reasons.get(id) ?? (state === 'goes' ? 'is being deleted' : 'is looked at in the next Cleanup'))
-          : `was given to ${heldBy}`,
+      reason: heldBy === undefined ? (this.#reasons.get(id) ?? STATES[state]) : `was given to ${heldBy}`,
     }));
   }
 
@@ -92,7 +96,7 @@ export class LeftoverDirectories {
     const asked = await gate.exclusive(async () => {
       for (const { id, state, heldBy } of await metastore.leftoverDirectories()) {
         if (state === 'goes') going.push(id);
-        else if (heldBy === undefined) free.push(id);
+        else if (state === 'waits' && heldBy === undefined) free.push(id);
       }
     }, GATE_PATIENCE_MS);
     if (!asked || free.length === 0) return going;

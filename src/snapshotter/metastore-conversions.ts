@@ -3,7 +3,7 @@
 import type { LayerKey } from './images.ts';
 import { MetastoreDatabase, type Row, record, SELECT } from './metastore-database.ts';
 import type { Lower } from './mounts.ts';
-import type { SnapshotRecord } from './snapshot-record.ts';
+import type { DirectoryState, SnapshotRecord } from './snapshot-record.ts';
 
 /** How far the conversions of ordinary layers have come. */
 export interface ConversionCounts {
@@ -19,7 +19,7 @@ export interface ConversionCounts {
 export interface LeftoverDirectory {
   readonly id: number;
   readonly name: string;
-  readonly state: 'waits' | 'goes';
+  readonly state: DirectoryState;
   /** A key that was given it as a lower directory. */
   readonly heldBy: string | undefined;
 }
@@ -51,18 +51,44 @@ export class ConversionMetastore extends MetastoreDatabase {
   }
 
   /**
-   * Makes an ordinary snapshot one whose content is `layer`. Its directory is remembered until it is gone. Undefined, and
-   * nothing done, when it is not to be converted any more.
+   * Makes an ordinary snapshot one whose content is `layer`. Its directory is remembered until it is gone, and none of its
+   * chain goes before proven(). Undefined, and nothing done, when it is not to be converted any more.
    */
   convert(id: number, layer: LayerKey): SnapshotRecord | undefined {
-    const { changes } = this.sql(
-      `UPDATE snapshots SET layer_digest = ?, layer_index = ?, layer_scope = ?, conversion = 'done', directory = 'waits'
-       WHERE id = ? AND conversion = 'pending'`,
-    ).run(layer.digest, layer.index, layer.scope, id);
-    return changes === 0 ? undefined : this.byId(id);
+    return this.db.transaction(() => {
+      const { changes } = this.sql(
+        `UPDATE snapshots SET layer_digest = ?, layer_index = ?, layer_scope = ?, conversion = 'done', directory = 'waits'
+         WHERE id = ? AND conversion = 'pending'`,
+      ).run(layer.digest, layer.index, layer.scope, id);
+      if (changes === 0) return undefined;
+      this.sql(
+        `WITH RECURSIVE
+           above(id) AS (
+             SELECT ? UNION SELECT s.id FROM snapshots s JOIN above ON s.parent = above.id WHERE s.kind = 'committed'
+           ),
+           below(id) AS (
+             SELECT ? UNION SELECT s.parent FROM snapshots s JOIN below ON s.id = below.id WHERE s.parent IS NOT NULL
+           )
+         UPDATE snapshots SET unproven = 1
+         WHERE directory = 'waits' AND id IN (SELECT id FROM above UNION SELECT id FROM below)`,
+      ).run(id, id);
+      return this.byId(id);
+    })();
   }
 
-  /** Leaves an ordinary snapshot as it is, for good. */
+  /** Converted snapshots whose directories are kept until an image was made of them, the oldest first. */
+  unproven(): number[] {
+    return this.sql("SELECT id FROM snapshots WHERE unproven = 1 AND directory = 'waits' ORDER BY id")
+      .pluck()
+      .all() as number[];
+  }
+
+  /** The directory of a converted snapshot may go. */
+  proven(id: number): void {
+    this.sql('UPDATE snapshots SET unproven = 0 WHERE id = ?').run(id);
+  }
+
+  /** Leaves an ordinary snapshot as it is, until retryLeft(). */
   leave(id: number, reason: string): void {
     this.sql("UPDATE snapshots SET conversion = 'left', left_because = ? WHERE id = ? AND conversion = 'pending'").run(
       reason,
@@ -70,11 +96,17 @@ export class ConversionMetastore extends MetastoreDatabase {
     );
   }
 
+  /** What was left may be converted after all; how many. */
+  retryLeft(): number {
+    return this.sql("UPDATE snapshots SET conversion = 'pending', left_because = NULL WHERE conversion = 'left'").run()
+      .changes;
+  }
+
   /** Makes a converted snapshot the ordinary one it was; undefined when its directory is not kept any more. */
   takeBack(id: number): SnapshotRecord | undefined {
     const { changes } = this.sql(
       `UPDATE snapshots SET layer_digest = NULL, layer_index = NULL, layer_scope = NULL, conversion = 'pending',
-         directory = NULL WHERE id = ? AND directory = 'waits'`,
+         directory = NULL, unproven = 0 WHERE id = ? AND directory = 'waits'`,
     ).run(id);
     return changes === 0 ? undefined : this.byId(id);
   }
@@ -146,7 +178,7 @@ export class ConversionMetastore extends MetastoreDatabase {
   }
 
   /**
-   * Gives up a directory that no key was given. On disk when it returns, with everything before it: a directory must not be
+   * Gives up a directory that no key was given, and of whose layer images can be made. On disk when it returns, with everything before it: a directory must not be
    * gone whose snapshot is an ordinary one again after a power cut. False, and nothing done, when it is needed.
    */
   giveUpDirectory(id: number): boolean {
@@ -155,7 +187,7 @@ export class ConversionMetastore extends MetastoreDatabase {
       return this.db.transaction(() => {
         if (this.#holders().has(id)) return false;
         const { changes } = this.sql(
-          "UPDATE snapshots SET directory = 'goes' WHERE id = ? AND directory = 'waits'",
+          "UPDATE snapshots SET directory = 'goes' WHERE id = ? AND directory = 'waits' AND unproven = 0",
         ).run(id);
         return changes > 0;
       })();

@@ -25,10 +25,11 @@ export interface Row {
   unpacked: number;
   boot: string | null;
   conversion: ConversionState | null;
-  directory: DirectoryState | null;
+  directory: Exclude<DirectoryState, 'unproven'> | null;
+  unproven: number;
 }
 
-const SCHEMA_VERSION = 2;
+const SCHEMA_VERSION = 3;
 /** Schema 1. */
 const FIRST_SCHEMA = `
 CREATE TABLE snapshots (
@@ -73,6 +74,14 @@ ALTER TABLE snapshots ADD COLUMN directory TEXT CHECK (directory IN ('waits', 'g
 CREATE INDEX snapshots_conversion ON snapshots(conversion, id) WHERE conversion IS NOT NULL;
 CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 `;
+/**
+ * Schema 3: no image may be possible of what was converted. `unproven` is 1 for a directory that waits and may not go before
+ * the image of its chain was built.
+ */
+const PROOFS = `
+ALTER TABLE snapshots ADD COLUMN unproven INTEGER NOT NULL DEFAULT 0;
+UPDATE snapshots SET unproven = 1 WHERE directory = 'waits';
+`;
 export const SELECT = 'SELECT s.*, p.name AS parent_name FROM snapshots s LEFT JOIN snapshots p ON p.id = s.parent';
 
 export function record(row: Row): SnapshotRecord {
@@ -93,7 +102,7 @@ export function record(row: Row): SnapshotRecord {
     usage: row.usage_bytes === null ? undefined : { bytes: row.usage_bytes, inodes: row.usage_inodes ?? 0 },
     origin: row.boot === null ? undefined : { unpacked: row.unpacked === 1, boot: row.boot },
     conversion: row.conversion ?? undefined,
-    directory: row.directory ?? undefined,
+    directory: row.unproven === 1 && row.directory === 'waits' ? 'unproven' : (row.directory ?? undefined),
   };
 }
 
@@ -149,13 +158,16 @@ export class MetastoreDatabase {
 
   #migrate(version: number): void {
     if (version < 1) this.db.exec(FIRST_SCHEMA);
-    this.db.exec(CONVERSIONS);
-    // Who committed them, and when, was not written down: as if by hand, in this boot.
-    this.db
-      .prepare(
-        "UPDATE snapshots SET conversion = 'pending', boot = ? WHERE kind = 'committed' AND layer_digest IS NULL",
-      )
-      .run(this.boot);
+    if (version < 2) {
+      this.db.exec(CONVERSIONS);
+      // Who committed them, and when, was not written down: as if by hand, in this boot.
+      this.db
+        .prepare(
+          "UPDATE snapshots SET conversion = 'pending', boot = ? WHERE kind = 'committed' AND layer_digest IS NULL",
+        )
+        .run(this.boot);
+    }
+    this.db.exec(PROOFS);
     this.db.pragma(`user_version = ${SCHEMA_VERSION}`);
   }
 

@@ -86,8 +86,8 @@ export class SqliteMetastore extends ConversionMetastore {
       const now = wallClockMs();
       this.sql(
         `INSERT INTO snapshots (id, name, kind, parent, labels, ref, created, updated, lowers, layer_digest, layer_index,
-           layer_scope, usage_bytes, usage_inodes, unpacked, boot, conversion, directory)
-         VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
+           layer_scope, usage_bytes, usage_inodes, unpacked, boot, conversion, directory, unproven)
+         VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
       ).run(
         snapshot.id,
         snapshot.name,
@@ -106,7 +106,8 @@ export class SqliteMetastore extends ConversionMetastore {
         origin?.unpacked === true ? 1 : 0,
         origin?.boot ?? null,
         conversion ?? (ordinary ? 'pending' : null),
-        directory ?? null,
+        directory === 'unproven' ? 'waits' : (directory ?? null),
+        directory === 'unproven' ? 1 : 0,
       );
       return this.get(snapshot.name);
     })();

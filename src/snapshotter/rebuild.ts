@@ -10,7 +10,7 @@ import type { NewSnapshot } from './snapshot-record.ts';
 /** A converted snapshot, with what has become of its directory. It is whole as long as it has its name. */
 function withDirectory(paths: RootPaths, snapshot: NewSnapshot | undefined): NewSnapshot | undefined {
   if (snapshot?.conversion !== 'done') return snapshot;
-  if (existsSync(paths.snapshotFs(snapshot.id))) return { ...snapshot, directory: 'waits' };
+  if (existsSync(paths.snapshotFs(snapshot.id))) return { ...snapshot, directory: 'unproven' };
   return existsSync(paths.snapshotGoing(snapshot.id)) ? { ...snapshot, directory: 'goes' } : snapshot;
 }
 

@@ -30,8 +30,11 @@ export function requireMove(snapshot: { name: string; kind: SnapshotKind }, move
  */
 export type ConversionState = 'pending' | 'left' | 'done';
 
-/** The directory of a converted layer: may still be in use, or is being deleted. Absent once it is gone. */
-export type DirectoryState = 'waits' | 'goes';
+/**
+ * The directory of a converted layer: stays until it is known that an image can be made of the layer, may still be in use,
+ * is being deleted. Absent once it is gone.
+ */
+export type DirectoryState = 'unproven' | 'waits' | 'goes';
 
 /** How a committed snapshot that is no remote one came about. */
 export interface Origin {

@@ -234,7 +234,7 @@ export class Snapshotter {
   cleanup(): Promise<string | undefined> {
     clearTimeout(this.#cleanupTimer);
     this.#cleanupAtMs = Number.POSITIVE_INFINITY;
-    return this.#cleaner.run();
+    return this.#cleaner.run().finally(() => this.converter.spaceGivenBack());
   }
 
   /** Waits for what is under way. Closes neither the metastore nor the mounter. Idempotent. */

@@ -12,6 +12,8 @@ import { commitByHand, unpack } from '../support/ordinary-layers.ts';
 import { Product } from '../support/product.ts';
 import { TestService } from '../support/snapshots-service.ts';
 
+const LONG = { bytes: 3 * 1024 * 1024, entries: 42, total: 7 * 1024 * 1024 };
+
 const PROGRAM = join(import.meta.dirname, '..', '..', 'src', 'dedup-snapshotter.ts');
 
 describe('dedup', () => {
@@ -39,7 +41,7 @@ describe('dedup', () => {
       if (layer === digestOf('left')) throw new DedupError('LAYER_NOT_LAZY', 'it redirects directories');
       if (layer === digestOf('bad')) throw new DedupError('STORE_IO', 'no luck');
       if (layer !== digestOf('long')) return;
-      onProgress({ bytes: 3 * 1024 * 1024, entries: 42 });
+      onProgress({ ...LONG, held: 'somebody pulls' });
       await goOn.promise;
     };
     const done = await unpack(service.client, 'done');
@@ -53,11 +55,12 @@ describe('dedup', () => {
     const directory = `  ${done}: is looked at in the next Cleanup`;
     const whole = [
       'conversions: on',
-      `under way: ${long}, 3.0 MiB in 42 entries so far`,
+      `under way: ${long}, 3.0 MiB of about 7.0 MiB read in 42 entries`,
+      '  held up for a moment: somebody pulls',
       'pending: 2',
       'done: 1',
       'after the next start of the machine, because committed by hand: 1',
-      'left as they are: 1',
+      'left as they are, until "resume": 1',
       `  ${left}: it redirects directories`,
       'failed: 1',
       `  snapshot ${bad}: no luck (attempt 1)`,
@@ -73,7 +76,7 @@ describe('dedup', () => {
         2,
         1,
         1,
-        { snapshot: (await service.metastore.get(long)).id, name: long, bytes: 3 * 1024 * 1024, entries: 42 },
+        { snapshot: (await service.metastore.get(long)).id, name: long, ...LONG, held: 'somebody pulls' },
         'it redirects directories',
         false,
       ],
@@ -85,6 +88,8 @@ describe('dedup', () => {
     images.whileConverting = async () => {};
     assert.equal(JSON.parse((await dedup('resume', '--json')).stdout).paused, false);
     await waitFor('the bad one', async () => (await service.metastore.pendingConversions()).length === 0);
+    // What was left, too: its reason may have passed.
+    assert.equal((await service.metastore.get(left)).conversion, 'done');
   });
 
   test('a service that does not run is told, with what to do', async () => {

@@ -1,4 +1,5 @@
 import assert from 'node:assert/strict';
+import { statfsSync } from 'node:fs';
 import { mkdir, mkdtemp, readFile, rm, symlink, writeFile } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
@@ -6,12 +7,12 @@ import { afterEach, beforeEach, describe, it } from 'node:test';
 import { gzipSync } from 'node:zlib';
 import { parseConfig } from '../../src/config.ts';
 import { digestOf } from '../../src/digest.ts';
-import type { ConvertLayerMessage } from '../../src/fs/control-server.ts';
+import type { ConvertLayerMessage, ConvertProgressMessage } from '../../src/fs/control-server.ts';
 import { DataPlane } from '../../src/fs/data-plane.ts';
 import type { LocalBlobs } from '../../src/fs/registry/local-blobs.ts';
 import { RootPaths, RunPaths } from '../../src/paths.ts';
 import { isRoot } from '../../src/runtime.ts';
-import { GiB } from '../../src/units.ts';
+import { GiB, MiB } from '../../src/units.ts';
 import { run } from '../support/containerd.ts';
 import { noise, prose, quiet } from '../support/lazy-store.ts';
 import { tarOf } from '../support/tar.ts';
@@ -27,6 +28,7 @@ describe('ordinary layers', { skip }, () => {
   let plane: DataPlane;
   /** Blobs of a containerd that is not there: namespace and digest, as asked for. */
   let asked: string[];
+  const undo: (() => Promise<unknown>)[] = [];
   const content = new Map<string, Buffer>();
 
   const blobs: LocalBlobs = async (namespace, digest) => {
@@ -56,6 +58,7 @@ describe('ordinary layers', { skip }, () => {
 
   afterEach(async () => {
     await plane?.close();
+    for (const step of undo.splice(0)) await step();
     await rm(dir, { recursive: true, force: true });
   });
 
@@ -76,6 +79,7 @@ describe('ordinary layers', { skip }, () => {
     namespace: 'default',
     chain_id: '',
     parent_chain_id: '',
+    bytes: 0,
   });
 
   /** The same tree as a blob that containerd has. */
@@ -211,6 +215,77 @@ describe('ordinary layers', { skip }, () => {
     const { present_bytes: once } = await plane.stats();
     await plane.convertLayer({ ...plain(), snapshot: 2 }, nothing, NOBODY);
     assert.equal((await plane.stats()).present_bytes, once);
+  });
+
+  /** The root on a disk of its own. */
+  async function onDisk(mib: number): Promise<string> {
+    await plane.close();
+    const root = join(dir, 'root');
+    await rm(root, { recursive: true });
+    await mkdir(root);
+    await run('truncate', ['-s', `${mib}M`, join(dir, 'disk')]);
+    await run('mkfs.ext4', ['-q', '-b', '4096', '-m', '0', join(dir, 'disk')]);
+    await run('mount', ['-o', 'loop', join(dir, 'disk'), root]);
+    undo.push(async () => {
+      await plane.close();
+      await run('umount', [root]);
+    });
+    await open();
+    return root;
+  }
+
+  it('are not begun where there is no room for them', async () => {
+    const root = await onDisk(512);
+    const before = statfsSync(root).bavail;
+    const seen: unknown[] = [];
+    const large = { ...plain(), bytes: 300 * MiB };
+    await assert.rejects(
+      plane.convertLayer(large, (step) => seen.push(step), NOBODY),
+      { code: 'STORE_FULL', message: /^no room: 300\.0 MiB needed, \d+\.\d MiB free beside the 256\.0 MiB / },
+    );
+    assert.deepEqual(seen, []);
+    assert.equal(statfsSync(root).bavail, before);
+    await plane.close();
+    await open({ quota_bytes: 8 * MiB });
+    const message = 'no room in quota_bytes: 9.0 MiB needed, 8.0 MiB free';
+    await assert.rejects(plane.convertLayer({ ...plain(), bytes: 9 * MiB }, nothing, NOBODY), { message });
+    await plane.close();
+    await open();
+    await assertShows(await plane.convertLayer({ ...plain(), bytes: 9 * MiB }, nothing, NOBODY));
+  });
+
+  it('stop where their room is taken meanwhile: others keep theirs, and what was written is given back', async () => {
+    const root = await onDisk(512);
+    const other = await plane.convertLayer(plain(), nothing, NOBODY);
+    const { present_bytes } = await plane.stats();
+    const large = join(dir, 'large-layer');
+    await mkdir(large);
+    await run('sh', ['-c', `head -c ${300 * MiB} /dev/urandom > ${large}/random`]);
+    const freeBytes = () => statfsSync(root).bavail * 4096;
+    let lowest = freeBytes();
+    const progress = () => {
+      lowest = Math.min(lowest, freeBytes());
+    };
+    const request = { ...plain(), snapshot: 2, directory: large };
+    for (const bytes of [0, 8 * MiB]) {
+      // Its size is not known, or more than was said.
+      await assert.rejects(plane.convertLayer({ ...request, bytes }, progress, NOBODY), { code: 'STORE_FULL' });
+      assert.ok(lowest > 240 * MiB && lowest < 300 * MiB, `${lowest / MiB} MiB`);
+    }
+    assert.equal((await plane.stats()).present_bytes, present_bytes);
+    await assertShows(other);
+  });
+
+  it('say what they come to, and why nothing is done while the node is in use', async () => {
+    const seen: ConvertProgressMessage[] = [];
+    const layer = { ...(await inContent()), bytes: 9 * MiB };
+    const mounts = setInterval(() => void plane.mountImage([], true, []).catch(nothing), 5);
+    setTimeout(() => clearInterval(mounts), 500);
+    await plane.convertLayer(layer, (step) => seen.push(step), NOBODY);
+    const blob = content.values().next().value?.length;
+    assert.deepEqual(seen[0], { bytes: 0, total: 9 * MiB, entries: 0, held: 'containerd is asked for its copy' });
+    assert.deepEqual([seen.at(-1)?.total, seen.at(-1)?.held], [blob, '']);
+    assert.ok(seen.some(({ held }) => held === 'somebody pulls, mounts or waits for a read'));
   });
 
   it('of which the file system cannot show a part are left alone, by name', async () => {

@@ -39,6 +39,9 @@ describe('ordinary layers are converted', () => {
   const idOf = async (name: string): Promise<number> => (await service.metastore.get(name)).id;
   const isConverted = async (name: string) => (await service.metastore.get(name)).conversion === 'done';
   const converted = (name: string) => waitFor(`the conversion of ${name}`, () => isConverted(name));
+  /** Its image was made, too: the directory may go. */
+  const proven = (name: string) =>
+    waitFor(`the image of ${name}`, async () => (await service.metastore.get(name)).directory === 'waits');
   const status = () => service.snapshotter.converter.status();
   /** Lower directories of a new key; snapshots by name, merged images as "image". */
   async function below(key: string, parent: string): Promise<string[]> {
@@ -73,6 +76,7 @@ describe('ordinary layers are converted', () => {
       namespace: 'ns',
       chainId: chainOf('a'),
       parentChainId: '',
+      bytes: (await service.metastore.get(a)).usage?.bytes,
     });
     assert.equal(above?.bottom, false);
     assert.deepEqual([plain?.layer, plain?.manifest, plain?.sources], ['', '', []]);
@@ -194,15 +198,16 @@ describe('ordinary layers are converted', () => {
 
   test('a restart in the middle starts the conversion over', async () => {
     const begun = Promise.withResolvers<void>();
+    const progress = { bytes: 700, entries: 3, total: 900, held: '' };
     images.whileConverting = async (_args, onProgress, signal) => {
-      onProgress({ bytes: 700, entries: 3 });
+      onProgress(progress);
       begun.resolve();
       await new Promise((_, reject) => signal.addEventListener('abort', () => reject(new Error('ended'))));
     };
     const a = await unpack(service.client, 'a');
     await begun.promise;
     const { current, pending } = await status();
-    assert.deepEqual([current, pending], [{ id: await idOf(a), name: a, bytes: 700, entries: 3 }, 1]);
+    assert.deepEqual([current, pending], [{ id: await idOf(a), name: a, ...progress }, 1]);
     images.whileConverting = async () => {};
     await service.restart();
     await converted(a);
@@ -314,8 +319,146 @@ describe('ordinary layers are converted', () => {
     await converted(a);
     const { waiting, failed } = await status();
     assert.deepEqual([full, waiting, failed], [4, '', []]);
-    // Once for each reason.
-    assert.equal(lines.filter(({ msg }) => msg === 'ordinary layers are converted later').length, 2);
+    assert.equal(lines.filter(({ msg }) => msg === 'ordinary layers are converted later').length, 1);
+  });
+
+  const noRoom = () => new DedupError('STORE_FULL', 'dedupd: no room: 9.0 GiB needed, 1.0 GiB free');
+  const asked = (name: string) => images.converted.filter(({ layer }) => layer === digestOf(name));
+
+  test('a layer for which there is no room waits without being read, what lies on it too, and others go on', async () => {
+    images.whileConverting = async ({ layer }) => {
+      if (layer === digestOf('large')) throw noRoom();
+    };
+    const large = await unpack(service.client, 'large');
+    const above = await unpack(service.client, 'above', large);
+    const other = await unpack(service.client, 'other');
+    await converted(other);
+    await waitFor('a few looks', () => asked('large').length >= 4);
+    const { waiting, pending, failed, current } = await status();
+    assert.deepEqual(
+      { waiting, pending, failed, current },
+      { waiting: 'no room: 9.0 GiB needed, 1.0 GiB free', pending: 2, failed: [], current: undefined },
+    );
+    assert.equal(asked('above').length, 0);
+    assert.equal(lines.filter(({ msg }) => msg === 'an ordinary layer waits for room').length, 1);
+    const { usage } = await service.metastore.get(large);
+    assert.deepEqual(new Set(asked('large').map(({ bytes }) => bytes)), new Set([usage?.bytes]));
+    images.whileConverting = async () => {};
+    await converted(above);
+    assert.equal((await status()).waiting, '');
+  });
+
+  test('pauses between two looks for room grow, and end when space was given back', async () => {
+    await service.stop();
+    service = await TestService.start({ ...options, convert: { delayMs: 5, retryMs: 600_000 } });
+    images.whileConverting = async () => {
+      throw noRoom();
+    };
+    const a = await unpack(service.client, 'a');
+    await waitFor('the first look', async () => (await status()).waiting !== '');
+    await unpack(service.client, 'b', a);
+    await new Promise((resolve) => setTimeout(resolve, 50));
+    assert.equal(images.converted.length, 1);
+    images.whileConverting = async () => {};
+    await service.client.cleanup();
+    await converted(a);
+  });
+
+  test('a layer that was stopped for room in the middle must find more of it, and is not read again soon', async () => {
+    const stopped: number[] = [];
+    images.whileConverting = async ({ bytes }, onProgress) => {
+      stopped.push(bytes, performance.now());
+      if (stopped.length > 4) return;
+      onProgress({ bytes: 1, entries: 1, total: bytes, held: '' });
+      throw noRoom();
+    };
+    const a = await unpack(service.client, 'a');
+    await waitFor('the first reading', () => stopped.length > 0);
+    await service.client.cleanup();
+    await converted(a);
+    const bytes = (await service.metastore.get(a)).usage?.bytes ?? 0;
+    const [first, firstMs = 0, second, secondMs = 0, third, thirdMs = 0] = stopped;
+    assert.deepEqual([first, second, third], [bytes, 2 * bytes, 4 * bytes]);
+    // The first pause is 5 ms.
+    assert.ok(secondMs - firstMs >= 290 && thirdMs - secondMs >= 590, `${stopped}`);
+  });
+
+  test('what was left is tried again after resume: the reason may have passed', async () => {
+    images.whileConverting = async () => {
+      throw new DedupError('LAYER_NOT_LAZY', 'kernels before 5.16 keep ordinary layers');
+    };
+    const a = await unpack(service.client, 'a');
+    await waitFor('it to be left', async () => (await status()).left.length === 1);
+    images.whileConverting = async () => {};
+    await service.snapshotter.converter.resume();
+    await converted(a);
+    assert.deepEqual((await status()).left, []);
+  });
+
+  for (const restarted of [false, true]) {
+    const when = restarted ? ', also after a restart in between' : '';
+    test(`directories stay while their image is built ahead, and are used again when it cannot be${when}`, async () => {
+      const building = Promise.withResolvers<void>();
+      const goOn = Promise.withResolvers<void>();
+      images.whileBuilding = () => {
+        building.resolve();
+        return goOn.promise;
+      };
+      const a = await unpack(service.client, 'a');
+      await converted(a);
+      await building.promise;
+      await service.client.cleanup();
+      assert.ok(existsSync(service.paths.snapshotFs(await idOf(a))));
+      const [waiting] = await service.snapshotter.leftovers.waiting();
+      assert.equal(waiting?.reason, 'stays until an image was made of the layer');
+      if (restarted) {
+        await service.down();
+        await service.up();
+        await service.client.cleanup();
+        assert.ok(existsSync(service.paths.snapshotFs(await idOf(a))));
+      }
+      images.unbuildable = new DedupError('IMAGE_INVALID', 'too many directories in its path');
+      goOn.resolve();
+      await waitFor('it to be left', async () => (await status()).left.length === 1);
+      await service.client.cleanup();
+      assert.deepEqual(await below('key', a), [a]);
+      assert.match((await status()).left[0]?.reason ?? '', /too many directories/);
+    });
+  }
+
+  test('directories of layers below stay, too, while the image of what was converted on them is built', async () => {
+    images.whileConverting = async ({ layer }) => {
+      if (layer === digestOf('b')) throw new DedupError('UNAVAILABLE', 'not yet');
+    };
+    const a = await unpack(service.client, 'a');
+    const b = await unpack(service.client, 'b', a);
+    await converted(a);
+    images.unbuildable = new DedupError('IMAGE_INVALID', 'too many directories in its path');
+    const goOn = Promise.withResolvers<void>();
+    images.whileBuilding = () => goOn.promise;
+    images.whileConverting = async () => {};
+    await converted(b);
+    await service.client.cleanup();
+    goOn.resolve();
+    await waitFor('both to be left', async () => (await status()).left.length === 2);
+    assert.deepEqual(await below('key', b), [b, a]);
+  });
+
+  test('directories stay while their image cannot be built for a reason that may pass', async () => {
+    images.unbuildable = new DedupError('STORE_IO', 'the disk is tired');
+    const a = await unpack(service.client, 'a');
+    await converted(a);
+    await waitFor('it to be given up', async () => (await status()).failed[0]?.givenUp === true);
+    await service.client.cleanup();
+    assert.ok(existsSync(service.paths.snapshotFs(await idOf(a))));
+    assert.match((await status()).failed[0]?.reason ?? '', /no image was made of it yet: the disk is tired/);
+    images.unbuildable = undefined;
+    await service.snapshotter.converter.resume();
+    await waitFor('its directory to go', async () => {
+      await service.client.cleanup();
+      return !existsSync(service.paths.snapshotFs(await idOf(a)));
+    });
+    assert.deepEqual((await status()).failed, []);
   });
 
   test('a layer that dedupd forgot is a directory again, and converted anew', async () => {
@@ -340,7 +483,7 @@ describe('ordinary layers are converted', () => {
 
   test('a forgotten layer whose directory is gone says what to do', async () => {
     const a = await unpack(service.client, 'a', '', {});
-    await converted(a);
+    await proven(a);
     await service.client.cleanup();
     assert.ok(!existsSync(service.paths.snapshotFs(await idOf(a))));
     images.forgotten.add(digestOf(`directory ${await idOf(a)}`));
@@ -380,6 +523,7 @@ describe('ordinary layers are converted', () => {
       const b = await unpack(service.client, 'b', a);
       const hand = await commitByHand(service.client, 'hand', b);
       await converted(b);
+      for (const name of [a, b]) await proven(name);
       const key = await service.client.prepare('key', hand);
       if (gone) await service.client.cleanup();
       assert.equal(existsSync(service.paths.snapshotFs(await idOf(a))), !gone);
@@ -391,8 +535,11 @@ describe('ordinary layers are converted', () => {
       assert.deepEqual(await below('next', b), ['image']);
       const { pending, later, done } = await status();
       assert.deepEqual({ pending, later, done }, { pending: 0, later: 1, done: 2 });
-      await service.client.cleanup();
-      assert.deepEqual(await readdir(service.paths.snapshot(await idOf(a))), ['info.json']);
+      // Where the directories are there, an image is made first: nobody remembers whether it was.
+      await waitFor('its directory to go', async () => {
+        await service.client.cleanup();
+        return (await readdir(service.paths.snapshot(await idOf(a)))).join() === 'info.json';
+      });
       assert.deepEqual(images.converted, []);
     });
   }

@@ -165,7 +165,7 @@ describe('the client of dedupd', () => {
       convertLayer: async (request, progress, signal) => {
         seen.push(request);
         if (request.layer === 'left') throw new DedupError('LAYER_NOT_LAZY', 'metacopy');
-        progress({ bytes: 2 ** 40, entries: 5 });
+        progress({ bytes: 2 ** 40, entries: 5, total: 2 ** 41, held: 'somebody reads' });
         if (request.layer !== 'long') return { ...layer, digest: request.layer };
         await new Promise<void>((resolve) => signal.addEventListener('abort', () => resolve()));
         ended.resolve();
@@ -183,6 +183,7 @@ describe('the client of dedupd', () => {
       namespace: 'k8s.io',
       chainId: 'c',
       parentChainId: 'p',
+      bytes: 2 ** 41,
     };
     const dedupd = connect();
     const steps: unknown[] = [];
@@ -195,7 +196,7 @@ describe('the client of dedupd', () => {
     };
     const stays = new AbortController().signal;
     assert.deepEqual(await convert('sha256:d', stays), layer);
-    assert.deepEqual(steps, [{ bytes: 2 ** 40, entries: 5 }]);
+    assert.deepEqual(steps, [{ bytes: 2 ** 40, entries: 5, total: 2 ** 41, held: 'somebody reads' }]);
     const { chainId, parentChainId, ...same } = args;
     assert.deepEqual(seen, [{ ...same, chain_id: chainId, parent_chain_id: parentChainId }]);
     await assert.rejects(convert('left', stays), code('LAYER_NOT_LAZY', /metacopy/));

@@ -38,7 +38,7 @@ describe('directories of converted layers', { skip }, () => {
   const idOf = async (name: string): Promise<number> => (await service.metastore.get(name)).id;
   const directoryOf = async (name: string): Promise<string> => service.paths.snapshotFs(await idOf(name));
   const converted = (name: string) =>
-    waitFor(`conversion of ${name}`, async () => (await service.metastore.get(name)).conversion === 'done');
+    waitFor(`conversion of ${name}`, async () => (await service.metastore.get(name)).directory === 'waits');
   const there = async (...names: string[]): Promise<boolean[]> =>
     Promise.all(names.map(async (name) => existsSync(await directoryOf(name))));
   const reasons = async (): Promise<Record<string, string>> =>

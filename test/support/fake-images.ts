@@ -35,6 +35,8 @@ export class FakeImages implements ImageMounter {
   readonly prebuilt: string[][] = [];
   /** Thrown by prebuildImage. */
   unbuildable: DedupError | undefined;
+  /** Awaited inside prebuildImage. */
+  whileBuilding: () => Promise<void> = async () => {};
   /** Digests of layers that it does not know any more. */
   readonly forgotten = new Set<string>();
   /** Awaited inside convertLayer, before the directory is read. */
@@ -129,6 +131,7 @@ export class FakeImages implements ImageMounter {
   async prebuildImage(layers: readonly LayerKey[]): Promise<void> {
     this.#requireUp();
     this.prebuilt.push(layers.map(({ digest }) => digest));
+    await this.whileBuilding();
     if (this.unbuildable !== undefined) throw this.unbuildable;
   }
 

@@ -2,7 +2,7 @@
 // given addresses, and stores them. Made by NodeStore.keepChunks; whoever reads the layer gives it every piece, adds the
 // layer at the end, and disposes of it in any case.
 import { DedupError } from '../../errors.ts';
-import { MiB } from '../../units.ts';
+import { BLOCK_BYTES, MiB, roundUp } from '../../units.ts';
 import { allZero, type IndexedPiece, type OnPiece } from '../index/chunker.ts';
 import { chunkName } from '../index/zero-digests.ts';
 import type { PieceToStore } from './store-types.ts';
@@ -13,6 +13,8 @@ export interface KeepingStore {
   hold(digests: Uint8Array, lengths: Uint32Array): Promise<Float64Array>;
   isPresent(address: number, length: number): boolean;
   store(source: Uint8Array, pieces: readonly PieceToStore[]): Promise<Uint8Array>;
+  /** Asked before so many bytes are stored; absent: whatever is left may be taken. Errors: STORE_FULL. */
+  requireRoom?: ((bytes: number) => Promise<void>) | undefined;
   /** Lets go of every chunk held; what no layer counts is freed. */
   release(): Promise<void>;
 }
@@ -57,6 +59,8 @@ export class ChunkKeeper implements AsyncDisposable {
   /** Memory of batches that have been stored. */
   readonly #spare: Buffer[] = [];
   readonly #underWay = new Set<Promise<void>>();
+  /** What batches on their way to the disk take there. */
+  #writingBytes = 0;
   #failure: unknown;
   /** Bytes written because they were not here, and bytes that were. */
   storedBytes = 0;
@@ -171,11 +175,23 @@ export class ChunkKeeper implements AsyncDisposable {
         storedBytes += length;
       }
     }
-    const stored = await this.#store.store(bytes, pieces);
+    const stored = await this.#storeWhereRoom(bytes, pieces);
     if (!stored.every((good) => good === 1)) {
       throw new DedupError('STORE_IO', 'bytes of a layer changed between being named and being stored');
     }
     this.storedBytes += storedBytes;
+  }
+
+  async #storeWhereRoom(bytes: Buffer, pieces: readonly PieceToStore[]): Promise<Uint8Array> {
+    const takes = pieces.reduce((sum, { length }) => sum + roundUp(length, BLOCK_BYTES), 0);
+    this.#writingBytes += takes;
+    try {
+      // What the batch before it takes may not be counted yet.
+      if (takes > 0) await this.#store.requireRoom?.(this.#writingBytes);
+      return await this.#store.store(bytes, pieces);
+    } finally {
+      this.#writingBytes -= takes;
+    }
   }
 
   /** Waits for what is under way and lets go of the chunks. Idempotent. Errors: STORE_IO. */

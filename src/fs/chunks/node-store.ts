@@ -19,6 +19,7 @@ import { DEFAULT_STORE_BYTES, FIRST_CHUNK_ADDRESS, STORE_HEAD_BYTES, STORE_TAIL_
 import { StoreSpace } from './store-space.ts';
 import type {
   AddLayerOptions,
+  KeepChunksOptions,
   NodeStoreOptions,
   NodeStoreStats,
   PieceToStore,
@@ -29,6 +30,7 @@ import { Touched } from './touched.ts';
 
 export type {
   AddLayerOptions,
+  KeepChunksOptions,
   NodeStoreOptions,
   NodeStoreStats,
   PieceToStore,
@@ -292,10 +294,11 @@ export class NodeStore {
    * Keeps the chunks of a layer that is being read, from before its index is known until the layer is added or the keeper
    * is disposed of: then what no layer counts is freed. For layouts that need no contiguous files.
    */
-  keepChunks(options: { scope: string; chunkBytes: number; pieceBytes: number }): ChunkKeeper {
+  keepChunks(options: KeepChunksOptions): ChunkKeeper {
     this.#mustBeOpen();
     const hold = ++this.#lastHold;
-    const { scope, pieceBytes } = options;
+    const { scope, pieceBytes, requireRoom } = options;
+    const mayEvict = requireRoom === undefined;
     return new ChunkKeeper(
       {
         hold: (digests, lengths) =>
@@ -306,7 +309,8 @@ export class NodeStore {
             return (await this.#changes.givingAddresses(blockBytes(lengths), giving)).addresses;
           }),
         isPresent: (address, length) => this.isPresent(address, length),
-        store: (source, pieces) => this.store(source, pieces),
+        requireRoom,
+        store: (source, pieces) => this.store(source, pieces, { mayEvict }),
         release: () => this.#releaseHold(hold),
       },
       options,
@@ -421,6 +425,11 @@ export class NodeStore {
     return this.#space.quotaBytes;
   }
 
+  /** What counts against the quota. */
+  presentBytes(): number {
+    return this.#space.presentBytes();
+  }
+
   /** Bytes that the store and its sums take on the disk. Errors: STORE_IO. */
   diskBytes(): Promise<number> {
     return this.#file.diskBytes();
@@ -458,17 +467,21 @@ export class NodeStore {
   /**
    * Verifies pieces that lie in `source` and stores the good ones; they are present when this returns.
    * Returns one byte per piece: 1 stored, 0 the bytes do not have their digest.
-   * On a full disk others are evicted for them, where there are any that can be fetched again.
+   * On a full disk others are evicted for them, where there are any that can be fetched again, unless `mayEvict` is false.
    * Errors: STORE_IO, STORE_FULL (then none of the pieces is counted as present by the caller), CLOSED.
    */
-  async store(source: Uint8Array, pieces: readonly PieceToStore[]): Promise<Uint8Array> {
+  async store(
+    source: Uint8Array,
+    pieces: readonly PieceToStore[],
+    { mayEvict } = { mayEvict: true },
+  ): Promise<Uint8Array> {
     this.#mustBeOpen();
     if (pieces.length === 0) return new Uint8Array(0);
     try {
       return await this.#space.whileWriting(pieces, () => this.#store(source, pieces));
     } catch (error) {
       const bytes = pieces.reduce((sum, { length }) => sum + length, 0);
-      if (errorCode(error) !== 'STORE_FULL' || !(await this.#space.makeRoom(bytes))) throw error;
+      if (errorCode(error) !== 'STORE_FULL' || !mayEvict || !(await this.#space.makeRoom(bytes))) throw error;
       return await this.#space.whileWriting(pieces, () => this.#store(source, pieces));
     }
   }

@@ -58,6 +58,18 @@ export interface AddLayerOptions {
   readonly contiguousFiles: boolean;
 }
 
+/** How the chunks of a layer are kept while it is read. */
+export interface KeepChunksOptions {
+  readonly scope: string;
+  readonly chunkBytes: number;
+  readonly pieceBytes: number;
+  /**
+   * For a layer that nobody waits for: asked before so many bytes are stored; where it rejects, or the disk is full,
+   * nothing is stored, and nobody's pieces are evicted for it. Absent: on a full disk others are.
+   */
+  readonly requireRoom?: ((bytes: number) => Promise<void>) | undefined;
+}
+
 /** A layer and the store address of every chunk of its table (0: a zero chunk without a place). */
 export interface StoredLayer {
   readonly layerId: number;

@@ -2,7 +2,7 @@
 // between, what is present is right.
 import assert from 'node:assert/strict';
 import { execFileSync } from 'node:child_process';
-import { copyFileSync, statfsSync, writeFileSync } from 'node:fs';
+import { copyFileSync, statfsSync, statSync, truncateSync, writeFileSync } from 'node:fs';
 import { cp, mkdir, mkdtemp, open, rm, stat, writeFile } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
@@ -14,6 +14,7 @@ import { FIRST_CHUNK_ADDRESS, HEADER_ADDRESS } from '../../../src/fs/chunks/stor
 import { native } from '../../../src/fs/native.ts';
 import { isRoot } from '../../../src/runtime.ts';
 import { GiB, KiB, MiB } from '../../../src/units.ts';
+import { indexOf } from '../../support/build-index.ts';
 import {
   LoaderRig,
   layerOf,
@@ -23,6 +24,7 @@ import {
   type StoredTestLayer,
   type TestLayer,
 } from '../../support/lazy-store.ts';
+import { tarOf } from '../../support/tar.ts';
 
 const sizes = { spanBytes: 128 * KiB, chunkBytes: 512 * KiB, pieceBytes: 64 * KiB } as const;
 const code = (expected: string) => (error: unknown) => error instanceof DedupError && error.code === expected;
@@ -620,6 +622,18 @@ describe('eviction', () => {
     assert.equal(await mustBeRight(test, here), 64);
     await rm(filler);
     change(test, 'UPDATE sources SET layer_id = -layer_id');
+    fill();
+    // What nobody waits for takes nobody's place, whether its room is counted right or not.
+    truncateSync(filler, statSync(filler).size - 2 * MiB);
+    {
+      await using keeper = test.node.store.keepChunks({ scope: '', ...sizes, requireRoom: async () => {} });
+      const tar = tarOf([{ name: 'f', content: noise('background', 3 * MiB) }]);
+      await assert.rejects(
+        indexOf(tar, { ...sizes, onPiece: keeper.onPiece }).then(() => keeper.settled()),
+        code('STORE_FULL'),
+      );
+    }
+    assert.equal(await mustBeRight(test, here), 64);
     fill();
     await new Promise((resolve) => setTimeout(resolve, 1_100)); // The failure is remembered for a second.
     await test.mustEqual(stored);
