@@ -28,6 +28,8 @@ export interface SpaceCampaignResult {
   half: number;
   hydrated: number;
   direct: number;
+  /** Of them, out of layers that containerd unpacked and the store took over since. */
+  converted: number;
   starts: number;
   removals: number;
   kills: number;
@@ -104,7 +106,7 @@ export class SpaceCampaign {
     this.#options = options;
     const seed = options.seed ?? randomInt(2 ** 31);
     this.#random = seededRandom(seed);
-    const served = { directory: 0, half: 0, hydrated: 0, direct: 0 };
+    const served = { directory: 0, half: 0, hydrated: 0, direct: 0, converted: 0 };
     const done = { starts: 0, removals: 0, kills: 0, killsUnnoticed: 0, collections: 0, evictions: 0 };
     this.#result = { seed, reads: 0, eio: 0, ...served, ...done, wrong: [] };
   }
@@ -210,6 +212,7 @@ export class SpaceCampaign {
   async #read(target: Target, file: number): Promise<void> {
     const served = await this.#served(target);
     if (served !== undefined) this.#result[served]++;
+    if (target.way === 'converted' && served !== undefined && served !== 'directory') this.#result.converted++;
     this.#judge(target, file, await sumOfFile(`/proc/${target.pid}/root/data/f${file}`), false);
   }
 
