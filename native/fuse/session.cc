@@ -72,7 +72,11 @@ Session::Session(SessionArgs args) : args_(std::move(args)) {
     hidden = true;
     forbid_flush();
   } catch (...) {
-    if (!hidden) ::umount2(directory, MNT_DETACH);
+    if (!hidden) {
+      // Nobody has opened a file of it: it goes with the mount, and its number may be another session's at once.
+      connection_ = 0;
+      ::umount2(directory, MNT_DETACH);
+    }
     close();
     throw;
   }

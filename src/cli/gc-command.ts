@@ -23,10 +23,10 @@ Examples:
 /** From then on it is said what takes so long. */
 const SHOW_AFTER_MS = 2_000;
 
-/** Bytes that the file system below `root` has free. */
+/** Bytes that the file system below `root` has free; 0 when it does not say. */
 async function freeBytes(root: string): Promise<number> {
-  const { bavail, bsize } = await statfs(root);
-  return bavail * bsize;
+  const found = await statfs(root).catch(() => undefined);
+  return found === undefined ? 0 : found.bavail * found.bsize;
 }
 
 /** What a step did, for people. */

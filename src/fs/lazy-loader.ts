@@ -232,16 +232,17 @@ export class LazyLoader {
   }
 
   /**
-   * Until the answer is called, nothing is fetched for these layers and what was under way is given up: whoever reads them
-   * gets an error instead of waiting, and nothing of it is remembered afterwards.
+   * What is under way for these layers is given up, and until the answer is called nothing is fetched for those of them that
+   * `goes` still says are going: whoever reads them gets an error instead of waiting, and nothing of it is remembered.
    */
-  suspend(layerIds: readonly number[]): () => void {
+  suspend(layerIds: readonly number[], goes: (layerId: number) => boolean): () => void {
+    if (layerIds.length === 0) return () => undefined;
     const forgetFailures = (): void => {
       this.#drops++;
       this.#failed.clear();
     };
     forgetFailures();
-    const resume = this.#fetcher.suspend(layerIds);
+    const resume = this.#fetcher.suspend(layerIds, goes);
     return () => {
       resume();
       forgetFailures();

@@ -23,8 +23,11 @@ import type { ErofsLayoutKind, MountSpec, Resumed, Transport } from './transport
 
 /** What the table needs of the node store. */
 export interface ImageRegistry extends LayersOfImages, DirectStore {
-  /** Number of the image with this key; the same key gives the same number as long as the database lives. */
-  imageFor(key: string, layerIds: readonly number[]): Promise<number>;
+  /**
+   * Number of the image with this key; the same key gives the same number as long as the database lives. `ahead`: it is all
+   * of an image, not what somebody mounts while the rest is not lazy yet.
+   */
+  imageFor(key: string, layerIds: readonly number[], how?: { readonly ahead: boolean }): Promise<number>;
   /** Copies the metadata of a flat image into the store's reserved region at `address`. */
   placeMetadata(address: number, file: string): Promise<void>;
   /** Keeps the chunks of these layers until unpin. */
@@ -190,7 +193,7 @@ export class MountTable {
     // Flat metadata counts from where it is mounted, which is not known yet.
     if (this.#closed || this.#options.layout === 'flat' || layers.length === 0) return undefined;
     const ids = layers.map(idOf);
-    const id = await this.#options.images.imageFor(imageKey([this.#options.layout, true, ids]), ids);
+    const id = await this.#options.images.imageFor(imageKey([this.#options.layout, true, ids]), ids, { ahead: true });
     return await this.#metadata.built({ id, layers, bottom: true, below: [], flatOffset: undefined });
   }
 

@@ -93,7 +93,7 @@ export class PlaneServices {
       ahead: this.ahead,
       mounts: this.mounts,
       warmed: () => this.warmUp.kept(),
-      suspend: (layerIds) => loader.suspend(layerIds),
+      suspend: (layerIds, goes) => loader.suspend(layerIds, goes),
     });
     const spare = new SpareRoom({
       directory: paths.chunks,
@@ -147,7 +147,7 @@ export class PlaneServices {
       direct: config.direct_mounts && transport.capabilities.direct,
       images: {
         storeBytes: store.storeBytes,
-        imageFor: async (key, layerIds) => (await store.createImage(key, layerIds)).id,
+        imageFor: async (key, layerIds, how) => (await store.createImage(key, layerIds, how)).id,
         layerAddresses: (layerId) => store.layerAddresses(layerId),
         checkIndex: (layerId) => this.intake.checkIndex(book.get(layerId)),
         placeMetadata: (address, file) => store.placeMetadata(address, file),

@@ -28,8 +28,8 @@ export interface RetentionOptions {
   readonly mounts: MountTable;
   /** Layers that were brought here ahead of everybody who might name them. */
   readonly warmed: () => ReadonlySet<number>;
-  /** Has reads of these layers fail instead of waiting for a registry, until the answer is called. */
-  readonly suspend: (layerIds: readonly number[]) => () => void;
+  /** Has reads of these layers, as long as `goes` says so, fail instead of waiting for a registry, until the answer is called. */
+  readonly suspend: (layerIds: readonly number[], goes: (layerId: number) => boolean) => () => void;
 }
 
 export class Retention {
@@ -78,8 +78,13 @@ export class Retention {
     const { book, intake, mounts, suspend } = this.#options;
     const used = mounts.list().filter(({ id, holders }) => this.#inUse.has(id) || holders.size > 0);
     const stays = new Set(used.flatMap(({ layers }) => layers.map(({ layerId }) => layerId)));
-    const going = book.all().filter(({ id }) => !kept(id) && !stays.has(id) && !intake.expected.has(id));
-    const resume = suspend(going.map(({ id }) => id));
+    // Asked again at each read: somebody may be told meanwhile that a layer is here, and read it at once.
+    const goes = (id: number): boolean => !kept(id) && !stays.has(id) && !intake.expected.has(id);
+    const going = book.all().filter(({ id }) => goes(id));
+    const resume = suspend(
+      going.map(({ id }) => id),
+      goes,
+    );
     try {
       await mounts.release(this.#inUse, kept);
     } finally {

@@ -56,7 +56,7 @@ async function outlastKilled(fd: number, paths: RootPaths, run: RunPaths, log: L
       first = holder;
       since = performance.now();
     }
-    if (performance.now() - since > ENDS_MS) await abortAll(holder, aborted, run, log);
+    if (performance.now() - since > ENDS_MS) await abortAll(holder, () => lookAtHolder(fd, paths), aborted, run, log);
     if (performance.now() - begun > GIVE_UP_MS) throw doesNotEnd(holder, paths);
     await sleep(POLL_MS);
   }
@@ -74,14 +74,24 @@ async function lookAtHolder(fd: number, paths: RootPaths): Promise<LockHolder | 
 }
 
 /** Ends the connections that a killed process serves, each once. Errors: LOCKED, with why it cannot be done. */
-async function abortAll(holder: LockHolder, aborted: Set<number>, run: RunPaths, log: Logger): Promise<void> {
+async function abortAll(
+  holder: LockHolder,
+  look: () => Promise<LockHolder | undefined>,
+  aborted: Set<number>,
+  run: RunPaths,
+  log: Logger,
+): Promise<void> {
   for (const connection of holder.connections) {
     if (aborted.has(connection)) continue;
     aborted.add(connection);
     const facts = { holderPid: holder.pid, connection };
     try {
       await mkdir(run.dir, { recursive: true, mode: 0o700 });
-      if (!(await abortConnection(connection, run.fuseControl))) continue;
+      const isStill = async (): Promise<boolean> => {
+        const now = await look();
+        return now?.pid === holder.pid && now.startTime === holder.startTime && now.connections.includes(connection);
+      };
+      if (!(await abortConnection(connection, run.fuseControl, isStill))) continue;
       log.warn(
         facts,
         'a dedupd that was killed waits for its own FUSE session: the connection was aborted so that it ends',

@@ -57,8 +57,8 @@ export class SpanFetcher {
   readonly #flights = new Map<string, Flight>();
   /** Layers that were dropped; a number is never used twice. */
   readonly #dropped = new Set<number>();
-  /** Layers for which nothing is fetched at the moment, with how many want it so. */
-  readonly #suspended = new Map<number, number>();
+  /** Each says of a layer whether nothing is to be fetched for it at the moment. */
+  readonly #suspensions = new Set<(layerId: number) => boolean>();
   readonly #abort = new AbortController();
   /** Runs whose bytes are on their way, until they are stored or given up. */
   readonly #runs = new Set<Run>();
@@ -236,21 +236,21 @@ export class SpanFetcher {
     this.sources.sweep();
   }
 
-  /** Ends requests for these layers at once, and begins none for them until the answer is called. */
-  suspend(layerIds: readonly number[]): () => void {
-    for (const id of layerIds) this.#suspended.set(id, (this.#suspended.get(id) ?? 0) + 1);
+  /**
+   * Ends requests for these layers at once, and until the answer is called begins none for those of them that `goes` still
+   * says are going.
+   */
+  suspend(layerIds: readonly number[], goes: (layerId: number) => boolean): () => void {
+    const suspends = (layerId: number): boolean => layerIds.includes(layerId) && goes(layerId);
+    this.#suspensions.add(suspends);
     this.#giveUp(layerIds);
-    return () => {
-      for (const id of layerIds) {
-        const others = (this.#suspended.get(id) ?? 1) - 1;
-        if (others === 0) this.#suspended.delete(id);
-        else this.#suspended.set(id, others);
-      }
-    };
+    return () => void this.#suspensions.delete(suspends);
   }
 
   #refuses({ layerId }: LayerMap): boolean {
-    return this.#dropped.has(layerId) || this.#suspended.has(layerId);
+    if (this.#dropped.has(layerId)) return true;
+    for (const suspends of this.#suspensions) if (suspends(layerId)) return true;
+    return false;
   }
 
   #giveUp(layerIds: readonly number[]): void {

@@ -64,6 +64,7 @@ export class Release {
 
   async #attempt(): Promise<string | undefined> {
     if (this.#closed) return 'the service is stopping';
+    await this.#tellSources();
     try {
       if ((await this.#options.metastore.protectedUpTo()) > 0) {
         // Nothing changes that in the life of this service.
@@ -72,7 +73,6 @@ export class Release {
       }
       await this.#options.images.answers();
       const { waiting, againMs } = await this.#release();
-      await this.#tellSources();
       this.#happened();
       const isKnown = waiting === 0 || againMs > 0;
       if (isKnown) this.#pauseMs = this.#firstPauseMs;
@@ -104,12 +104,16 @@ export class Release {
     return left;
   }
 
-  /** Tells dedupd of sources that it could not be told of. Errors: UNAVAILABLE, DEADLINE, STORE_IO. */
+  /** Tells dedupd of sources that it could not be told of, or leaves it to the next attempt. Never rejects. */
   async #tellSources(): Promise<void> {
-    const { metastore, images } = this.#options;
-    for (const { layer, source } of await metastore.untoldSources()) {
-      await images.prepareLayer({ layer, sources: [source], manifest: '', siblings: [], budgetMs: 1000 });
-      await metastore.addSource(layer.digest, source, true);
+    const { metastore, images, log } = this.#options;
+    try {
+      for (const { layer, source } of await metastore.untoldSources()) {
+        await images.prepareLayer({ layer, sources: [source], manifest: '', siblings: [], budgetMs: 1000 });
+        await metastore.addSource(layer.digest, source, true);
+      }
+    } catch (error) {
+      log.debug({ err: error }, 'dedupd is told of further sources of its layers later');
     }
   }
 

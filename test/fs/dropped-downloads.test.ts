@@ -82,13 +82,22 @@ describe('the downloads of a layer that is dropped', () => {
       const outcomes = Promise.allSettled(reads);
       while (proxy.active < 2) await new Promise((resolve) => setTimeout(resolve, 5));
       // Two who want it, as two calls of which one was given up.
-      const resumes = [test.loader.suspend([stored.layerId]), test.loader.suspend([stored.layerId])];
+      let goes = true;
+      const suspend = () => test.loader.suspend([stored.layerId], () => goes);
+      const resumes = [suspend(), suspend()];
       for (const one of await outcomes) assert.ok(one.status === 'rejected' && one.reason instanceof DedupError);
       while (proxy.active > 0) await new Promise((resolve) => setTimeout(resolve, 5));
       proxy.reset();
       resumes[0]!();
       await assert.rejects(test.readFile(stored, 'f0'));
       assert.equal(proxy.count().requests, 0, 'nothing is asked for');
+      goes = false;
+      const promised = layer.files.find(({ name }) => name === 'f1')!;
+      assert.ok(
+        (await test.readFile(stored, 'f1')).equals(promised.content),
+        'somebody was promised the layer meanwhile',
+      );
+      goes = true;
       resumes[1]!();
       const { content } = layer.files.find(({ name }) => name === 'f0')!;
       assert.ok((await test.readFile(stored, 'f0')).equals(content), 'no failure is remembered');

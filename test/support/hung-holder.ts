@@ -134,7 +134,7 @@ export class HungHolder {
     const ended = (): boolean => this.#exited;
     // The number is another session's once the process has gone: not before it must be.
     const alone = await waitFor('the holder to end', ended, 1_000).catch(() => 'hangs');
-    if (alone === 'hangs') await abortConnection(this.#connection, join(control, 'fusectl'));
+    if (alone === 'hangs') await abortConnection(this.#connection, join(control, 'fusectl'), async () => true);
     await waitFor('the holder to end', ended);
     await rm(control, { recursive: true });
   }

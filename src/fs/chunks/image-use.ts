@@ -41,29 +41,20 @@ export function imageUse(db: Database.Database): ImageUse[] {
 }
 
 /**
- * Images of the lower layers of another one, brought by the same reference: what was mounted while that one was not here
- * whole, as happens during its conversion. A base that was pulled as an image of its own, and before, has another reference;
- * where references are not known it counts as a part, too.
+ * Images of the lower layers of another one that nobody pulled as images: what was mounted while the other one was not here
+ * whole, as happens during its conversion. The file systems of images that are pulled or converted are built ahead.
  */
 function partsOfOthers(db: Database.Database): Set<number> {
   const rows = db
     .prepare(
-      `SELECT il.image_id, il.layer_id, l.reference FROM image_layers il JOIN layers l ON l.id = il.layer_id
-       ORDER BY il.image_id, il.position`,
+      `SELECT il.image_id, i.ahead, group_concat(il.layer_id, ' ' ORDER BY il.position) FROM image_layers il
+       JOIN images i ON i.id = il.image_id GROUP BY il.image_id`,
     )
     .raw()
-    .iterate() as IterableIterator<[number, number, string]>;
-  const layersOf = new Map<number, { ids: number[]; reference: string }>();
-  for (const [image, layer, reference] of rows) {
-    const ids = layersOf.get(image)?.ids ?? [];
-    ids.push(layer);
-    layersOf.set(image, { ids, reference });
-  }
+    .all() as [number, number, string][];
   const parts = new Set<string>();
-  for (const { ids, reference } of layersOf.values()) {
-    for (let count = 1; count < ids.length; count++) parts.add(`${ids.slice(0, count).join(' ')} ${reference}`);
-  }
-  const found = new Set<number>();
-  for (const [image, { ids, reference }] of layersOf) if (parts.has(`${ids.join(' ')} ${reference}`)) found.add(image);
-  return found;
+  for (const [, , layers] of rows)
+    for (let end = layers.lastIndexOf(' '); end > 0; end = layers.lastIndexOf(' ', end - 1))
+      parts.add(layers.slice(0, end));
+  return new Set(rows.filter(([, ahead, layers]) => ahead === 0 && parts.has(layers)).map(([image]) => image));
 }

@@ -2,7 +2,7 @@
 // Runs only in the worker thread.
 import Database from 'better-sqlite3';
 import { DedupError } from '../../errors.ts';
-import { SCHEMA, SCHEMA_ADDITIONS, SCHEMA_VERSION } from './index-schema.ts';
+import { COLUMN_ADDITIONS, SCHEMA, SCHEMA_ADDITIONS, SCHEMA_VERSION } from './index-schema.ts';
 
 /**
  * The database at `file`, made when missing. One that was not closed — after a crash, or a copy taken while it was in
@@ -32,6 +32,10 @@ export function openSound(file: string): Database.Database {
       if (found !== 'ok') throw new DedupError('STORE_CORRUPT', `${file} is damaged: ${String(found)}`);
     }
     db.exec(SCHEMA_ADDITIONS);
+    for (const { table, column, definition } of COLUMN_ADDITIONS) {
+      const there = db.prepare('SELECT 1 FROM pragma_table_info(?) WHERE name = ?').get(table, column) !== undefined;
+      if (!there) db.exec(`ALTER TABLE ${table} ADD COLUMN ${column} ${definition}`);
+    }
     return db;
   } catch (error) {
     db.close();

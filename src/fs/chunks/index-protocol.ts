@@ -204,7 +204,6 @@ export interface ImageRecord {
   readonly key: string;
   readonly state: 'building' | 'ready';
   readonly metadataBytes: number;
-  readonly reference: string;
   /** Layer ids, bottom to top. */
   readonly layers: readonly number[];
 }
@@ -247,7 +246,7 @@ export interface IndexCalls {
   evictedPunched: { args: { blocks: Float64Array }; result: null };
   imageUse: { args: Record<string, never>; result: ImageUse[] };
   markDurable: { args: DurablePieces; result: null };
-  createImage: { args: { key: string; layers: readonly number[]; reference: string }; result: ImageRecord };
+  createImage: { args: { key: string; layers: readonly number[]; ahead: boolean }; result: ImageRecord };
   imageReady: { args: { id: number; metadataBytes: number }; result: null };
   images: { args: Record<string, never>; result: ImageRecord[] };
   dropImage: { args: { id: number }; result: null };

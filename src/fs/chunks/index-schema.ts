@@ -127,3 +127,8 @@ CREATE TABLE IF NOT EXISTS evicted (
   blocks INTEGER NOT NULL
 ) STRICT;
 `;
+
+/** Columns that tables have gained, in every file that lacks them. */
+export const COLUMN_ADDITIONS = [
+  { table: 'images', column: 'ahead', definition: 'INTEGER NOT NULL DEFAULT 0' },
+] as const;

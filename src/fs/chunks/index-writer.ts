@@ -50,6 +50,10 @@ function isDamage(cause: unknown): boolean {
   return typeof code === 'string' && /^SQLITE_(CORRUPT|NOTADB|SCHEMA|ERROR)/.test(code);
 }
 
+function isFull(error: unknown): boolean {
+  return (error as { code?: string } | null)?.code?.startsWith('SQLITE_FULL') === true;
+}
+
 export class IndexWriter {
   readonly #db: Database.Database;
   readonly #walFile: string;
@@ -241,8 +245,8 @@ export class IndexWriter {
     return imageUse(this.#db);
   }
 
-  createImage(key: string, layers: readonly number[], reference: string): ImageRecord {
-    return this.#db.transaction(() => createImage(this.#db, key, layers, reference, now())).immediate();
+  createImage(key: string, layers: readonly number[], ahead: boolean): ImageRecord {
+    return this.#db.transaction(() => createImage(this.#db, key, layers, ahead, now())).immediate();
   }
 
   imageReady(id: number, metadataBytes: number): void {
@@ -308,7 +312,13 @@ export class IndexWriter {
 
   #maybeCheckpoint(): void {
     const bytes = statSync(this.#walFile, { throwIfNoEntry: false })?.size ?? 0;
-    if (bytes > CHECKPOINT_BYTES) this.#db.pragma('wal_checkpoint(TRUNCATE)');
+    if (bytes <= CHECKPOINT_BYTES) return;
+    try {
+      this.#db.pragma('wal_checkpoint(TRUNCATE)');
+    } catch (error) {
+      // What was to be done is committed: on a full disk the log keeps it.
+      if (!isFull(error)) throw error;
+    }
   }
 
   /** Writes everything into the one file, if there is room; the log keeps what does not fit. */
@@ -317,7 +327,7 @@ export class IndexWriter {
       this.#settings.set('clean', 1);
       this.#db.pragma('wal_checkpoint(TRUNCATE)');
     } catch (error) {
-      if (!(error as { code?: string }).code?.startsWith('SQLITE_FULL')) throw error;
+      if (!isFull(error)) throw error;
     } finally {
       this.#db.close();
     }

@@ -487,9 +487,8 @@ export class NodeStore {
   }
 
   async #store(source: Uint8Array, pieces: readonly PieceToStore[]): Promise<Uint8Array> {
-    const before = this.#bytes.storedBytes;
-    const stored = await this.#bytes.store(source, pieces);
-    this.#space.stored(this.#bytes.storedBytes - before);
+    const { stored, bytes } = await this.#bytes.store(source, pieces);
+    this.#space.stored(bytes);
     return stored;
   }
 
@@ -508,8 +507,8 @@ export class NodeStore {
   }
 
   /** The image with this key (a digest over its layers and layout), made when it is new: then its state is `building`. */
-  createImage(key: string, layers: readonly number[], reference = ''): Promise<ImageRecord> {
-    return this.#db.call('createImage', { key, layers, reference });
+  createImage(key: string, layers: readonly number[], { ahead } = { ahead: false }): Promise<ImageRecord> {
+    return this.#db.call('createImage', { key, layers, ahead });
   }
 
   /** Records that the metadata file of an image is complete and on the disk. */

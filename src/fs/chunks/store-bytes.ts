@@ -106,10 +106,14 @@ export class StoreBytes {
   }
 
   /**
-   * Verifies pieces that lie in `source` and stores the good ones. Returns one byte per piece: 1 stored, 0 the bytes do not
-   * have their digest. Errors: STORE_IO, STORE_FULL (then none of them is present), CLOSED.
+   * Verifies pieces that lie in `source` and stores the good ones. Answers one byte per piece: 1 stored, 0 the bytes do not
+   * have their digest; and how many bytes were stored, in whole blocks. Errors: STORE_IO, STORE_FULL (then none of them is
+   * present), CLOSED.
    */
-  async store(source: Uint8Array, pieces: readonly PieceToStore[]): Promise<Uint8Array> {
+  async store(
+    source: Uint8Array,
+    pieces: readonly PieceToStore[],
+  ): Promise<{ readonly stored: Uint8Array; readonly bytes: number }> {
     const { native, file, presence, touched, durability, mustBeOpen } = this.#parts;
     mustBeOpen();
     const count = pieces.length;
@@ -153,7 +157,7 @@ export class StoreBytes {
     }
     this.storedBytes += bytes;
     durability.add(fresh, bytes);
-    return stored;
+    return { stored, bytes };
   }
 
   #maskOf(piece: PieceToStore): number {

@@ -3,7 +3,7 @@
 import { readFile, stat } from 'node:fs/promises';
 import { LRUCache } from 'lru-cache';
 import type { Digest } from '../../digest.ts';
-import { errorCode } from '../../errors.ts';
+import { ERROR_CODES, errorCode } from '../../errors.ts';
 import type { Logger } from '../../log.ts';
 import type { RootPaths } from '../../paths.ts';
 import type { Repository } from '../registry/blob-reader.ts';
@@ -117,7 +117,7 @@ export class IndexPublisher {
     } catch (error) {
       if (stop.aborted) return;
       // Whoever may read an image may often not write beside it; asking again with every container changes nothing.
-      if (errorCode(error) !== 'DEADLINE') this.#done.set(key, true);
+      if (!ERROR_CODES[errorCode(error)].retryable) this.#done.set(key, true);
       log.warn({ err: error, image: key }, 'the indexes of an image could not be pushed beside it; they are kept here');
     }
   }

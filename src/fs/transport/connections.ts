@@ -12,15 +12,21 @@ export function minorOf(device: number): number {
 
 /**
  * Fails everything that waits for a connection and all that comes after. `controlDir` is made, and holds the control file
- * system meanwhile: /sys/fs/fuse/connections is empty on many machines. False when there is no such connection.
- * Errors: KERNEL, and those of node:fs.
+ * system meanwhile: /sys/fs/fuse/connections is empty on many machines. `isStill` is asked once the connection's control file
+ * is open, which stands for that connection and no later one of its number. False when there is none, or it is not any more.
+ * Errors: KERNEL, those of node:fs and of `isStill`.
  */
-export async function abortConnection(connection: number, controlDir: string): Promise<boolean> {
+export async function abortConnection(
+  connection: number,
+  controlDir: string,
+  isStill: () => Promise<boolean>,
+): Promise<boolean> {
   await mkdir(controlDir, { recursive: true, mode: 0o700 });
   await native().mount({ source: 'none', target: controlDir, fstype: 'fusectl', flags: 0, data: '' });
   try {
     const control = openSync(join(controlDir, String(connection), 'abort'), 'w');
     try {
+      if (!(await isStill())) return false;
       writeSync(control, '1');
     } finally {
       closeSync(control);

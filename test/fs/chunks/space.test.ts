@@ -649,7 +649,7 @@ describe('what an image needs', () => {
     const { store } = test.node;
     const part = await store.createImage('part', [bottom.layerId]);
     await store.pin(part.id, [bottom.layerId]);
-    const whole = await store.createImage('whole', [bottom.layerId, top.layerId]);
+    const whole = await store.createImage('whole', [bottom.layerId, top.layerId], { ahead: true });
     const use = async (): Promise<number[][]> =>
       (await store.imageUse()).map(({ id, totalBytes, sharedBytes }) => [id, totalBytes / KiB, sharedBytes / KiB]);
     assert.deepEqual(await use(), [
@@ -663,6 +663,9 @@ describe('what an image needs', () => {
       [whole.id, 200, 100],
       [third.id, 200, 100],
     ]);
+    // Pulled by itself: it is an image.
+    assert.equal((await store.createImage('part', [bottom.layerId], { ahead: true })).id, part.id);
+    assert.deepEqual((await use())[0], [part.id, 100, 100]);
   });
 });
 
