@@ -12,10 +12,13 @@ export interface SpareRoomOptions {
   readonly quotaBytes: number;
   /** What counts against the quota. */
   readonly presentBytes: () => number;
-  readonly statfs?: (path: string) => Promise<Pick<StatsFs, 'bsize' | 'blocks' | 'bavail'>>;
+  readonly statfs?: (path: string) => Promise<Pick<StatsFs, 'bsize' | 'blocks' | 'bfree' | 'bavail'>>;
 }
 
-/** Part of a file system that is left for others: kubelet evicts pods below it (imagefs.available<15%). */
+/**
+ * Part of a file system that is left for others, of what is used or can be, as df(1) counts it: kubelet evicts pods below it
+ * (imagefs.available<15%).
+ */
 const FLOOR_PART = 0.15;
 /** At least so much is left for others, bytes. */
 const FLOOR_BYTES = 256 * MiB;
@@ -30,8 +33,10 @@ export class SpareRoom {
   /** Errors: STORE_FULL, with `details.spare` set, when so many bytes would take what is left for others. */
   async require(bytes: number): Promise<void> {
     const { directory, quotaBytes, presentBytes, statfs: look = statfs } = this.#options;
-    const { bsize, blocks, bavail } = await look(directory);
-    const floor = Math.max(FLOOR_BYTES, blocks * bsize * FLOOR_PART);
+    const { bsize, blocks, bfree, bavail } = await look(directory);
+    // Without what is reserved for root.
+    const usable = (blocks - bfree + bavail) * bsize;
+    const floor = Math.max(FLOOR_BYTES, usable * FLOOR_PART);
     const free = Math.max(0, bavail * bsize - floor);
     if (bytes > free)
       throw noRoom('no room', bytes, free, ` beside the ${formatBytes(floor)} that are left for others`);

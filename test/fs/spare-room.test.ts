@@ -5,14 +5,15 @@ import { isNoSpareRoom, SpareRoom } from '../../src/fs/spare-room.ts';
 import { GiB, MiB } from '../../src/units.ts';
 
 /** On a disk of `size` with so much free. */
-function roomOn(size: number, free: number, quotaBytes = 0, presentBytes = 0): SpareRoom {
+function roomOn(size: number, free: number, quotaBytes = 0, presentBytes = 0, reserved = 0): SpareRoom {
   return new SpareRoom({
     directory: '/store',
     quotaBytes,
     presentBytes: () => presentBytes,
     statfs: async (path) => {
       assert.equal(path, '/store');
-      return { bsize: 4096, blocks: size / 4096, bavail: free / 4096 };
+      const [blocks, bavail] = [(size + reserved) / 4096, free / 4096];
+      return { bsize: 4096, blocks, bfree: bavail + reserved / 4096, bavail };
     },
   });
 }
@@ -30,6 +31,8 @@ describe('spare room', () => {
       roomOn(100 * GiB, 20 * GiB).require(5 * GiB + 1),
       refusal('no room: 5.0 GiB needed, 5.0 GiB free beside the 15.0 GiB that are left for others'),
     );
+    // What is reserved for root is nobody's.
+    await roomOn(100 * GiB, 20 * GiB, 0, 0, 50 * GiB).require(5 * GiB);
     await roomOn(100 * GiB, 15 * GiB).require(0);
     await assert.rejects(roomOn(100 * GiB, 14 * GiB).require(1), { code: 'STORE_FULL' });
   });
