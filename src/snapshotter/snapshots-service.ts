@@ -77,18 +77,20 @@ export function snapshotsService(snapshotter: Snapshotter, log: Logger): Untyped
     return serviceError(error);
   };
 
+  /** `told`: what `handle` finds worth telling beside the answer, by metadata. */
   function unary<Request, Response>(
     method: string,
-    handle: (request: Request, signal: AbortSignal) => Promise<Response>,
+    handle: (request: Request, signal: AbortSignal, told: Metadata) => Promise<Response>,
   ) {
     return (call: ServerUnaryCall<Request, Response>, answer: sendUnaryData<Response>): void => {
       const startedMs = performance.now();
       const abort = new AbortController();
       call.once('cancelled', () => abort.abort());
-      handle(call.request, abort.signal).then(
+      const told = new Metadata();
+      handle(call.request, abort.signal, told).then(
         (response) => {
           log.debug({ method, request: call.request, tookMs: performance.now() - startedMs }, 'snapshots call');
-          answer(null, response);
+          answer(null, response, told);
         },
         (error: unknown) => answer(failed(method, error)),
       );
@@ -137,17 +139,12 @@ export function snapshotsService(snapshotter: Snapshotter, log: Logger): Untyped
       const { bytes, inodes } = await snapshotter.usage(key);
       return { size: bytes, inodes };
     }),
-    Cleanup: (_call: ServerUnaryCall<object, object>, answer: sendUnaryData<object>): void => {
-      snapshotter.cleanup().then(
-        (notReleased) => {
-          // containerd could do nothing about it; `gc` says it.
-          const metadata = new Metadata();
-          if (notReleased !== undefined) metadata.set(NOT_RELEASED_METADATA, Buffer.from(notReleased));
-          answer(null, {}, metadata);
-        },
-        (error: unknown) => answer(failed('Cleanup', error)),
-      );
-    },
+    Cleanup: unary<object, object>('Cleanup', async (_request, _signal, told) => {
+      const notReleased = await snapshotter.cleanup();
+      // containerd could do nothing about it; `gc` says it.
+      if (notReleased !== undefined) told.set(NOT_RELEASED_METADATA, Buffer.from(notReleased));
+      return {};
+    }),
   };
 }
 
