@@ -2,8 +2,7 @@
 // the devices of mounted images: the next one ends it, takes the devices over, and their readers go on. Started by hand and
 // by the service.
 import assert from 'node:assert/strict';
-import { type ChildProcess, spawn } from 'node:child_process';
-import { closeSync, openSync } from 'node:fs';
+import type { ChildProcess } from 'node:child_process';
 import { mkdir, readFile, rm } from 'node:fs/promises';
 import { join } from 'node:path';
 import { after, before, describe, test } from 'node:test';
@@ -13,7 +12,7 @@ import { HungHolder } from '../support/hung-holder.ts';
 import { makeImage, pushLayout } from '../support/images.ts';
 import { noise } from '../support/lazy-node.ts';
 import { devicesOfStore, storeIdOf } from '../support/loop-names.ts';
-import { PROGRAM, Product } from '../support/product.ts';
+import { Product } from '../support/product.ts';
 import { RegistryProcess } from '../support/registry.ts';
 
 const FILES = 4;
@@ -27,21 +26,6 @@ describe('a dedupd that was killed and hangs', () => {
   let shown: string;
   let storeId: string;
   let hung: HungHolder | undefined;
-
-  async function startDaemon(): Promise<void> {
-    const log = openSync(product.logFile, 'a');
-    const child = spawn(join(PROGRAM, '..', 'dedupd'), ['--config', product.configFile], {
-      stdio: ['ignore', log, log],
-    });
-    closeSync(log);
-    daemon = child;
-    const answers = (): Promise<boolean> =>
-      product.daemonPid().then(
-        (pid) => pid === child.pid,
-        () => false,
-      );
-    await waitFor('dedupd', answers, 20_000);
-  }
 
   async function killDaemon(): Promise<void> {
     const child = daemon!;
@@ -77,7 +61,7 @@ describe('a dedupd that was killed and hangs', () => {
     const image = await makeImage({ layers: [{ entries }] });
     layout = image.dir;
     const reference = await pushLayout(layout, image.tag, registry.host, 'hung/app');
-    await startDaemon();
+    daemon = await product.startDaemon();
     storeId = await storeIdOf(new RootPaths(product.root));
     const request = { reference, directory: shown, platform: '', credentials: '' };
     for await (const _ of product.client.mountReference(request));
@@ -94,7 +78,7 @@ describe('a dedupd that was killed and hangs', () => {
   test('is ended by one that is started by hand, which takes its devices over', async () => {
     await killDaemon();
     const { reading } = await hangWithDevices(1);
-    await startDaemon();
+    daemon = await product.startDaemon();
     await hung!.ended();
     assert.notEqual((await reading).code, 0, 'what waited for the one that hung gets EIO');
     for (const file of [0, 1, 2]) await assertReads(file);

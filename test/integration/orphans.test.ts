@@ -1,7 +1,7 @@
 // What a dedupd that was killed in the middle of something leaves — loop devices, a FUSE mount, files, directories — is
 // gone once the next one has started; what is in use, or belongs to somebody else, is not touched. Real devices and mounts.
 import assert from 'node:assert/strict';
-import { type ChildProcess, execFileSync, spawn } from 'node:child_process';
+import { type ChildProcess, execFileSync } from 'node:child_process';
 import { closeSync, existsSync, openSync, readdirSync, readFileSync } from 'node:fs';
 import { mkdir, mkdtemp, readFile, rm, writeFile } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
@@ -19,7 +19,7 @@ import { mountsBelow, run, unmountBelow, waitFor } from '../support/containerd.t
 import { makeImage, pushLayout } from '../support/images.ts';
 import { noise } from '../support/lazy-node.ts';
 import { devicesOfStore, loopNames, storeIdOf } from '../support/loop-names.ts';
-import { PROGRAM, Product } from '../support/product.ts';
+import { Product } from '../support/product.ts';
 import { RegistryProcess } from '../support/registry.ts';
 
 describe('a start beside what an earlier life of this root has left', () => {
@@ -167,22 +167,6 @@ describe('a dedupd that is killed while it mounts', () => {
   const layouts: string[] = [];
   const references: string[] = [];
 
-  /** As systemd does, so that nobody starts another one. */
-  async function startDaemon(): Promise<void> {
-    const log = openSync(product.logFile, 'a');
-    const child = spawn(join(PROGRAM, '..', 'dedupd'), ['--config', product.configFile], {
-      stdio: ['ignore', log, log],
-    });
-    closeSync(log);
-    daemon = child;
-    await waitFor('dedupd', () =>
-      product.daemonPid().then(
-        (pid) => pid === child.pid,
-        () => false,
-      ),
-    );
-  }
-
   async function endDaemon(signal: NodeJS.Signals): Promise<void> {
     const child = daemon;
     if (child === undefined) return;
@@ -222,7 +206,7 @@ describe('a dedupd that is killed while it mounts', () => {
   }
 
   test('the next one has two devices for every mounted image and no other, and what it took over can be read', async () => {
-    await startDaemon();
+    daemon = await product.startDaemon();
     const paths = new RootPaths(product.root);
     const storeId = await storeIdOf(paths);
     const hideAll = async (): Promise<void> => {
@@ -270,7 +254,7 @@ describe('a dedupd that is killed while it mounts', () => {
       rowsLeft += before.length;
       for (const id of await direct()) assert.ok(before.includes(id), 'no device reads the store without a row');
 
-      await startDaemon();
+      daemon = await product.startDaemon();
       assert.deepEqual(rows(), await direct());
       const mounted = mountsBelow(paths.mounts);
       assert.equal((await devicesOfStore(storeId)).length, 2 * mounted.length);

@@ -5,6 +5,7 @@ import { readdir, rmdir } from 'node:fs/promises';
 import { join } from 'node:path';
 import { run } from './containerd.ts';
 import type { LazyNode } from './lazy-node.ts';
+import { assertSameRows, walkTreeApart } from './tree-walk.ts';
 
 const INDEX_ANNOTATION = 'containerd.io/snapshot/dedup.index';
 const ACCEPT = 'application/vnd.oci.image.index.v1+json, application/vnd.oci.image.manifest.v1+json';
@@ -110,4 +111,19 @@ export async function checkMetadata(node: LazyNode): Promise<number> {
     await run('fsck.erofs', [`--device=${join(root, 'chunks', 'store')}`, join(root, 'images', name)]);
   }
   return names.length;
+}
+
+/** Compares what overlayfs and ours show of an image that both snapshotters have, row by row and byte by byte. */
+export async function assertSameViews(node: LazyNode, chainId: string): Promise<void> {
+  const expected = await openView(node, 'overlayfs', chainId);
+  const actual = await openView(node, 'dedup', chainId);
+  try {
+    const rows = await walkTreeApart(expected.path);
+    const directories = rows.filter(({ type }) => type === 'directory').map(({ path }) => path);
+    // Of those that no layer describes, each unpack has its own time.
+    assertSameRows(await walkTreeApart(actual.path), rows, { ignoreMtimeOf: directories });
+  } finally {
+    await actual.close();
+    await expected.close();
+  }
 }

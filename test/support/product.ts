@@ -86,6 +86,20 @@ export class Product {
     );
   }
 
+  /** Runs dedupd by itself, as systemd does, so that nobody starts another one; returns once it answers. */
+  async startDaemon(): Promise<ChildProcess> {
+    const log = openSync(this.logFile, 'a');
+    const child = spawn(join(PROGRAM, '..', 'dedupd'), ['--config', this.configFile], { stdio: ['ignore', log, log] });
+    closeSync(log);
+    const answers = (): Promise<boolean> =>
+      this.daemonPid().then(
+        (pid) => pid === child.pid,
+        () => false,
+      );
+    await waitFor('dedupd', answers, 20_000);
+    return child;
+  }
+
   /** `dedup-snapshotter --config … ARGS`. */
   async cli(
     args: readonly string[],
