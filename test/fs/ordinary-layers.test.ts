@@ -279,13 +279,17 @@ describe('ordinary layers', { skip }, () => {
   it('say what they come to, and why nothing is done while the node is in use', async () => {
     const seen: ConvertProgressMessage[] = [];
     const layer = { ...(await inContent()), bytes: 9 * MiB };
+    const inUse = 'somebody pulls, mounts or waits for a read';
     const mounts = setInterval(() => void plane.mountImage([], true, []).catch(nothing), 5);
-    setTimeout(() => clearInterval(mounts), 500);
-    await plane.convertLayer(layer, (step) => seen.push(step), NOBODY);
+    const see = (step: ConvertProgressMessage): void => {
+      seen.push(step);
+      if (step.held === inUse) clearInterval(mounts);
+    };
+    await plane.convertLayer(layer, see, NOBODY).finally(() => clearInterval(mounts));
     const blob = content.values().next().value?.length;
     assert.deepEqual(seen[0], { bytes: 0, total: 9 * MiB, entries: 0, held: 'containerd is asked for its copy' });
     assert.deepEqual([seen.at(-1)?.total, seen.at(-1)?.held], [blob, '']);
-    assert.ok(seen.some(({ held }) => held === 'somebody pulls, mounts or waits for a read'));
+    assert.ok(seen.some(({ held }) => held === inUse));
   });
 
   it('of which the file system cannot show a part are left alone, by name', async () => {
