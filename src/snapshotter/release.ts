@@ -55,6 +55,11 @@ export class Release {
     return attempt;
   }
 
+  /** Releases after this time, unless somebody asks for it before. */
+  later(delayMs: number): void {
+    this.#againIn(delayMs);
+  }
+
   /** Waits for what is under way and begins nothing more. Idempotent. */
   async close(): Promise<void> {
     this.#closed = true;

@@ -37,6 +37,8 @@ export interface SnapshotterOptions {
   readonly networkBudgetMs?: number;
   /** How long after a Remove its directory is deleted when nobody calls Cleanup, milliseconds. */
   readonly cleanupDelayMs?: number;
+  /** How long after the start what an earlier service has left is released when nobody calls Cleanup, milliseconds. */
+  readonly releaseDelayMs?: number;
   /** How ordinary layers are converted in the background; absent: they are not. */
   readonly convert?: ConverterSettings;
   /** How often directories of converted layers that are in use are looked at again, milliseconds. */
@@ -51,6 +53,8 @@ interface Owner {
 const NETWORK_BUDGET_MS = 2000;
 const CLEANUP_DELAY_MS = 30_000;
 const LEFTOVER_DELAY_MS = 60_000;
+/** What is mounted without containerd after a reboot is mounted by then, and finds what it fetched before. */
+const RELEASE_DELAY_MS = 60_000;
 /** Snapshots in one message of List; containerd's own server uses the same. */
 const LIST_BLOCK = 100;
 
@@ -117,7 +121,7 @@ export class Snapshotter {
     const left = [await this.#metastore.removedIds(), await this.#metastore.leftoverDirectories()];
     if (left.some((list) => list.length > 0)) this.#scheduleCleanup();
     // What an earlier service had still to release, and whatever came up without one.
-    void this.#release.now();
+    this.#release.later(this.#options.releaseDelayMs ?? RELEASE_DELAY_MS);
     await this.converter.start();
   }
 

@@ -184,6 +184,7 @@ export class TestService {
       log,
       networkBudgetMs: this.#options.networkBudgetMs ?? 2000,
       cleanupDelayMs: this.#options.cleanupDelayMs ?? 30_000,
+      releaseDelayMs: this.#options.cleanupDelayMs ?? 60_000,
       remapIds: this.#options.remapIds ?? false,
       ...(this.#options.convert === undefined ? {} : { convert: this.#options.convert }),
       leftoverDelayMs: 200,
