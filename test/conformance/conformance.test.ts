@@ -65,12 +65,15 @@ describe("containerd's suite for snapshotters", () => {
     const result = await run(binary, flags, { cwd: dir, env, timeoutMs: 320_000, allowFailure: true });
     const verdicts = [...result.stdout.matchAll(VERDICT)].map(([, verdict, name]) => ({ verdict, name }));
     for (const { verdict, name } of verdicts) t.diagnostic(`${verdict} ${name}`);
+    // What it found, apart from the listings it makes of every failure.
+    const found = result.stdout.split('\n').filter((line) => /testsuite\.go:\d+: /.test(line));
+    const told = `${found.join('\n')}\n${result.stdout.slice(-20_000)}${result.stderr.slice(-5_000)}`;
     assert.deepEqual(
       verdicts.filter(({ verdict }) => verdict !== 'PASS'),
       (go === undefined ? SKIPPED_IN_1_6 : []).map((name) => ({ verdict: 'SKIP', name })),
-      result.stdout.slice(-20_000) + result.stderr.slice(-5_000),
+      told,
     );
-    assert.equal(verdicts.length, SUBTESTS, result.stdout.slice(-20_000) + result.stderr.slice(-5_000));
+    assert.equal(verdicts.length, SUBTESTS, told);
     assert.equal(result.code, 0);
     assert.deepEqual(mountsBelow(dir), []);
   });
