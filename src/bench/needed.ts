@@ -4,6 +4,7 @@
 import { closeSync, constants, openSync } from 'node:fs';
 import { lstat, open, readdir, readFile } from 'node:fs/promises';
 import { join } from 'node:path';
+import { majorOf, minorOf } from '../device-number.ts';
 import { decodeLayerIndex } from '../fs/index/format.ts';
 import { EntryType, type LayerIndex } from '../fs/index/layer-index.ts';
 import { native } from '../fs/native.ts';
@@ -175,11 +176,8 @@ class LayerNames {
 export async function withoutReadahead(paths: readonly string[]): Promise<() => Promise<void>> {
   const before = new Map<string, string>();
   for (const path of paths) {
-    const { dev } = await lstat(path);
-    // Encoding of st_dev: gnu_dev_major(3).
-    const major = (dev >>> 8) & 0xfff;
-    const minor = (dev & 0xff) | ((dev >>> 12) & 0xfff00);
-    const file = `/sys/class/bdi/${major}:${minor}/read_ahead_kb`;
+    const { dev } = await lstat(path, { bigint: true });
+    const file = `/sys/class/bdi/${majorOf(dev)}:${minorOf(dev)}/read_ahead_kb`;
     if (before.has(file)) continue;
     before.set(file, (await readFile(file, 'utf8')).trim());
     await writeText(file, '0');

@@ -12,6 +12,7 @@ import type { KeepChunksOptions, NodeStore } from './chunks/node-store.ts';
 import type { LayerKeyMessage, PrepareLayerMessage } from './control-server.ts';
 import { ExpectedLayers } from './expected-layers.ts';
 import type { MountableLayer } from './image-metadata.ts';
+import { holdsIndex } from './index/artifact.ts';
 import { type BuiltIndex, buildLayerIndex, pieceBytesFor } from './index/builder.ts';
 import type { OnPiece } from './index/chunker.ts';
 import type { IndexCatalog } from './index/discovery.ts';
@@ -214,8 +215,7 @@ export class LayerIntake {
     for (const row of this.#book.all()) {
       if (row.digest !== key.digest || row.scope !== key.scope) continue;
       if (row.condemned || !index_trust.includes(row.trust)) continue;
-      const blobs = [row.indexDigest, row.restartDigest].map((blob) => repository.hasBlob(parseDigest(blob), signal));
-      if ((await Promise.all(blobs)).every((has) => has)) return parseDigest(row.indexDigest);
+      if (await holdsIndex(repository, row, signal)) return parseDigest(row.indexDigest);
     }
     return undefined;
   }

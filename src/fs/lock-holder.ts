@@ -4,6 +4,7 @@
 import { fstatSync } from 'node:fs';
 import { readdir, readFile, readlink } from 'node:fs/promises';
 import { join } from 'node:path';
+import { majorOf, minorOf } from '../device-number.ts';
 import { parseMountinfo } from '../mountinfo.ts';
 
 export interface LockHolder {
@@ -60,14 +61,12 @@ export async function lockHolder(fd: number): Promise<LockHolder | undefined> {
 /** What an open file is called in the kernel's lists of locks. */
 async function lockNames(fd: number): Promise<ReadonlySet<string>> {
   const { dev, ino } = fstatSync(fd, { bigint: true });
-  // MAJOR() and MINOR() of it (include/linux/kdev_t.h).
-  const device = [(dev >> 8n) & 0xfffn, (dev & 0xffn) | ((dev >> 12n) & 0xfff00n)];
-  const devices = [device];
+  const devices = [[majorOf(dev), minorOf(dev)]];
   // Where stat(2) tells of subvolumes (btrfs), the lists of locks and of mounts tell of the whole file system.
   const mountId = /^mnt_id:\s*(\d+)/m.exec(await readFile(`/proc/self/fdinfo/${fd}`, 'utf8'))?.[1];
   const mount = parseMountinfo(await readFile('/proc/self/mountinfo', 'utf8')).find(({ id }) => id === mountId);
-  if (mount !== undefined) devices.push(mount.device.split(':').map(BigInt));
-  const hex = (number: bigint): string => number.toString(16).padStart(2, '0');
+  if (mount !== undefined) devices.push(mount.device.split(':').map(Number));
+  const hex = (number: number): string => number.toString(16).padStart(2, '0');
   return new Set(devices.map((numbers) => `${numbers.map(hex).join(':')}:${ino}`));
 }
 

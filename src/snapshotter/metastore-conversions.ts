@@ -178,8 +178,9 @@ export class ConversionMetastore extends MetastoreDatabase {
   }
 
   /**
-   * Gives up a directory that no key was given, and of whose layer images can be made. On disk when it returns, with everything before it: a directory must not be
-   * gone whose snapshot is an ordinary one again after a power cut. False, and nothing done, when it is needed.
+   * Gives up a directory that no key was given, and of whose layer images can be made. On disk when it returns, with
+   * everything before it: a directory must not be gone whose snapshot is an ordinary one again after a power cut. False,
+   * and nothing done, when it is needed.
    */
   giveUpDirectory(id: number): boolean {
     this.db.pragma('synchronous = FULL');

@@ -71,7 +71,7 @@ export class Snapshotter {
   /** Conversions of ordinary layers, for those who ask how far they are. */
   readonly converter: Converter;
   readonly leftovers: LeftoverDirectories;
-  readonly #background = new Set<Promise<void>>();
+  readonly #background = new Set<Promise<unknown>>();
   /** The last write of each info file that is under way, by snapshot. */
   readonly #describing = new Map<number, Promise<void>>();
   #overlay: string[] | undefined;
@@ -411,13 +411,10 @@ export class Snapshotter {
   }
 
   #inBackground(work: () => Promise<unknown>, doing: string): void {
-    const task = work().then(
-      () => {},
-      (error: unknown) => {
-        // The answer has been given; what is missing is written or told again later.
-        this.#log.warn({ err: error }, `${doing} failed`);
-      },
-    );
+    const task = work().catch((error: unknown) => {
+      // The answer has been given; what is missing is written or told again later.
+      this.#log.warn({ err: error }, `${doing} failed`);
+    });
     this.#background.add(task);
     // `task` never rejects, so neither does this.
     void task.finally(() => this.#background.delete(task));

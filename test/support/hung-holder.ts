@@ -20,9 +20,10 @@ import { createServer } from 'node:net';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
+import { minorOf } from '../../src/device-number.ts';
 import { type FuseMiss, native } from '../../src/fs/native.ts';
 import { lockRoot } from '../../src/fs/root-lock.ts';
-import { abortConnection, minorOf } from '../../src/fs/transport/connections.ts';
+import { abortConnection } from '../../src/fs/transport/connections.ts';
 import { moveDevices } from '../../src/fs/transport/erofs-mount.ts';
 import { createLogger } from '../../src/log.ts';
 import { RootPaths, RunPaths } from '../../src/paths.ts';
@@ -181,7 +182,7 @@ async function hold(root: string, runDir: string, wait: Wait, storeId: string): 
     assert.ok(images.size > 0, 'there are devices to take over');
   }
   const fd = await session.openFile(1);
-  const connection = minorOf(fstatSync(fd).dev);
+  const connection = minorOf(fstatSync(fd, { bigint: true }).dev);
   const told = (error: unknown): void => {
     process.send?.({ read: (error as NodeJS.ErrnoException | null)?.code ?? 'bytes' });
   };

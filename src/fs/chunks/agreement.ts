@@ -68,7 +68,7 @@ export function makeAgree(
   // Addresses given after this copy of the database was taken may still be mapped by a mounted image.
   const end = Math.max(next, endOfAddresses(request));
   const inUse = fresh || replaced || mayBeInUse(db, request.livingImages);
-  settings.set('next_address', inUse ? Math.max(next, end) : next);
+  settings.set('next_address', inUse ? end : next);
   settings.set('clean', 0);
   if (replaced) forgetFreed(db);
   // Of a store whose database is new nobody can read what lies there but who reads it without us.

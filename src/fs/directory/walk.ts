@@ -2,6 +2,7 @@
 // parents before children, names in the order of their bytes, overlayfs's whiteouts and opaque directories as a layer
 // spells them. Called by indexer.ts in its own thread: every call here blocks. Follows no link and reads no content.
 import { type BigIntStats, lstatSync, readdirSync, readlinkSync } from 'node:fs';
+import { majorOf, minorOf } from '../../device-number.ts';
 import { DedupError, wrapError } from '../../errors.ts';
 import { EntryType, type EntryTypeValue } from '../index/layer-index.ts';
 import type { TarMember } from '../index/tar-reader.ts';
@@ -228,13 +229,4 @@ function timeOf(path: string, stats: BigIntStats): { mtimeSec: number; mtimeNsec
   const ns = stats.mtimeNs;
   if (ns < 0n || ns >= END_OF_TIME_SEC * SECOND_NS) throw leftAlone(path, 'has a time that an image cannot show');
   return { mtimeSec: Number(ns / SECOND_NS), mtimeNsec: Number(ns % SECOND_NS) };
-}
-
-/** Numbers of a device as the C library packs them (gnu_dev_major and gnu_dev_minor in sys/sysmacros.h). */
-function majorOf(rdev: bigint): number {
-  return Number(((rdev >> 8n) & 0xfffn) | ((rdev >> 32n) & 0xfffff000n));
-}
-
-function minorOf(rdev: bigint): number {
-  return Number((rdev & 0xffn) | ((rdev >> 12n) & 0xffffff00n));
 }

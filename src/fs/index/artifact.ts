@@ -1,6 +1,6 @@
 // The manifest that holds the index blobs of one image, and the reports that `index` gives. Shared by publish.ts, which
 // indexes, and annotate.ts, which pushes re-annotated copies.
-import { type Digest, isDigest } from '../../digest.ts';
+import { type Digest, isDigest, parseDigest } from '../../digest.ts';
 import {
   type Artifact,
   type ArtifactBlob,
@@ -149,4 +149,14 @@ export async function listedIndexes(
     }
   }
   return found;
+}
+
+/** True when both blobs of an index lie in the repository. Errors: those of Repository; INVALID_ARGUMENT for what is no digest. */
+export async function holdsIndex(
+  repository: Repository,
+  { indexDigest, restartDigest }: { readonly indexDigest: string; readonly restartDigest: string },
+  signal: AbortSignal,
+): Promise<boolean> {
+  const blobs = [indexDigest, restartDigest].map((blob) => repository.hasBlob(parseDigest(blob), signal));
+  return (await Promise.all(blobs)).every((has) => has);
 }

@@ -8,7 +8,7 @@ import type { Logger } from '../../log.ts';
 import type { RootPaths } from '../../paths.ts';
 import type { Repository } from '../registry/blob-reader.ts';
 import { parseManifest } from '../registry/image-manifest.ts';
-import { type LayerReport, listedIndexes, pushReferrer } from './artifact.ts';
+import { holdsIndex, type LayerReport, listedIndexes, pushReferrer } from './artifact.ts';
 import type { IndexTrust } from './discovery.ts';
 import type { KeptIndex } from './kept-indexes.ts';
 import { INDEX_ANNOTATION } from './layer-index.ts';
@@ -169,10 +169,7 @@ export class IndexPublisher {
    */
   async #beside(known: readonly KnownIndex[], repository: Repository): Promise<Described | undefined> {
     for (const index of known) {
-      const blobs = [index.indexDigest, index.restartDigest].map((blob) =>
-        repository.hasBlob(blob as Digest, this.#options.stop),
-      );
-      if ((await Promise.all(blobs)).every((has) => has)) return await this.#described(index);
+      if (await holdsIndex(repository, index, this.#options.stop)) return await this.#described(index);
     }
     return undefined;
   }

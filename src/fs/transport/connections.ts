@@ -5,11 +5,6 @@ import { mkdir } from 'node:fs/promises';
 import { join } from 'node:path';
 import { MNT_DETACH, native } from '../native.ts';
 
-/** MINOR() of a device number of fs.Stats (include/linux/kdev_t.h): the number of a FUSE file system's connection. */
-export function minorOf(device: number): number {
-  return (device & 0xff) | ((device >>> 12) & 0xfff00);
-}
-
 /**
  * Fails everything that waits for a connection and all that comes after. `controlDir` is made, and holds the control file
  * system meanwhile: /sys/fs/fuse/connections is empty on many machines. `isStill` is asked once the connection's control file

@@ -5,11 +5,11 @@ import { closeSync, constants, writeFileSync } from 'node:fs';
 import { type FileHandle, mkdir, open } from 'node:fs/promises';
 import { createRequire } from 'node:module';
 import { constants as osConstants } from 'node:os';
+import { minorOf } from '../../device-number.ts';
 import { DedupError, ERROR_CODES, errorCode, wrapError } from '../../errors.ts';
 import type { Logger } from '../../log.ts';
 import { BLOCK_BYTES } from '../../units.ts';
 import { MNT_DETACH, native } from '../native.ts';
-import { minorOf } from './connections.ts';
 import { mountErofs, unmountErofs } from './erofs-mount.ts';
 import type { FuseTransportOptions } from './fuse.ts';
 import type { MountSpec, Resumed, SeenRead, Transport, TransportCapabilities, TransportStats } from './transport.ts';
@@ -73,7 +73,8 @@ export class FuseNativeTransport implements Transport {
     try {
       await new Promise<void>((resolve, reject) => fuse.mount((error) => (error === null ? resolve() : reject(error))));
       transport.#root = await open(options.mountDir, constants.O_RDONLY | constants.O_DIRECTORY);
-      transport.#connection = minorOf((await transport.#root.stat()).dev);
+      // A FUSE file system's connection has the minor number of its device.
+      transport.#connection = minorOf((await transport.#root.stat({ bigint: true })).dev);
       transport.#mark = native().fuseMark(transport.#connection);
       await native().umount(options.mountDir, MNT_DETACH);
     } catch (error) {
